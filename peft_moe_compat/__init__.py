@@ -1,0 +1,77 @@
+"""LoRA on Mixture-of-Experts models: every PEFT release read into one form and run through one grouped-mm forward.
+
+Importing this package activates it, once peft is imported; `PEFT_MOE_COMPAT=0` in the environment imports without
+activating. The import itself drags in neither torch, peft nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CompatWarning,
+    LayoutError,
+    NoExpertParametersError,
+    PatchConflictError,
+    PeftMoeCompatError,
+    UnsupportedPeftError,
+)
+from .patch import Activation, activate, activate_on_import, deactivate, is_active
+
+if TYPE_CHECKING:
+    from .discovery import Report, expert_parameters, report
+    from .families import declare_layout
+    from .layout import ExpertLora
+    from .releases import LayoutRule, release_for
+    from .wrappers import expert_loras
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "CompatWarning",
+    "ExpertLora",
+    "LayoutError",
+    "LayoutRule",
+    "NoExpertParametersError",
+    "PatchConflictError",
+    "PeftMoeCompatError",
+    "Report",
+    "UnsupportedPeftError",
+    "__version__",
+    "activate",
+    "deactivate",
+    "declare_layout",
+    "expert_loras",
+    "expert_parameters",
+    "is_active",
+    "release_for",
+    "report",
+]
+
+# Public names that would slow the import down, most of them by needing torch, and the modules they come from.
+_LAZY = {
+    "ExpertLora": "layout",
+    "LayoutRule": "releases",
+    "Report": "discovery",
+    "declare_layout": "families",
+    "expert_loras": "wrappers",
+    "expert_parameters": "discovery",
+    "release_for": "releases",
+    "report": "discovery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+activate_on_import()

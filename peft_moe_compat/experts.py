@@ -1,0 +1,103 @@
+"""The one forward: routed experts with LoRA on their fused weights, without ever building an updated weight.
+
+    gather -> base grouped mm + (x A^T)(scaling B)^T -> bias -> gate or activation -> the same for down -> combine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import families
+from .grouped_mm import alignment, grouped_mm
+from .layout import ExpertLora
+
+__all__ = ["experts_forward"]
+
+
+def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor) -> Tensor:
+    """scaling * (x A^T) B^T of each row's own expert: "S in" -> "S out", computed in `dtype`."""
+    A, B = lora.A, lora.B * lora.scaling  # scaled before any rounding to `dtype`
+    if pad := -lora.rank % alignment(dtype):
+        A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
+    low_rank = grouped_mm(x, A.to(dtype).transpose(1, 2), offs)
+    return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
+
+
+def _project(x: Tensor, module: Any, name: str, lora: ExpertLora | None, offs: Tensor, expert_ids: Tensor) -> Tensor:
+    """One projection of every routed row, LoRA and bias included: "S in" -> "S out"."""
+    weight = getattr(module, name)  # read once: a parametrised weight is computed at each access
+    if not families.is_transposed(module):
+        weight = weight.transpose(1, 2)  # "E out in -> E in out"
+    y = grouped_mm(x, weight, offs)
+    if lora is not None:
+        E, in_features, out_features = weight.shape
+        lora.check(E, out_features, in_features, f"{type(module).__name__}.{name}")
+        y += _lora_term(x, lora, weight.dtype, offs)
+    if module.has_bias:
+        y += getattr(module, f"{name}_bias")[expert_ids]
+    return y
+
+
+def experts_forward(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    expert_lora: Mapping[str, ExpertLora],
+) -> Tensor:
+    """Forward of an experts module made by transformers' `@use_experts_implementation`, with LoRA on its weights.
+
+    Follows `grouped_mm_experts_forward` of transformers/integrations/moe.py, down to the deterministic sum over k.
+
+    Args:
+        module: The experts module. Its base weights may be frozen or not, of any floating-point dtype.
+        hidden_states: "T H".
+        top_k_index: "T k", ids of the experts; ids >= E (expert parallelism) mark rows computed elsewhere.
+        top_k_weights: "T k", or "T E" (transformers 5.0), the routing weights.
+        expert_lora: Parameter name -> factors. Parameters without an entry run as they are.
+
+    Returns:
+        "T H", in the dtype of `hidden_states`.
+
+    Raises:
+        LayoutError: Factors that do not fit their weight.
+    """
+    T, k = top_k_index.shape
+    up_name = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+    # The bias-free experts of 5.0 to 5.23 keep E in their weights' first axis too, but reading it may dequantise.
+    E = module.num_experts
+    expert_ids, order = torch.sort(top_k_index.reshape(-1))
+    offs = _group_ends(expert_ids, E)
+    # Sentinel rows sort to the tail, past offs[-1], where the grouped products leave results undefined.
+    elsewhere = (expert_ids >= E).unsqueeze(-1) if getattr(module, "_is_expert_parallel", True) else None
+    expert_ids = expert_ids.clamp(max=E - 1)
+    if top_k_weights.shape != top_k_index.shape:
+        top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
+    row_weights = top_k_weights.reshape(-1)[order].unsqueeze(-1)
+
+    x = _without(hidden_states[order // k], elsewhere)  # its backward keeps undefined gradients out of hidden_states
+    up = _without(_project(x, module, up_name, expert_lora.get(up_name), offs, expert_ids), elsewhere)
+    h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
+    down = _without(_project(h, module, "down_proj", expert_lora.get("down_proj"), offs, expert_ids), elsewhere)
+    if getattr(module, "has_post_expert_norm", False):
+        down = module.post_expert_norm(down)
+    weighted = down * row_weights
+
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    # Not index_add: the sum over k has a fixed order, and runs in float32 inside.
+    return weighted[back].view(T, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _group_ends(sorted_ids: Tensor, num_experts: int) -> Tensor:
+    """Where each expert's rows end, "E" int32, without a host synchronisation; sentinel ids are not counted."""
+    experts = torch.arange(num_experts, device=sorted_ids.device, dtype=sorted_ids.dtype)
+    return torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+
+
+def _without(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows.masked_fill(mask, 0.0)

@@ -1,0 +1,153 @@
+"""What is known of an experts module: its true orientation, its projections, and whether its forward can be taken over.
+
+A module's true orientation is what the user declared for it, else its own `is_transposed`, else a table of the
+transformers classes that hold `(E, in, out)` without saying so. It is never inferred from shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LayoutError
+
+__all__ = [
+    "declare_layout",
+    "dispatches_through_registry",
+    "is_transposed",
+    "projections",
+    "routed_experts",
+    "stored_shape",
+]
+
+REGISTRY_MODULE = "transformers.integrations.moe"
+
+# Undecorated transformers classes -> whether their weights are (E, in, out). Source: the shapes in their __init__ and
+# the products in their forward, transformers 4.57.6 to 5.23.0. Where a release decorates the class, its own attribute
+# comes first, so a class may stand here with the orientation it had before.
+_UNDECLARED_CLASSES = {
+    "AriaGroupedExpertsGemm": True,
+    "GptOssExperts": True,
+    "GraniteMoeHybridParallelExperts": False,
+    "GraniteMoeParallelExperts": False,
+    "GraniteMoeSharedParallelExperts": False,
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
+    "LongcatFlashExperts": False,
+    "Qwen3VLMoeTextExperts": True,
+    "Step3p7Experts": False,
+}
+
+# Stacks kept as 2-D "(E I) H" matrices, which PEFT treats as one wide expert.
+FLAT_CLASSES = {"DbrxExpertGLU": ("w1", "v1", "w2")}
+
+_DECLARED_ATTRIBUTE = "_peft_moe_compat_is_transposed"
+
+
+def declare_layout(cls_or_module: type[nn.Module] | nn.Module, *, is_transposed: bool) -> None:
+    """States how the expert weights of a class, or of one module, are stored.
+
+    For third-party experts that do not declare `is_transposed`, and for weights that another library has turned into
+    grouped-mm layout without saying so. A declaration wins over the module's own attribute; a module's over its class's.
+
+    Args:
+        cls_or_module: The experts class or one experts module (not a PEFT wrapper around it).
+        is_transposed: True for weights "E in out", False for "E out in".
+
+    Raises:
+        LayoutError: Not an `nn.Module`, or a PEFT wrapper.
+    """
+    cls = cls_or_module if isinstance(cls_or_module, type) else type(cls_or_module)
+    if not issubclass(cls, nn.Module) or hasattr(cls_or_module, "get_base_layer"):
+        raise LayoutError(
+            f"declare_layout needs an experts class or module, but got {cls.__name__}. "
+            "For a wrapped module pass wrapper.get_base_layer()."
+        )
+    setattr(cls_or_module, _DECLARED_ATTRIBUTE, bool(is_transposed))
+
+
+def _is_transformers_class(cls: type) -> bool:
+    return cls.__module__.startswith("transformers.models.")
+
+
+def is_transposed(module: nn.Module) -> bool | None:
+    """Whether the module's expert weights are "E in out" (True) or "E out in" (False); None where nobody said."""
+    declared = getattr(module, _DECLARED_ATTRIBUTE, None)
+    if declared is not None:
+        return bool(declared)
+    own = getattr(module, "is_transposed", None)
+    if isinstance(own, bool):
+        return own
+    cls = type(module)
+    return _UNDECLARED_CLASSES.get(cls.__name__) if _is_transformers_class(cls) else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def dispatches_through_registry(cls: type[nn.Module]) -> bool:
+    """Whether `cls.forward` is the one `@use_experts_implementation` made, looking up transformers' own registry.
+
+    A subclass with a forward of its own, and classes on another registry (finegrained FP8), do not.
+    """
+    forward: Any = cls.forward
+    if getattr(forward, "__globals__", {}).get("__name__") != REGISTRY_MODULE:
+        return False
+    free = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    # transformers 5.0 has a single registry and therefore no such variable.
+    registry = free["experts_interface"].cell_contents if "experts_interface" in free else None
+    return registry is None or registry is forward.__globals__["ALL_EXPERTS_FUNCTIONS"]
+
+
+def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Shape of an expert parameter as stored, `None` where `name` is no floating-point weight of the module.
+
+    Reads a parametrised (quantised) weight's shape through attribute access; ZeRO-3 keeps it in `ds_shape`.
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        return None
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def _held_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters a module holds itself, those under `torch.nn.utils.parametrize` included."""
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    return names + list(getattr(module, "parametrizations", ()))
+
+
+def projections(module: nn.Module) -> tuple[str, ...]:
+    """Names of the module's routed expert weights, in the order of the computation; empty if it is no experts module."""
+    cls = type(module)
+    flat = FLAT_CLASSES.get(cls.__name__) if _is_transformers_class(cls) else None
+    if flat is not None:
+        return flat
+    decorated = hasattr(cls, "_apply_gate") and hasattr(module, "is_transposed")
+    names = ("gate_up_proj", "up_proj", "down_proj") if decorated else tuple(_held_parameters(module))
+    if not decorated and is_transposed(module) is None and not re.search(r"Experts?(Gemm)?$", cls.__name__):
+        return ()
+    held = set(_held_parameters(module))
+    return tuple(n for n in names if n in held and len(stored_shape(module, n) or ()) == 3)
+
+
+def routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """(name, experts module, its projections) for every stack of routed experts, PEFT wrappers looked through.
+
+    Shared experts run on every token and are left out: they are the modules whose own name says "shared".
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "get_base_layer"):
+            continue
+        clean = strip_base_layer(name)
+        if "shared" in clean.rpartition(".")[2]:
+            continue
+        found = projections(module)
+        if found:
+            yield clean, module, found
+
+
+def strip_base_layer(name: str) -> str:
+    """A module's name as it was before PEFT wrapped it."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")

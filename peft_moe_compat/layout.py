@@ -1,0 +1,178 @@
+"""The canonical form of an expert LoRA, and the way between it and PEFT's flat lora_A / lora_B. Pure tensor code.
+
+Legend of the letters in every shape of this package:
+    E  experts of one stack            T  tokens
+    r  LoRA rank of one expert         k  experts a token is routed to
+    in, out  true in- and out-features S  = T * k routed rows, sorted by expert
+    (a b)  one flat axis, b fastest    d1, d2  the stored axes of an expert parameter (E, d1, d2)
+
+Canonical: A "E r in", B "E out r", scaling s; expert e adds s * B[e] @ A[e] to its "out in" weight.
+
+Flat, as PEFT stores it: lora_A.weight "(E r) p" and lora_B.weight "q (r E)".
+    orientation  "linear": p = in, q = out.  "reversed": p = out, q = in.
+    packing      of lora_B's columns. "rank_major": "(r E)", every PEFT release.
+                 "grouped": "(E r)", Unsloth before 2026-09 and one Megatron-Bridge exporter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import LayoutError
+
+__all__ = ["ORIENTATIONS", "PACKINGS", "ExpertLora", "concat", "from_flat", "to_flat"]
+
+ORIENTATIONS = ("linear", "reversed")
+PACKINGS = ("rank_major", "grouped")
+
+
+@dataclass(frozen=True)
+class ExpertLora:
+    """LoRA factors of one expert stack.
+
+    Attributes:
+        A: "E r in".
+        B: "E out r".
+        scaling: Factor of the update, alpha / r or alpha / sqrt(r).
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+
+    @property
+    def num_experts(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[1]
+
+    def delta(self) -> Tensor:
+        """The per-expert update, scaling * B @ A: "E out in"."""
+        return torch.bmm(self.B, self.A) * self.scaling
+
+    def check(self, num_experts: int, out_features: int, in_features: int, what: str = "the expert parameter") -> None:
+        """Raises `LayoutError` unless the factors fit a stack of that many experts, out- and in-features."""
+        A, B = tuple(self.A.shape), tuple(self.B.shape)
+        if A == (num_experts, self.rank, in_features) and B == (num_experts, out_features, self.rank):
+            return
+        raise LayoutError(
+            f"The LoRA factors do not fit {what}: A 'E r in' is {A} and B 'E out r' is {B}, but the weight has "
+            f"E={num_experts}, out={out_features}, in={in_features}. Was the adapter made under another PEFT release "
+            "(its layout may be flipped), for another model, or was ParamWrapper.update_layer patched "
+            "(transformers 5.0 to 5.12 do so in model.load_adapter)?"
+        )
+
+
+def _check_flat(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> int:
+    """Rank of one expert, once the flat pair is known to be possible."""
+    if num_experts < 1:
+        raise LayoutError(f"num_experts is {num_experts}; an expert stack has at least 1.")
+    if lora_A.ndim != 2 or lora_B.ndim != 2:
+        raise LayoutError(
+            f"lora_A and lora_B have shapes {tuple(lora_A.shape)} and {tuple(lora_B.shape)}; two matrices, "
+            "'(E r) p' and 'q (r E)', were expected. 3-D factors are canonical already: use ExpertLora(A, B)."
+        )
+    rows, columns = lora_A.shape[0], lora_B.shape[1]
+    if rows != columns:
+        raise LayoutError(
+            f"lora_A has {rows} rows ('(E r) p') and lora_B has {columns} columns ('q (r E)'); both must be "
+            f"E * r with E={num_experts}. Do the two tensors belong to the same adapter and parameter?"
+        )
+    if rows % num_experts or rows == 0:
+        raise LayoutError(
+            f"lora_A has {rows} rows ('(E r) p'), which {num_experts} experts cannot share evenly. "
+            "Was the adapter trained with another num_experts?"
+        )
+    return rows // num_experts
+
+
+def _check_names(orientation: str, packing: str) -> None:
+    if orientation not in ORIENTATIONS:
+        raise LayoutError(f"orientation is {orientation!r}; one of {ORIENTATIONS} was expected.")
+    if packing not in PACKINGS:
+        raise LayoutError(f"packing is {packing!r}; one of {PACKINGS} was expected.")
+
+
+def from_flat(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    num_experts: int,
+    *,
+    orientation: str,
+    packing: str = "rank_major",
+    scaling: float = 1.0,
+) -> ExpertLora:
+    """PEFT's flat pair as an `ExpertLora`, by views alone: no copy, and gradients flow back to the flat tensors.
+
+    Args:
+        lora_A: "(E r) in", or "(E r) out" where reversed.
+        lora_B: "out (r E)", or "in (r E)" where reversed; "(E r)" instead of "(r E)" where grouped.
+        num_experts: E. 1 for a 2-D parameter.
+        orientation: `"linear"` or `"reversed"`.
+        packing: `"rank_major"` or `"grouped"`.
+        scaling: As PEFT's `scaling[adapter_name]`.
+
+    Raises:
+        LayoutError: The shapes cannot be such a pair.
+    """
+    _check_names(orientation, packing)
+    r = _check_flat(lora_A, lora_B, num_experts)
+    by_row = lora_A.unflatten(0, (num_experts, r))  # "(E r) p -> E r p"
+    if packing == "rank_major":
+        by_column = lora_B.unflatten(1, (r, num_experts)).permute(2, 0, 1)  # "q (r E) -> E q r"
+    else:
+        by_column = lora_B.unflatten(1, (num_experts, r)).permute(1, 0, 2)  # "q (E r) -> E q r"
+    if orientation == "linear":
+        return ExpertLora(by_row, by_column, scaling)
+    return ExpertLora(by_column.transpose(1, 2), by_row.transpose(1, 2), scaling)
+
+
+def to_flat(lora: ExpertLora, *, orientation: str, packing: str = "rank_major") -> tuple[Tensor, Tensor]:
+    """The inverse of `from_flat`: (lora_A, lora_B), bit-identical, differentiable. The scaling is not folded in."""
+    _check_names(orientation, packing)
+    lora.check(lora.num_experts, lora.out_features, lora.in_features)
+    if orientation == "linear":
+        by_row, by_column = lora.A, lora.B
+    else:
+        by_row, by_column = lora.B.transpose(1, 2), lora.A.transpose(1, 2)
+    lora_A = by_row.flatten(0, 1)  # "E r p -> (E r) p"
+    order = (1, 2, 0) if packing == "rank_major" else (1, 0, 2)
+    lora_B = by_column.permute(order).flatten(1, 2)  # "E q r -> q (r E)", or "q (E r)"
+    return lora_A, lora_B
+
+
+def concat(loras: Sequence[ExpertLora]) -> ExpertLora:
+    """Several updates of one stack as a single one: concatenated along the rank, scalings folded into B.
+
+    One lone update comes back as it is. The sum of the updates is unchanged: `concat(l).delta() == sum(delta)`.
+
+    Raises:
+        LayoutError: No update at all, or the updates belong to stacks of different shapes.
+    """
+    if not loras:
+        raise LayoutError("concat needs at least one ExpertLora.")
+    first = loras[0]
+    if len(loras) == 1:
+        return first
+    for other in loras[1:]:
+        other.check(first.num_experts, first.out_features, first.in_features, "the stack of the first adapter")
+    dtype = first.A.dtype
+    for other in loras[1:]:
+        dtype = torch.promote_types(dtype, other.A.dtype)
+    A = torch.cat([lora.A.to(dtype) for lora in loras], dim=1)
+    B = torch.cat([lora.B.to(dtype) * lora.scaling for lora in loras], dim=2)
+    return ExpertLora(A, B, 1.0)

@@ -1,0 +1,221 @@
+"""The version detector: PEFT release -> which stored axis of an expert parameter lora_A spans.
+
+The only place that knows a PEFT or transformers version number. Supporting another PEFT release costs a new
+`NEWEST_TESTED`, or a row in `RULES` where the layout changed. Imports neither torch, peft nor transformers.
+
+Stored axes are those of the expert parameter as the module holds it, `(E, d1, d2)`: axis 1 has d1 entries, axis 2 d2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from .errors import UnsupportedPeftError
+
+__all__ = [
+    "KNOWN_ISSUES",
+    "NEWEST_TESTED",
+    "RULES",
+    "KnownIssue",
+    "LayoutRule",
+    "known_issues",
+    "parse_version",
+    "release_for",
+    "verified_rule",
+]
+
+
+@dataclass(frozen=True)
+class LayoutRule:
+    """How a range of PEFT releases lays out lora_A and lora_B of a 3-D parameter `(E, d1, d2)`.
+
+    Attributes:
+        since: First PEFT release the rule holds for.
+        axis_plain: Stored axis (1 or 2) lora_A's columns span where the experts module has no true `is_transposed`;
+            lora_B's rows span the other one.
+        axis_transposed: The same where the experts module says `is_transposed=True`.
+        reads_swap_flag: Whether `get_delta_weight` obeys the wrapper's `_did_swap_in_out_features`.
+    """
+
+    since: Version
+    axis_plain: int
+    axis_transposed: int
+    reads_swap_flag: bool
+
+    def lora_A_axis(self, is_transposed: bool) -> int:
+        """Stored axis lora_A's columns span in an adapter this release creates on its own."""
+        return self.axis_transposed if is_transposed else self.axis_plain
+
+    def orientation(self, is_transposed: bool) -> str:
+        """`"linear"` where lora_A's columns run over the true in-features, `"reversed"` where over the out-features."""
+        in_axis = 1 if is_transposed else 2
+        return "linear" if self.lora_A_axis(is_transposed) == in_axis else "reversed"
+
+    def agrees_with(self, other: LayoutRule) -> bool:
+        """Whether two rules describe the same layout, whatever release they start from."""
+        mine = (self.axis_plain, self.axis_transposed, self.reads_swap_flag)
+        return mine == (other.axis_plain, other.axis_transposed, other.reads_swap_flag)
+
+    def __str__(self) -> str:
+        flag = "obeys" if self.reads_swap_flag else "has no"
+        return (
+            f"lora_A spans stored axis {self.axis_plain} ({self.orientation(False)}), or {self.axis_transposed} "
+            f"({self.orientation(True)}) where is_transposed=True; {flag} swap flag"
+        )
+
+
+# Source: `ParamWrapper.update_layer` and `ParamWrapper.get_delta_weight` in peft/tuners/lora/layer.py of each release.
+RULES: tuple[LayoutRule, ...] = (
+    LayoutRule(Version("0.17.0"), axis_plain=1, axis_transposed=1, reads_swap_flag=False),
+    LayoutRule(Version("0.19.0"), axis_plain=1, axis_transposed=2, reads_swap_flag=True),
+    LayoutRule(Version("0.19.1"), axis_plain=2, axis_transposed=1, reads_swap_flag=True),
+)
+NEWEST_TESTED = Version("0.21.2")
+
+
+@dataclass(frozen=True)
+class KnownIssue:
+    """A fault of a (PEFT, transformers) pair that this package cannot mend, with the way around it."""
+
+    peft: SpecifierSet
+    transformers: SpecifierSet
+    symptom: str
+    remedy: str
+
+
+KNOWN_ISSUES: tuple[KnownIssue, ...] = (
+    KnownIssue(
+        SpecifierSet("<0.18"),
+        SpecifierSet(">=5"),
+        "this PEFT does not import: it needs transformers' HybridCache, which 5.0 removed",
+        "install peft>=0.18 or transformers<5",
+    ),
+    KnownIssue(
+        SpecifierSet(">=0.19"),
+        SpecifierSet("==5.0.*"),
+        "PeftModel.from_pretrained fails on MoE models (convert() got an unexpected keyword argument 'loading_info')",
+        "install transformers>=5.5",
+    ),
+    KnownIssue(
+        SpecifierSet(">=0.19,<0.20"),
+        SpecifierSet(">=5.12.1"),
+        "PeftModel.from_pretrained fails on MoE models (unexpected keyword argument 'distributed_operation')",
+        "install peft>=0.20",
+    ),
+    KnownIssue(
+        SpecifierSet("<0.19"),
+        SpecifierSet(">=5,<5.17"),
+        "transformers' model.load_adapter swaps the LoRA dimensions of this PEFT, whose forward then fails",
+        "load with PeftModel.from_pretrained, or install peft>=0.19",
+    ),
+    KnownIssue(
+        SpecifierSet(">=0.18,<0.19"),
+        SpecifierSet(">=5"),
+        "experts of a per-expert adapter written under transformers 4 are dropped without an error when it is loaded",
+        "install peft>=0.20",
+    ),
+    KnownIssue(
+        SpecifierSet("<0.20"),
+        SpecifierSet(">=0"),
+        "a second adapter on target_parameters of the same model is refused (0.17.0: reaches one parameter per module)",
+        "install peft>=0.20 to train or load several expert adapters",
+    ),
+    KnownIssue(
+        SpecifierSet(">=0.19,<0.21"),
+        SpecifierSet(">=0"),
+        "of two adapters on an already parametrised (4-bit) expert parameter, one gets no gradient",
+        "keep one adapter active, or leave the experts unquantised",
+    ),
+    KnownIssue(
+        SpecifierSet(">=0.21,<0.21.3"),
+        SpecifierSet(">=0"),
+        "on an already parametrised (4-bit) expert parameter, PEFT's own forward adds the update again at every call",
+        "leave the experts unquantised",
+    ),
+)
+
+
+def parse_version(text: str) -> Version:
+    """A version as PEFT writes it, `0.19.0` or `0.19.0.dev0@<hash>`, as a `packaging` version.
+
+    Raises:
+        UnsupportedPeftError: `text` is no version number.
+    """
+    try:
+        return Version(text.partition("@")[0].strip())
+    except InvalidVersion:
+        raise UnsupportedPeftError(
+            f"{text!r} is not a version number; one like '0.21.2' or '0.19.0.dev0@<hash>' was expected. "
+            "Give the PEFT release that is installed, or that wrote the adapter."
+        ) from None
+
+
+def _base(version: Version) -> Version:
+    """A development build counts as the release it leads to."""
+    return Version(version.base_version)
+
+
+def release_for(version: str | Version) -> LayoutRule:
+    """The layout rule of a PEFT release, installed here or stamped into an adapter file.
+
+    A release newer than `NEWEST_TESTED` gets the newest rule; whether that is right only `verified_rule` can tell.
+    A development build gets the rule of the release it leads to.
+
+    Raises:
+        UnsupportedPeftError: Releases before 0.17.0 have no `ParamWrapper`.
+    """
+    parsed = parse_version(version) if isinstance(version, str) else version
+    for rule in reversed(RULES):
+        if _base(parsed) >= rule.since:
+            return rule
+    raise UnsupportedPeftError(
+        f"PEFT {parsed} has no ParamWrapper, so it cannot put LoRA on fused expert weights; "
+        f"peft>={RULES[0].since} is needed. Install one, for example `pip install peft=={NEWEST_TESTED}`."
+    )
+
+
+def verified_rule(version: str | Version, measured: LayoutRule) -> LayoutRule:
+    """The rule for the installed PEFT, checked against what a probe of it measured.
+
+    The table decides and the probe verifies. Only a development build may differ from its row, since it can predate
+    the change that its version number promises: there the measured row is taken if the table has it.
+
+    Raises:
+        UnsupportedPeftError: The probe contradicts the table.
+    """
+    parsed = parse_version(version) if isinstance(version, str) else version
+    rule = release_for(parsed)
+    if rule.agrees_with(measured):
+        return rule
+    if parsed.is_prerelease:
+        for other in RULES:
+            if other.agrees_with(measured):
+                return other
+    newer = " (newer than any tested release)" if parsed > NEWEST_TESTED else ""
+    raise UnsupportedPeftError(
+        f"PEFT {parsed}{newer} does not lay out its expert LoRA as expected. Expected: {rule}. Measured: {measured}. "
+        "Either its ParamWrapper is patched by another library, or this release needs a newer peft-moe-compat. "
+        f"Update peft-moe-compat, or install peft<={NEWEST_TESTED}; until then PEFT's own forward stays in place."
+    )
+
+
+def known_issues(peft: str, transformers: str) -> list[KnownIssue]:
+    """The faults of an installed pair, given both version numbers."""
+    p, t = _base(parse_version(peft)), _base(parse_version(transformers))
+    return [issue for issue in KNOWN_ISSUES if p in issue.peft and t in issue.transformers]
+
+
+def installed_versions(*names: str) -> dict[str, str]:
+    """Distribution name -> installed version, `"not installed"` where there is none. Imports nothing."""
+    from importlib import metadata  # here, since it costs a third of the package's import time
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

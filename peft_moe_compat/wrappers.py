@@ -1,0 +1,245 @@
+"""A live `ParamWrapper` chain -> {parameter name: ExpertLora}.
+
+PEFT nests one wrapper per targeted parameter around the experts module. Each is resolved when it is used, from what
+its own `get_delta_weight` would do: parameters are told apart by `parameter_name`, never by depth, and a swap flag
+counts only where the installed PEFT obeys it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import families, layout
+from .errors import LayoutError, PeftMoeCompatError, UnsupportedPeftError
+from .layout import ExpertLora
+from .releases import LayoutRule, parse_version, release_for, verified_rule
+
+__all__ = [
+    "TAKEN_IMPLEMENTATIONS",
+    "active_lora",
+    "expert_loras",
+    "installed_rule",
+    "measure_rule",
+    "native_reason",
+    "read_adapter",
+    "wrapper_chain",
+]
+
+# The experts implementations whose registry entry `patch` replaces.
+TAKEN_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+
+_rule: LayoutRule | None = None
+_rule_lock = threading.Lock()
+
+
+def is_param_wrapper(module: object) -> bool:
+    """Whether a module is a PEFT `ParamWrapper`, by what it has, so that PEFT need not be imported."""
+    return isinstance(module, nn.Module) and hasattr(module, "parameter_name") and hasattr(module, "lora_A")
+
+
+def wrapper_chain(module: nn.Module) -> Iterator[Any]:
+    """The ParamWrappers around one experts module, outermost first. Empty for a module that is not wrapped."""
+    while is_param_wrapper(module):
+        yield module
+        module = module.base_layer  # type: ignore[assignment]
+
+
+def _spans_last_axis(wrapper: Any, rule: LayoutRule) -> bool:
+    """Whether lora_A's columns span the last stored axis, as `get_delta_weight` of the installed PEFT has it.
+
+    "e o i" where PEFT obeys the wrapper's swap flag and it is set, else "e i o". One expert, or a 2-D parameter, goes
+    through `Linear.get_delta_weight`, which is B @ A on the stored axes whatever the flag says.
+    """
+    if wrapper.num_experts == 1:
+        return True
+    return rule.reads_swap_flag and bool(wrapper._did_swap_in_out_features)
+
+
+def read_adapter(wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule) -> ExpertLora:
+    """One adapter of one wrapper in canonical form. Views of the live parameters: gradients reach them.
+
+    Args:
+        wrapper: A PEFT `ParamWrapper`.
+        adapter_name: One of `wrapper.lora_A`.
+        is_transposed: Whether the wrapped weight is stored "E in out" rather than "E out in".
+        rule: Of the installed PEFT.
+
+    Raises:
+        LayoutError: The factors cannot belong to `wrapper.num_experts` experts of the adapter's rank.
+    """
+    lora_A, lora_B = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
+    in_is_last = not is_transposed
+    lora = layout.from_flat(
+        lora_A,
+        lora_B,
+        wrapper.num_experts,
+        orientation="linear" if _spans_last_axis(wrapper, rule) == in_is_last else "reversed",
+        scaling=wrapper.scaling[adapter_name],
+    )
+    if lora.rank != wrapper.r[adapter_name]:
+        raise LayoutError(
+            f"lora_A of {wrapper.parameter_name!r}, adapter {adapter_name!r}, has {lora_A.shape[0]} rows; "
+            f"r * E = {wrapper.r[adapter_name]} * {wrapper.num_experts} were expected ('(E r) p'). "
+            "Was the adapter trained with another rank or num_experts?"
+        )
+    return lora
+
+
+def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> ExpertLora | None:
+    """All active adapters of one wrapper as a single update, or None where it has none that is active.
+
+    Raises:
+        LayoutError: See `read_adapter`.
+    """
+    names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    if not names:
+        return None
+    return layout.concat([read_adapter(wrapper, name, is_transposed, rule) for name in names])
+
+
+def expert_loras(module: nn.Module, adapter_names: Iterable[str] | None = None) -> dict[str, ExpertLora]:
+    """The expert LoRA of one wrapped experts module, in canonical form, per parameter.
+
+    Args:
+        module: The outermost wrapper, as it stands in the model: `model.model.layers[0].mlp.experts`.
+        adapter_names: Adapters to read, concatenated along the rank; by default the active ones. Whether adapters are
+            disabled or merged makes no difference here.
+
+    Returns:
+        Parameter name -> ExpertLora with A "E r in", B "E out r"; parameters without such an adapter are left out.
+
+    Raises:
+        LayoutError: The module's orientation is unknown (see `declare_layout`), or the factors do not fit the weight.
+    """
+    rule = installed_rule()
+    found: dict[str, ExpertLora] = {}
+    for wrapper in wrapper_chain(module):
+        names = list(wrapper.active_adapters if adapter_names is None else adapter_names)
+        names = [name for name in names if name in wrapper.lora_A]
+        if not names:
+            continue
+        experts, parameter = wrapper.get_base_layer(), wrapper.parameter_name
+        shape = families.stored_shape(experts, parameter)
+        if shape is None:
+            raise LayoutError(f"{type(experts).__name__} has no weight {parameter!r}, which a ParamWrapper targets.")
+        is_transposed = False if len(shape) == 2 else families.is_transposed(experts)
+        if is_transposed is None:
+            raise LayoutError(
+                f"{type(experts).__name__} does not say whether its weights are stored '(E, out, in)' or "
+                f"'(E, in, out)'; {parameter!r} is {shape}. Say it once with "
+                f"peft_moe_compat.declare_layout({type(experts).__name__}, is_transposed=...)."
+            )
+        lora = layout.concat([read_adapter(wrapper, name, is_transposed, rule) for name in names])
+        E, d1, d2 = (1, *shape) if len(shape) == 2 else shape
+        out_features, in_features = (d2, d1) if is_transposed else (d1, d2)
+        lora.check(E, out_features, in_features, f"{type(experts).__name__}.{parameter}, stored as {shape}")
+        found[parameter] = lora
+    return found
+
+
+def native_reason(wrapper: Any) -> str | None:
+    """Why a ParamWrapper runs PEFT's own forward, or None where it can run the grouped-mm forward.
+
+    About the module alone: a wrapper whose adapters are disabled or merged goes through PEFT's forward as well.
+    """
+    experts, name = wrapper.get_base_layer(), wrapper.parameter_name
+    cls = type(experts)
+    if not families.dispatches_through_registry(cls):
+        return f"{cls.__name__} does not dispatch through transformers' experts registry"
+    if "forward" in experts.__dict__ and not hasattr(experts, "_hf_hook"):
+        return f"the forward of this {cls.__name__} was replaced on the instance"
+    implementation = experts.config._experts_implementation
+    if implementation not in TAKEN_IMPLEMENTATIONS:
+        return f"experts implementation is {implementation!r}, not one of {TAKEN_IMPLEMENTATIONS}"
+    if name not in ("gate_up_proj", "up_proj", "down_proj"):
+        return f"{name} is not an expert projection"
+    if families.is_transposed(experts) is None:
+        return f"orientation of {cls.__name__} is unknown; call peft_moe_compat.declare_layout"
+    weight = experts._parameters.get(name)
+    if weight is not None and not (weight.dtype.is_floating_point and weight.dtype.itemsize >= 2):
+        return f"base weight is stored as {weight.dtype}"
+    return None
+
+
+def installed_rule() -> LayoutRule:
+    """The layout rule of the installed PEFT: chosen by its version, verified once by a probe of its ParamWrapper.
+
+    Raises:
+        UnsupportedPeftError: No ParamWrapper, or the probe contradicts the table.
+    """
+    global _rule
+    with _rule_lock:
+        if _rule is None:
+            import peft
+
+            version = parse_version(peft.__version__)
+            release_for(version)  # refuses a release without ParamWrapper before the probe would trip over it
+            try:
+                measured = measure_rule(version)
+            except PeftMoeCompatError as error:
+                raise UnsupportedPeftError(f"PEFT {version}: {error}") from error
+            _rule = verified_rule(version, measured)
+        return _rule
+
+
+def measure_rule(since: Any) -> LayoutRule:
+    """What the installed PEFT really does, read off tiny ParamWrappers it makes itself.
+
+    Shapes say which axis lora_A spans; whether `get_delta_weight` obeys the swap flag, and that it computes what
+    `from_flat` does with "(r E)" packing, is compared in numbers. The default random generator is left as it was.
+
+    Args:
+        since: The version to put into the result.
+
+    Raises:
+        LayoutError: The product of the factors is not PEFT's own delta, in either orientation.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        axes = {transposed: _measured_axis(transposed) for transposed in (False, True)}
+        # Square, so that the delta has the parameter's shape in both readings and only the numbers differ.
+        square = _probe_wrapper(False, (2, 3, 3))
+        deltas = []
+        for flag in (False, True):
+            square._did_swap_in_out_features = flag
+            deltas.append(square.get_delta_weight("default"))
+    return LayoutRule(since, axes[False], axes[True], reads_swap_flag=not torch.equal(*deltas))
+
+
+def _probe_wrapper(transposed: bool, shape: tuple[int, int, int]) -> Any:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_transposed = transposed
+            self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
+
+    model = nn.ModuleDict({"experts": Experts()})
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["experts.weight"])
+    wrapper = inject_adapter_in_model(config, model)["experts"]  # type: ignore[operator, index]
+    for linear in (wrapper.lora_A["default"], wrapper.lora_B["default"]):
+        linear.weight.normal_()
+    return wrapper
+
+
+def _measured_axis(transposed: bool) -> int:
+    """Stored axis that lora_A's columns span in a fresh wrapper, once its delta has been checked against it."""
+    wrapper = _probe_wrapper(transposed, (2, 3, 5))
+    lora_A, lora_B = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+    axis = {3: 1, 5: 2}.get(lora_A.shape[1], 0)
+    delta = wrapper.get_delta_weight("default")
+    # "linear" of an (E, out, in) reading: lora_A spans the last axis, and the delta comes out as stored.
+    orientation = "linear" if axis == 2 else "reversed"
+    expected = layout.from_flat(lora_A, lora_B, 2, orientation=orientation, scaling=wrapper.scaling["default"]).delta()
+    if axis == 0 or delta.shape != expected.shape or not torch.allclose(delta, expected, atol=1e-5):
+        raise LayoutError(
+            f"The installed PEFT's get_delta_weight gives a {tuple(delta.shape)} update for a (2, 3, 5) parameter "
+            f"(lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}) that matches no known layout. "
+            "Is its ParamWrapper patched by another library?"
+        )
+    return axis
