@@ -20,7 +20,8 @@ __all__ = ["AdapterRow", "ExpertsRow", "ParameterRow", "Report", "expert_paramet
 
 def _bare(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel: the names PEFT matches are relative to it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return bare
 
 
 def expert_parameters(
@@ -93,16 +94,12 @@ def _nothing_found(
     message = f"{type(model).__name__} has no routed expert parameter{chosen}."
     if seen:
         return f"{message} Its experts have the projections {sorted(seen)}."
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if name.endswith("experts") and isinstance(module, nn.ModuleList) and len(module)
-    ]
-    if lists:
-        return (
-            f"{message} Its experts are separate modules ({lists[0]}, a list of {type(model.get_submodule(lists[0])[0]).__name__}), "  # type: ignore[index]
-            "as in transformers before 5.0: use target_modules with the names of their linear layers, or transformers>=5."
-        )
+    for name, module in model.named_modules():
+        if name.endswith("experts") and isinstance(module, nn.ModuleList) and len(module):
+            return (
+                f"{message} Its experts are separate modules ({name} is a list of {type(module[0]).__name__}), as in "
+                "transformers before 5.0: target their linear layers with target_modules, or install transformers>=5."
+            )
     stacks = [f"{n} {tuple(p.shape)}" for n, p in model.named_parameters() if p.ndim == 3]
     if not stacks:
         return f"{message} It has no 3-D parameter at all, so it is not a Mixture-of-Experts model with fused experts."

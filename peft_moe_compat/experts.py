@@ -1,6 +1,6 @@
 """The one forward: routed experts with LoRA on their fused weights, without ever building an updated weight.
 
-    gather -> base grouped mm + (x A^T)(scaling B)^T -> bias -> gate or activation -> the same for down -> combine
+gather -> base grouped mm + (x A^T)(scaling B)^T -> bias -> gate or activation -> the same for down -> combine
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def _project(x: Tensor, module: Any, name: str, lora: ExpertLora | None, offs: T
 
 def experts_forward(
     module: Any,
+    expert_lora: Mapping[str, ExpertLora],
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    expert_lora: Mapping[str, ExpertLora],
 ) -> Tensor:
     """Forward of an experts module made by transformers' `@use_experts_implementation`, with LoRA on its weights.
 
@@ -55,10 +55,10 @@ def experts_forward(
 
     Args:
         module: The experts module. Its base weights may be frozen or not, of any floating-point dtype.
+        expert_lora: Parameter name -> factors. Parameters without an entry run as they are.
         hidden_states: "T H".
         top_k_index: "T k", ids of the experts; ids >= E (expert parallelism) mark rows computed elsewhere.
         top_k_weights: "T k", or "T E" (transformers 5.0), the routing weights.
-        expert_lora: Parameter name -> factors. Parameters without an entry run as they are.
 
     Returns:
         "T H", in the dtype of `hidden_states`.

@@ -52,7 +52,8 @@ def declare_layout(cls_or_module: type[nn.Module] | nn.Module, *, is_transposed:
     """States how the expert weights of a class, or of one module, are stored.
 
     For third-party experts that do not declare `is_transposed`, and for weights that another library has turned into
-    grouped-mm layout without saying so. A declaration wins over the module's own attribute; a module's over its class's.
+    grouped-mm layout without saying so. A declaration wins over the module's own attribute, and one for a module over
+    one for its class.
 
     Args:
         cls_or_module: The experts class or one experts module (not a PEFT wrapper around it).
@@ -119,7 +120,7 @@ def _held_parameters(module: nn.Module) -> list[str]:
 
 
 def projections(module: nn.Module) -> tuple[str, ...]:
-    """Names of the module's routed expert weights, in the order of the computation; empty if it is no experts module."""
+    """Names of the module's routed expert weights, in the order of the computation; empty for any other module."""
     cls = type(module)
     flat = FLAT_CLASSES.get(cls.__name__) if _is_transformers_class(cls) else None
     if flat is not None:

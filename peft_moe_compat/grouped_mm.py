@@ -51,7 +51,7 @@ def backend_for(*operands: Tensor) -> str:
 
 
 def _with_unit_stride(matrix: Tensor) -> Tensor:
-    """The stack with one of its last two axes contiguous and the other a whole row apart, as the torch operator wants it."""
+    """The stack with one of its last two axes contiguous and the other a whole row apart, as the operator wants it."""
     rows, columns = matrix.stride()[-2:]
     if (columns == 1 and rows == matrix.shape[-1]) or (rows == 1 and columns == matrix.shape[-2]):
         return matrix
@@ -94,7 +94,7 @@ def _multiply_op(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 
 @_multiply_op.register_fake
-def _(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001 (the schema's name)
     return x.new_empty(x.shape[0], weight.shape[2])
 
 

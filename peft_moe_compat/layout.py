@@ -131,11 +131,11 @@ def from_flat(
     """
     _check_names(orientation, packing)
     r = _check_flat(lora_A, lora_B, num_experts)
-    by_row = lora_A.unflatten(0, (num_experts, r))  # "(E r) p -> E r p"
+    by_row = lora_A.reshape(num_experts, r, lora_A.shape[1])  # "(E r) p -> E r p"
     if packing == "rank_major":
-        by_column = lora_B.unflatten(1, (r, num_experts)).permute(2, 0, 1)  # "q (r E) -> E q r"
+        by_column = lora_B.reshape(-1, r, num_experts).permute(2, 0, 1)  # "q (r E) -> E q r"
     else:
-        by_column = lora_B.unflatten(1, (num_experts, r)).permute(1, 0, 2)  # "q (E r) -> E q r"
+        by_column = lora_B.reshape(-1, num_experts, r).permute(1, 0, 2)  # "q (E r) -> E q r"
     if orientation == "linear":
         return ExpertLora(by_row, by_column, scaling)
     return ExpertLora(by_column.transpose(1, 2), by_row.transpose(1, 2), scaling)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -158,7 +157,7 @@ def _registered(stock: Any) -> Any:
         if expert_lora is None:
             return stock(self, *args, **kwargs)
         named = {_ARGUMENT_ALIASES.get(key, key): value for key, value in kwargs.items()}
-        return experts_forward(self, *args, expert_lora=expert_lora, **named)
+        return experts_forward(self, expert_lora, *args, **named)
 
     return forward
 
@@ -176,10 +175,13 @@ def activate() -> Activation:
         PatchConflictError: Another library has already patched a function this one replaces.
     """
     global _current
+    # Before the lock: importing peft may activate by itself, and another thread may be in the middle of that.
+    import peft  # noqa: F401
+
+    from .wrappers import installed_rule
+
     with _lock:
         if _current is None:
-            from .wrappers import installed_rule
-
             handle = Activation(installed_rule())
             handle._install()
             _current = handle
@@ -225,4 +227,3 @@ def _activate_or_warn(_peft: Any) -> None:
             activate()
         except (PatchConflictError, UnsupportedPeftError) as error:
             warnings.warn(f"peft_moe_compat is inactive: {error}", CompatWarning, stacklevel=2)
-

@@ -173,10 +173,10 @@ def installed_rule() -> LayoutRule:
         UnsupportedPeftError: No ParamWrapper, or the probe contradicts the table.
     """
     global _rule
+    import peft  # before the lock: its post-import hook may come back here
+
     with _rule_lock:
         if _rule is None:
-            import peft
-
             version = parse_version(peft.__version__)
             release_for(version)  # refuses a release without ParamWrapper before the probe would trip over it
             try:
@@ -221,7 +221,7 @@ def _probe_wrapper(transposed: bool, shape: tuple[int, int, int]) -> Any:
 
     model = nn.ModuleDict({"experts": Experts()})
     config = LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["experts.weight"])
-    wrapper = inject_adapter_in_model(config, model)["experts"]  # type: ignore[operator, index]
+    wrapper = inject_adapter_in_model(config, model)["experts"]
     for linear in (wrapper.lora_A["default"], wrapper.lora_B["default"]):
         linear.weight.normal_()
     return wrapper

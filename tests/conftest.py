@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import peft_moe_compat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Every test starts from the same random state, with the library active, and leaves it so."""
+    torch.manual_seed(0)
+    peft_moe_compat.activate()
+    yield
+    peft_moe_compat.activate()
+
+
+@pytest.fixture
+def stock():
+    """Runs a function with PEFT and transformers as they were released."""
+
+    def run(function, *args, **kwargs):
+        peft_moe_compat.deactivate()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            peft_moe_compat.activate()
+
+    return run
