@@ -39,6 +39,10 @@ SEQUENCE = 64  # bytes per training example
 SEED = 0
 WARM_UP_STEPS = 3  # left out of step times: first calls fill caches and make the optimizer's state
 _MARK = "demo-event "
+_LEGEND = (
+    "loss: nats per byte, first and last step. step: median. peak: memory in training, above the wrapped model. "
+    "reload: largest difference of a logit once stock PEFT has reloaded the adapter."
+)
 
 
 class DemoError(PeftMoeCompatError):
@@ -51,7 +55,7 @@ class Settings:
 
     Attributes:
         tokens: Per training step, a multiple of the 64 bytes of an example.
-        tolerance: The most by which a loss of the two runs, or a logit after reloading, may differ.
+        tolerance: The most by which the losses of the two runs, and the logits of a reloaded adapter, may differ.
     """
 
     device: str = "cpu"
@@ -71,9 +75,19 @@ class Settings:
             raise DemoError(f"--device {self.device!r} is none of 'cpu', 'cuda' and 'cuda:N'.")
         if unknown := [name for name in self.models if name not in MODELS]:
             raise DemoError(f"--models {unknown[0]!r} is none of {', '.join(MODELS)}.")
-        for name, unit in {"tokens": SEQUENCE, "hidden_size": 8}.items():
-            if getattr(self, name) % unit:
-                raise DemoError(f"--{name.replace('_', '-')} {getattr(self, name)} is not a multiple of {unit}.")
+        units = {
+            "tokens": SEQUENCE,
+            "hidden_size": 8,
+            "steps": 1,
+            "prepare_steps": 1,
+            "experts": 1,
+            "layers": 1,
+            "rank": 1,
+        }
+        for name, unit in units.items():
+            value = getattr(self, name)
+            if value < unit or value % unit:
+                raise DemoError(f"--{name.replace('_', '-')} {value} is not a positive multiple of {unit}.")
 
 
 @dataclass(frozen=True)
@@ -147,9 +161,6 @@ class Outcome:
         return asdict(self) | compared
 
 
-# ---------------------------------------------------------------------------------------------------------- the stages
-
-
 @dataclass(frozen=True)
 class _Job:
     settings: Settings
@@ -158,12 +169,12 @@ class _Job:
 
     @property
     def device(self) -> str:
-        """"cpu" or "cuda": the process sees the one GPU it should use."""
+        """ "cpu" or "cuda": the process sees the one GPU it should use."""
         return self.settings.device.partition(":")[0]
 
 
 def _emit(**event: Any) -> None:
-    print(_MARK + json.dumps(event), file=sys.__stdout__, flush=True)  # noqa: T201
+    print(_MARK + json.dumps(event), file=sys.__stdout__, flush=True)
 
 
 def _text(pattern: str) -> bytes:
@@ -189,7 +200,10 @@ def _base_model(job: _Job, prepared: bool = True) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     s = job.settings
-    experts = {"qwen3_moe": ("num_experts", "moe_intermediate_size"), "gpt_oss": ("num_local_experts", "intermediate_size")}
+    experts = {
+        "qwen3_moe": ("num_experts", "moe_intermediate_size"),
+        "gpt_oss": ("num_local_experts", "intermediate_size"),
+    }
     num_experts, intermediate_size = experts[job.model]
     sizes = {num_experts: s.experts, intermediate_size: s.hidden_size, "num_experts_per_tok": min(4, s.experts)}
     config = AutoConfig.for_model(
@@ -368,9 +382,6 @@ def _stage(stage: str, model: str, folder: str, settings: str) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------- the procession
-
-
 def _environment(settings: Settings, ours: bool) -> dict[str, str]:
     environment = os.environ | {"PEFT_MOE_COMPAT": "1" if ours else "0", "HF_HUB_OFFLINE": "1"}
     if settings.device != "cpu":
@@ -393,15 +404,11 @@ def _run_stage(stage: str, job: _Job, on_step: Callable[[int, float | None], Non
     with tempfile.TemporaryFile("w+") as errors:
         environment = _environment(job.settings, ours=stage == "ours")
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:  # noqa: S603
-            try:
-                for line in process.stdout or ():
-                    if line.startswith(_MARK):
-                        last = json.loads(line.removeprefix(_MARK))
-                        if "step" in last:
-                            on_step(last["step"], last.get("loss"))
-            except BaseException:
-                process.kill()  # an interrupted demo leaves nothing running
-                raise
+            for line in process.stdout or ():
+                if line.startswith(_MARK):
+                    last = json.loads(line.removeprefix(_MARK))
+                    if "step" in last:
+                        on_step(last["step"], last.get("loss"))
         errors.seek(0)
         if "refused" in last:
             kind = NoExpertParametersError if last["kind"] == NoExpertParametersError.__name__ else DemoError
@@ -461,9 +468,9 @@ def run(settings: Settings, out: Path, console: Console) -> list[str]:
     """
     from rich import progress as bars
 
-    for needed in ("matplotlib", "accelerate"):
-        if installed_versions(needed)[needed] == "not installed":
-            raise DemoError(f'The demo needs {needed}: pip install "peft-moe-compat[demo]"')
+    for name, version in installed_versions("matplotlib", "accelerate", "torch", "peft", "transformers").items():
+        if version == "not installed":
+            raise DemoError(f'The demo needs {name}: pip install "peft-moe-compat[demo]"')
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(bar_width=24),
@@ -491,55 +498,62 @@ def run(settings: Settings, out: Path, console: Console) -> list[str]:
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
-    """Prints the table, and why a run of this package went through PEFT's own forward."""
+    """Prints the table, and what follows from it for each model. Fits 80 columns."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="LoRA on the experts, float32")
-    for heading in ("model", "run", "forward", "loss", "step", "peak memory", "reloaded"):
+    table = Table(title="LoRA on the experts", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("model", "run", "forward", "loss", "step", "peak", "reload"):
         table.add_column(heading, justify="left" if heading in ("model", "run", "forward") else "right")
     for outcome in outcomes:
-        stock = outcome.legs["stock"]
         for name, leg in outcome.legs.items():
-            step, peak = f"{leg.step_ms:.0f} ms", "not measured" if leg.peak_mib is None else f"{leg.peak_mib:.0f} MiB"
-            if name == "ours":
-                step += f" ({stock.step_ms / leg.step_ms:.1f}x as fast)"
-                peak += f" ({leg.peak_mib / stock.peak_mib:.0%})" if leg.peak_mib and stock.peak_mib else ""
-            losses = f"{leg.losses[0]:.3f} -> {leg.losses[-1]:.3f}"
-            reloaded = f"{outcome.reload_difference[name]:.1e}"
-            table.add_row(MODELS[outcome.model], LEGS[name], leg.path, losses, step, peak, reloaded)
+            losses = f"{leg.losses[0]:.2f} -> {leg.losses[-1]:.2f}"
+            peak = "-" if leg.peak_mib is None else f"{leg.peak_mib:.0f} MiB"
+            reloaded = f"{outcome.reload_difference[name]:.0e}"
+            table.add_row(MODELS[outcome.model], LEGS[name], leg.path, losses, f"{leg.step_ms:.0f} ms", peak, reloaded)
     console.print(table)
-    console.print("loss: nats per byte. peak memory: above the wrapped model. reloaded: largest difference of a logit.")
+    console.print(_LEGEND, style="dim", highlight=False)
     for outcome in outcomes:
-        reason = outcome.legs["ours"].reason
-        note = f" Both runs took PEFT's own forward: {reason}." if reason else ""
-        console.print(f"{MODELS[outcome.model]}: the losses differ by at most {outcome.loss_difference:.1e}.{note}")
+        stock, ours = outcome.legs["stock"], outcome.legs["ours"]
+        note = f"both runs took PEFT's own forward: {ours.reason}"
+        if ours.path != stock.path:
+            note = f"{stock.step_ms / ours.step_ms:.1f}x as fast"
+            note += f", {ours.peak_mib / stock.peak_mib:.0%} of the memory" if ours.peak_mib and stock.peak_mib else ""
+        message = f"{MODELS[outcome.model]}: the losses differ by at most {outcome.loss_difference:.0e}; {note}."
+        console.print(message, markup=False, highlight=False)
 
 
 def draw(outcomes: list[Outcome], settings: Settings, path: Path) -> None:
     """Writes the picture: per model the two loss curves, the step times and the peak memory."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     colours = {"stock": "#f4a259", "ours": "#1d3557"}
-    lines: dict[str, dict[str, Any]] = {"stock": {"linewidth": 6, "alpha": 0.75}, "ours": {"linewidth": 1.6, "ls": "--"}}
-    figure = Figure(figsize=(12, 3.6 * len(outcomes) + 0.7), layout="constrained")
+    lines: dict[str, dict[str, Any]] = {
+        "stock": {"linewidth": 6, "alpha": 0.75},
+        "ours": {"linewidth": 1.6, "ls": "--"},
+    }
     s = settings
+    figure: Any = Figure(figsize=(13, 3.7 * len(outcomes) + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     figure.suptitle(
-        f"LoRA (r={s.rank}) on {s.layers} layers of {s.experts} experts, hidden size {s.hidden_size}, "
-        f"{s.tokens} tokens a step, float32 on {s.device}"
+        f"LoRA of rank {s.rank} on {s.layers} x {s.experts} experts (layers x experts), hidden size {s.hidden_size}, "
+        f"{s.tokens} tokens a step, float32, {s.device}"
     )
-    grid = figure.subplots(len(outcomes), 3, squeeze=False, width_ratios=(2.2, 1, 1))
+    grid = figure.subplots(len(outcomes), 3, squeeze=False, width_ratios=(2, 1, 1))
     for (curve, times, memory), outcome in zip(grid, outcomes, strict=True):
         for name, leg in outcome.legs.items():
-            steps = range(1, len(leg.losses) + 1)
-            curve.plot(steps, leg.losses, color=colours[name], label=LEGS[name], **lines[name])
+            label = f"{LEGS[name]}, forward: {leg.path}"
+            curve.plot(range(1, len(leg.losses) + 1), leg.losses, color=colours[name], label=label, **lines[name])
         curve.set_title(f"{MODELS[outcome.model]}: losses differ by at most {outcome.loss_difference:.1e}", fontsize=11)
         curve.set(xlabel="step", ylabel="loss (nats per byte)")
+        curve.xaxis.set_major_locator(MaxNLocator(integer=True))
         curve.legend(frameon=False)
-        _bars(times, "step time", "ms", {name: leg.step_ms for name, leg in outcome.legs.items()}, colours)
-        _bars(memory, "peak memory", "MiB", {name: leg.peak_mib for name, leg in outcome.legs.items()}, colours)
+        _bars(times, "median step time", "ms", {name: leg.step_ms for name, leg in outcome.legs.items()}, colours)
+        _bars(memory, "peak memory in training", "MiB", {n: leg.peak_mib for n, leg in outcome.legs.items()}, colours)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
 
 
 def _bars(axes: Any, title: str, unit: str, heights: dict[str, float | None], colours: dict[str, str]) -> None:
@@ -549,9 +563,10 @@ def _bars(axes: Any, title: str, unit: str, heights: dict[str, float | None], co
     if not known:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         return
-    bars = axes.bar([LEGS[name] for name in known], list(known.values()), color=[colours[name] for name in known], width=0.6)
+    labels, fills = [LEGS[name] for name in known], [colours[name] for name in known]
+    bars = axes.bar(labels, list(known.values()), color=fills, width=0.55)
     axes.bar_label(bars, fmt=f"%.0f {unit}", padding=3)
-    axes.margins(y=0.15)
+    axes.margins(x=0.2, y=0.15)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,7 @@ def experts_forward(
     """
     T, k = top_k_index.shape
     up_name = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
-    # The bias-free experts of 5.0 to 5.23 keep E in their weights' first axis too, but reading it may dequantise.
-    E = module.num_experts
+    E = module.num_experts  # not read off a weight, whose every access may dequantise it
     expert_ids, order = torch.sort(top_k_index.reshape(-1))
     offs = _group_ends(expert_ids, E)
     # Sentinel rows sort to the tail, past offs[-1], where the grouped products leave results undefined.
@@ -90,7 +89,7 @@ def experts_forward(
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
     # Not index_add: the sum over k has a fixed order, and runs in float32 inside.
-    return weighted[back].view(T, k, -1).sum(dim=1).to(hidden_states.dtype)
+    return weighted[back].view(T, k, weighted.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _group_ends(sorted_ids: Tensor, num_experts: int) -> Tensor:

@@ -179,7 +179,7 @@ def gradients(module: nn.Module, inputs: dict[str, Tensor], keywords: dict[str, 
     module.zero_grad()
     leaves = {n: v.detach().clone().requires_grad_(v.is_floating_point()) for n, v in inputs.items()}
     out = module(*leaves.values(), **keywords)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out).to(out.dtype)
     (out * weight).sum().backward()
     result = {"output": out.detach()}
     result |= {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -195,6 +195,16 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         error = (ours[name].double() - expected.double()).abs().max() / scale
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
         assert expected.count_nonzero() > 0, f"{name} is all zero: it would agree with anything"
+
+
+def add_adapter(wrapper: Any, name: str, r: int, scaling: float = 0.7) -> None:
+    """A further adapter on one wrapper, made by hand: most releases refuse a second one on target_parameters."""
+    first = next(iter(wrapper.lora_A))
+    A, B = wrapper.lora_A[first], wrapper.lora_B[first]
+    rows = r * wrapper.num_experts
+    wrapper.lora_A[name] = nn.Linear(A.in_features, rows, bias=False, dtype=A.weight.dtype)
+    wrapper.lora_B[name] = nn.Linear(rows, B.out_features, bias=False, dtype=A.weight.dtype)
+    wrapper.r[name], wrapper.lora_alpha[name], wrapper.scaling[name] = r, r * scaling, scaling
 
 
 def wrappers(model: nn.Module) -> list[Any]:
