@@ -23,7 +23,7 @@ from . import __version__, patch, releases
 from . import demo as demo_run
 from .errors import CompatWarning, PatchConflictError, PeftMoeCompatError, UnsupportedPeftError
 
-__all__ = ["Findings", "app", "inspect"]
+__all__ = ["Findings", "app", "examine"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,7 +88,7 @@ class Findings:
         }
 
 
-def inspect() -> Findings:
+def examine() -> Findings:
     """Activates the package and looks at what it then works with; whatever keeps it from working is the `reason`."""
     needed = releases.installed_versions("torch", "peft", "transformers")
     found = Findings({"peft-moe-compat": __version__, "python": platform.python_version(), **needed})
@@ -136,6 +136,8 @@ def _look_closer(found: Findings, peft_version: str) -> None:
 
 def _show(found: Findings, console: Console) -> None:
     table = Table(title="peft_moe_compat check", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, version in found.versions.items():
         table.add_row(name, version)
     table.add_section()
@@ -176,7 +178,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Shows whether the package works here: versions, layout rule, probe, backends, known issues. Exit code 0 or 1."""
-    found = inspect()
+    found = examine()
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:

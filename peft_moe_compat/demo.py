@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -136,8 +137,9 @@ class Outcome:
 
     @property
     def loss_difference(self) -> float:
-        """Largest difference of the two runs' losses over all steps."""
-        return max(abs(a - b) for a, b in zip(self.legs["stock"].losses, self.legs["ours"].losses, strict=True))
+        """Largest difference of the two runs' losses over all steps; nan if there is one."""
+        pairs = zip(self.legs["stock"].losses, self.legs["ours"].losses, strict=True)
+        return max((abs(a - b) for a, b in pairs), key=lambda d: math.inf if math.isnan(d) else d)
 
     def problems(self, tolerance: float) -> Iterator[str]:
         """What the demo claims and this model contradicts."""
@@ -419,9 +421,10 @@ def _run_stage(stage: str, job: _Job, on_step: Callable[[int, float | None], Non
 
 
 def _why_failed(stage: str, model: str, code: int, errors: str) -> str:
-    versions = installed_versions("peft", "transformers")
-    message = f"The stage {stage!r} of {MODELS[model]} failed (exit code {code}):\n{errors.strip()[-1500:]}"
-    for issue in known_issues(**versions):
+    last = errors.rpartition("Traceback (most recent call last):")[2].splitlines()
+    said = [line for line in last if line.strip() and not line.startswith("  ")][-8:]  # the indented ones are code
+    message = "\n".join([f"The stage {stage!r} of {MODELS[model]} failed (exit code {code}):", *said])
+    for issue in known_issues(**installed_versions("peft", "transformers")):
         message += f"\nKnown of this PEFT and transformers: {issue.symptom}. Remedy: {issue.remedy}."
     return message
 

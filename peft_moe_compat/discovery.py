@@ -67,6 +67,8 @@ def expert_parameters(
         exact = full.rpartition(".")[0] in parametrised
         for length in range(len(parts) if exact else 2, len(parts) + 1):
             ending = parts[-length:]
+            if ending[0].isdigit() and length < len(parts):
+                continue  # "layers.3.mlp..." reads better than "3.mlp..."
             if length == len(parts) or not any(other[-length:] == ending for other in others):
                 targets[".".join(ending)] = None
                 break

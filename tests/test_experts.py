@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_moe_compat import ExpertLora, LayoutError
 from peft_moe_compat.experts import experts_forward
-from tests import zoo
+import zoo
 
 
 class Experts(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import peft_moe_compat
 from peft_moe_compat import families
 from peft_moe_compat.wrappers import native_reason
-from tests import zoo
+import zoo
 
 FLOAT32, FLOAT64_VS_32 = 2e-5, 1e-4
 # 2 * I == H makes gate_up square and I == H down, where a flipped layout fits and only the numbers tell.

@@ -12,7 +12,7 @@ from torch import nn
 import peft_moe_compat
 from peft_moe_compat import ExpertLora, LayoutError, wrappers
 from peft_moe_compat.wrappers import expert_loras, wrapper_chain
-from tests import zoo
+import zoo
 
 FOUND = (zoo.DECORATED or zoo.UNDECORATED)[0]
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]

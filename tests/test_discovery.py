@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import peft_moe_compat
+from peft_moe_compat import CompatWarning, NoExpertParametersError, expert_parameters, report
+from peft_moe_compat.families import routed_experts
+import zoo
+
+
+def wrapped_parameters(model):
+    return {(id(w.get_base_layer()), w.parameter_name) for w in zoo.wrappers(model)}
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_peft_wraps_every_routed_expert_parameter_and_nothing_else(family):
+    model = zoo.tiny_model(family)
+    expected = {(id(module), n) for _, module, names in routed_experts(model) for n in names}
+    assert expected
+    assert all(p.ndim == 3 for _, m, names in routed_experts(model) for p in (getattr(m, n) for n in names))
+    wrapped = zoo.peft_model(model)
+    assert wrapped_parameters(wrapped) == expected
+    others = [n for n, p in wrapped.named_parameters() if p.requires_grad and "experts" not in n]
+    assert others == []
+
+
+@pytest.mark.parametrize("found", zoo.CLASSES, ids=str)
+def test_every_class_is_known_as_routed_or_left_out(found):
+    """Every class with fused experts in the installed transformers is found; shared experts are not."""
+    experts = zoo.build(found)
+    inside = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
+    stacks = {n for n, p in experts.named_parameters() if p.ndim == 3}
+    assert {n for _, _, names in routed_experts(inside) for n in names} == stacks
+    shared = nn.ModuleDict({"mlp": nn.ModuleDict({"shared_experts": experts})})
+    assert list(routed_experts(shared)) == []
+
+
+def test_targets_are_the_shortest_unambiguous_endings():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.is_transposed = False
+            self.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 3))
+            self.down_proj = nn.Parameter(torch.zeros(2, 3, 2))
+
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.zeros(3, 2))
+
+    def block(experts):
+        return nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([block(Experts()), block(Dense()), block(Experts())])})
+    assert expert_parameters(model) == [
+        "experts.gate_up_proj",
+        "layers.0.mlp.experts.down_proj",
+        "layers.2.mlp.experts.down_proj",
+    ]
+
+
+def test_projections_and_layers_can_be_picked():
+    model = zoo.tiny_model(zoo.FAMILIES[-1])
+    assert expert_parameters(model, projections=["down_proj"]) == ["experts.down_proj"]
+    last = expert_parameters(model, layers=[1])
+    assert last == ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
+    with pytest.raises(NoExpertParametersError, match=r"projections=\['up'\].*has the projections|have the projections"):
+        expert_parameters(model, projections=["up"])
+    with pytest.raises(NoExpertParametersError, match=r"layers=\[7\]"):
+        expert_parameters(model, layers=[7])
+
+
+def test_names_of_a_wrapped_model_are_those_of_the_bare_one():
+    model = zoo.tiny_model(zoo.FAMILIES[0])
+    before = expert_parameters(model)
+    assert expert_parameters(zoo.peft_model(model)) == before
+
+
+def small(config_class, **sizes):
+    common = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config_class(**common | sizes))
+
+
+def test_a_dense_model_has_none():
+    with pytest.raises(NoExpertParametersError, match="LlamaForCausalLM has no routed expert.*no 3-D parameter at all"):
+        expert_parameters(small(transformers.LlamaConfig, intermediate_size=32))
+
+
+def test_separate_experts_are_told_apart_from_none():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(2, 2)])
+
+    with pytest.raises(NoExpertParametersError, match=r"experts is a list of Linear.*target_modules"):
+        expert_parameters(Block())
+
+
+def test_unknown_stacks_are_listed_and_can_be_declared():
+    class Gates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 4, 5))
+
+    model = nn.ModuleDict({"block": Gates()})
+    with pytest.raises(NoExpertParametersError, match=r"block.weight \(3, 4, 5\).*declare_layout"):
+        expert_parameters(model)
+    peft_moe_compat.declare_layout(Gates, is_transposed=False)
+    assert expert_parameters(model) == ["block.weight"]
+
+
+def test_dbrx_is_refused_since_its_wrapped_forward_cannot_run():
+    from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
+    from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
+
+    import inspect
+
+    takes = inspect.signature(DbrxExpertGLU.__init__).parameters
+    sizes = {"hidden_size": 8, "ffn_hidden_size": 4, "moe_num_experts": 2}
+    config = DbrxFFNConfig(**{k: v for k, v in sizes.items() if k != "hidden_size"}, hidden_size=8)
+    config.ffn_act_fn = {"name": "silu"}
+    given = {"config": config} if "config" in takes else sizes | {"ffn_act_fn": {"name": "silu"}}
+    model = nn.ModuleDict({"experts": nn.ModuleDict({"mlp": DbrxExpertGLU(**given)})})
+    with pytest.raises(NoExpertParametersError, match="flat 2-D weights"):
+        expert_parameters(model)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_the_report_of_a_whole_model(family):
+    model = zoo.tiny_model(family)
+    bare = report(model)
+    assert {p.path for row in bare.rows for p in row.parameters} == {"base"}
+    wrapped = zoo.peft_model(model)
+    full = report(wrapped)
+    assert full.active
+    assert full.warnings == ()
+    fast = bool(zoo.DECORATED)
+    for row in full.rows:
+        assert row.is_transposed is not None
+        for parameter in row.parameters:
+            assert parameter.wrapped
+            assert parameter.path == ("grouped_mm" if fast else "peft")
+            assert bool(parameter.reason) != fast
+            (adapter,) = parameter.adapters
+            assert (adapter.name, adapter.rank, adapter.active, adapter.gradient) == ("default", zoo.R, True, "yes")
+    assert json.loads(full.to_json())["rows"][0]["cls"] == full.rows[0].cls
+    text = str(full)
+    assert "default r=3" in text
+    assert "\x1b" not in text
+    peft_moe_compat.deactivate()
+    reasons = {p.reason for row in report(wrapped).rows for p in row.parameters}
+    assert reasons == {"peft_moe_compat is not active"} if fast else all("registry" in r for r in reasons)
+
+
+def test_layers_share_a_line():
+    model = zoo.peft_model(zoo.tiny_model("gpt_oss", num_hidden_layers=4, layer_types=["full_attention"] * 4))
+    assert "layers.{0-3}.mlp.experts" in "".join(str(report(model)).split())
+
+
+def test_eager_and_replaced_forwards_are_reported_with_their_reason():
+    holder = zoo.wrap(zoo.build(zoo.CLASSES[0]), [f"experts.{n}" for n in names_of(zoo.CLASSES[0])])
+    experts = zoo.wrappers(holder)[0].get_base_layer()
+    experts.forward = lambda *a, **k: None
+    (row,) = report(holder).rows
+    assert {p.path for p in row.parameters} == {"peft"}
+    del experts.forward
+    if zoo.DECORATED:
+        experts.config._experts_implementation = "eager"
+        (row,) = report(holder).rows
+        assert "'eager'" in row.parameters[0].reason
+
+
+def names_of(found):
+    from peft_moe_compat.families import projections
+
+    return projections(zoo.build(found))
+
+
+def test_disabled_and_merged_are_said():
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    model.merge_adapter()
+    assert "merged" in report(model).rows[0].parameters[0].reason
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        first = report(model).rows[0].parameters[0]
+        assert "disabled" in first.reason
+        assert not first.adapters[0].active
+
+
+def test_it_warns_of_parameters_left_out():
+    model = zoo.tiny_model(zoo.FAMILIES[-1])
+    only = expert_parameters(model, projections=["down_proj"])
+    wrapped = zoo.peft_model(model, target_parameters=only)
+    with pytest.warns(CompatWarning, match="2 of 4 expert parameters are not adapted.*expert_parameters"):
+        assert report(wrapped).warnings
+
+
+def test_it_warns_of_an_adapter_on_some_parameters_only_and_of_lost_gradients():
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    chain = zoo.wrappers(model)
+    zoo.add_adapter(chain[0], "second", r=2)
+    with pytest.warns(CompatWarning, match="'second' is missing on 3 of 4"):
+        report(model)
+    chain[0].delete_adapter("second")
+    chain[1].lora_B["default"].weight.requires_grad_(False)
+    with pytest.warns(CompatWarning, match="'default' trains only in part.*1 expert parameters"):
+        assert report(model).warnings

@@ -1,0 +1,252 @@
+"""Activation: visible, idempotent, reversible, patient with import orders, and wary of other people's patches."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+
+import pytest
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+
+import peft_moe_compat
+from peft_moe_compat import CompatWarning, PatchConflictError, UnsupportedPeftError, patch
+from peft_moe_compat.patch import _experts_registry
+from peft_moe_compat.wrappers import TAKEN_IMPLEMENTATIONS
+import zoo
+
+
+TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def run(code: str, **environment: str) -> str:
+    """The output of a fresh interpreter."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore::FutureWarning", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def state():
+    """Everything activation touches: the class's own forward, and the registry's own and shared entries."""
+    registry = _experts_registry()
+    entries = {} if registry is None else {k: registry[k] for k in TAKEN_IMPLEMENTATIONS if k in registry}
+    local = {} if registry is None else dict(registry._local_mapping)
+    return ParamWrapper.__dict__["forward"], entries, local
+
+
+def test_on_off_on_puts_back_exactly_what_was_there():
+    peft_moe_compat.deactivate()
+    before = state()
+    for _ in range(2):
+        handle = peft_moe_compat.activate()
+        assert handle is peft_moe_compat.activate()
+        assert handle.active
+        assert peft_moe_compat.is_active()
+        assert state()[0] is not before[0]
+        handle.restore()
+        handle.restore()
+        assert not handle.active
+        assert state() == before
+    with peft_moe_compat.activate():
+        assert peft_moe_compat.is_active()
+    peft_moe_compat.deactivate()
+    assert state() == before
+
+
+def test_an_entry_the_user_had_registered_locally_comes_back():
+    registry = _experts_registry()
+    if registry is None:
+        pytest.skip("transformers before 5.0 has no experts registry")
+    peft_moe_compat.deactivate()
+    stock = registry["grouped_mm"]
+    registry["grouped_mm"] = stock
+    with peft_moe_compat.activate():
+        assert registry["grouped_mm"] is not stock
+    assert registry._local_mapping["grouped_mm"] is stock
+    del registry["grouped_mm"]
+
+
+def test_a_foreign_patch_is_refused_by_name_and_nothing_is_touched():
+    peft_moe_compat.deactivate()
+    genuine = ParamWrapper.forward
+
+    @functools.wraps(genuine)
+    def foreign(self, *args, **kwargs):
+        return genuine(self, *args, **kwargs)
+
+    ParamWrapper.forward = foreign
+    try:
+        before = state()
+        with pytest.raises(PatchConflictError, match=r"ParamWrapper.forward is already patched by test_patch"):
+            peft_moe_compat.activate()
+        assert state() == before
+        assert not peft_moe_compat.is_active()
+        patch._waiting = True
+        with pytest.warns(CompatWarning, match="inactive.*already patched by test_patch"):
+            patch._activate_or_warn(None)
+    finally:
+        ParamWrapper.forward = genuine
+
+
+def test_a_foreign_registry_entry_is_refused_too():
+    registry = _experts_registry()
+    if registry is None:
+        pytest.skip("transformers before 5.0 has no experts registry")
+    peft_moe_compat.deactivate()
+    before = state()
+    registry["batched_mm"] = lambda *args, **kwargs: None
+    try:
+        with pytest.raises(PatchConflictError, match="'batched_mm' is already patched by test_patch"):
+            peft_moe_compat.activate()
+        assert state()[0] is before[0]
+    finally:
+        del registry["batched_mm"]
+
+
+def test_a_patch_on_top_of_ours_blocks_the_way_back():
+    handle = peft_moe_compat.activate()
+    ours = ParamWrapper.forward
+    ParamWrapper.forward = lambda self, *args, **kwargs: ours(self, *args, **kwargs)
+    try:
+        with pytest.raises(PatchConflictError, match="replaced by test_patch.*Undo that patch first"):
+            handle.restore()
+        assert handle.active
+    finally:
+        ParamWrapper.forward = ours
+    handle.restore()
+    assert not handle.active
+
+
+def test_an_unsupported_peft_raises_on_request_and_warns_on_import(monkeypatch):
+    from peft_moe_compat import wrappers
+
+    def refuse():
+        raise UnsupportedPeftError("no rule for this one")
+
+    peft_moe_compat.deactivate()
+    monkeypatch.setattr(wrappers, "installed_rule", refuse)
+    with pytest.raises(UnsupportedPeftError, match="no rule"):
+        peft_moe_compat.activate()
+    monkeypatch.setattr(patch, "_waiting", True)
+    with pytest.warns(CompatWarning, match="inactive: no rule"):
+        patch._activate_or_warn(None)
+    assert not peft_moe_compat.is_active()
+
+
+def test_threads_activate_once_and_forward_while_others_toggle():
+    """Whatever half of a toggle a forward meets, it gives PEFT's numbers: neither path leaves state on the module."""
+    peft_moe_compat.deactivate()
+    holder = zoo.wrap(zoo.build(next(c for c in zoo.CLASSES if c.package in ("mixtral", "llama4"))), TARGETS)
+    index, weights = zoo.routing()
+    hidden = torch.randn(zoo.E * zoo.T if "Llama4" in repr(holder) else zoo.T, zoo.H)
+    given = (hidden,) if "Llama4" in repr(holder) else (hidden, index, weights)
+    expected = holder["experts"](*given)
+    handles, wrong = set(), []
+    barrier = threading.Barrier(6)
+
+    def toggle():
+        barrier.wait()
+        for _ in range(50):
+            handles.add(id(peft_moe_compat.activate()))
+
+    def forward():
+        barrier.wait()
+        # PEFT's own forward parametrizes the shared module, so threads take copies of their own.
+        mine = copy.deepcopy(holder)
+        for _ in range(20):
+            out = mine["experts"](*given)
+            if not torch.allclose(out, expected, atol=1e-4):
+                wrong.append(out)
+
+    threads = [threading.Thread(target=t) for t in (toggle, toggle, toggle, forward, forward, forward)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(handles) == 1
+    assert wrong == []
+
+
+def test_the_import_is_light_and_waits_for_peft():
+    out = run(
+        """
+        import sys, time
+        start = time.perf_counter()
+        import peft_moe_compat
+        seconds = time.perf_counter() - start
+        heavy = [m for m in ("torch", "peft", "transformers", "numpy") if m in sys.modules]
+        print(heavy, peft_moe_compat.is_active())
+        import peft
+        print(peft_moe_compat.is_active())
+        """
+    )
+    assert out.split("\n") == ["[] False", "True"]
+
+
+def test_the_import_takes_well_under_100_ms():
+    code = "import time; s = time.perf_counter(); import peft_moe_compat; print(time.perf_counter() - s)"
+    fastest = min(float(run(code)) for _ in range(5))
+    assert fastest < 0.1
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import peft_moe_compat; import peft",
+        "import peft; import peft_moe_compat",
+        "import transformers; import peft_moe_compat; from peft.tuners.lora.layer import ParamWrapper",
+        "import peft_moe_compat; peft_moe_compat.activate()",
+    ],
+)
+def test_every_import_order_ends_active(imports):
+    out = run(f"{imports}\nimport peft_moe_compat as p; h = p.activate(); print(p.is_active(), h is p.activate())")
+    assert out == "True True"
+
+
+def test_the_environment_switch():
+    code = "import peft_moe_compat as p, peft; print(p.is_active()); p.activate(); print(p.is_active())"
+    assert run(code, PEFT_MOE_COMPAT="0").split("\n") == ["False", "True"]
+
+
+def test_deactivating_before_peft_arrives_cancels_the_wait():
+    assert run("import peft_moe_compat as p; p.deactivate(); import peft; print(p.is_active())") == "False"
+
+
+def test_the_light_modules_import_neither_peft_nor_transformers():
+    out = run(
+        """
+        import sys
+        import peft_moe_compat.layout, peft_moe_compat.releases
+        print([m for m in ("peft", "transformers") if m in sys.modules], "torch" in sys.modules)
+        import peft_moe_compat.grouped_mm, peft_moe_compat.experts, peft_moe_compat.wrappers, peft_moe_compat.discovery
+        print([m for m in ("peft", "transformers", "triton") if m in sys.modules])
+        """,
+        PEFT_MOE_COMPAT="0",
+    )
+    first, second = out.split("\n")
+    assert first == "[] True"
+    assert "peft" not in second
+    assert "transformers" not in second
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_not():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in peft_moe_compat.__all__:
+            assert getattr(peft_moe_compat, name) is not None
+    assert set(peft_moe_compat.__all__) <= set(dir(peft_moe_compat))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        peft_moe_compat.nonsense  # noqa: B018
