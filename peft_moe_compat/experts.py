@@ -27,8 +27,13 @@ def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor) ->
     return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
 
 
-def _project(x: Tensor, module: Any, name: str, lora: ExpertLora | None, offs: Tensor, expert_ids: Tensor) -> Tensor:
-    """One projection of every routed row, LoRA and bias included: "S in" -> "S out"."""
+def _project(
+    x: Tensor, module: Any, name: str, lora: ExpertLora | None, offs: Tensor, expert_ids: Tensor, widen: bool
+) -> Tensor:
+    """One projection of every routed row, LoRA and bias included: "S in" -> "S out".
+
+    With `widen` the sum of base and LoRA is kept in float32 where the weight is of lower precision.
+    """
     weight = getattr(module, name)  # read once: a parametrised weight is computed at each access
     if not families.is_transposed(module):
         weight = weight.transpose(1, 2)  # "E out in -> E in out"
@@ -36,6 +41,8 @@ def _project(x: Tensor, module: Any, name: str, lora: ExpertLora | None, offs: T
     if lora is not None:
         E, in_features, out_features = weight.shape
         lora.check(E, out_features, in_features, f"{type(module).__name__}.{name}")
+        if widen and y.dtype.itemsize < 4:
+            y = y.float()
         y += _lora_term(x, lora, weight.dtype, offs)
     if module.has_bias:
         y += getattr(module, f"{name}_bias")[expert_ids]
@@ -79,9 +86,12 @@ def experts_forward(
     row_weights = top_k_weights.reshape(-1)[order].unsqueeze(-1)
 
     x = _without(hidden_states[order // k], elsewhere)  # its backward keeps undefined gradients out of hidden_states
-    up = _without(_project(x, module, up_name, expert_lora.get(up_name), offs, expert_ids), elsewhere)
+    # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
+    # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
+    up = _without(_project(x, module, up_name, expert_lora.get(up_name), offs, expert_ids, widen=True), elsewhere)
     h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
-    down = _without(_project(h, module, "down_proj", expert_lora.get("down_proj"), offs, expert_ids), elsewhere)
+    down_lora = expert_lora.get("down_proj")
+    down = _without(_project(h, module, "down_proj", down_lora, offs, expert_ids, widen=False), elsewhere)
     if getattr(module, "has_post_expert_norm", False):
         down = module.post_expert_norm(down)
     weighted = down * row_weights

@@ -49,7 +49,7 @@ def stages(monkeypatch):
 
 def test_a_small_run_keeps_what_it_claims(tmp_path):
     result = invoke(tmp_path / "shown", models="gpt_oss")
-    assert result.exit_code == 0, result.output + result.stderr
+    assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "shown" / "demo.json").read_text())
     assert document["problems"] == []
     (outcome,) = document["models"]
@@ -95,7 +95,7 @@ def test_a_claim_that_does_not_hold_is_an_error(tmp_path, stages, stage, change,
     stages[stage].update(change)
     result = invoke(tmp_path, models="gpt_oss")
     assert result.exit_code == 1
-    assert message in result.stderr
+    assert message in result.output
     assert len(json.loads((tmp_path / "demo.json").read_text())["problems"]) == 1
 
 
@@ -119,7 +119,7 @@ def test_a_model_without_fused_experts_is_left_out(tmp_path, stages, monkeypatch
     assert [bool(o["skipped"]) for o in json.loads((tmp_path / "demo.json").read_text())["models"]] == [True, False]
     result = invoke(tmp_path, models="qwen3_moe")
     assert result.exit_code == 1
-    assert "None of the models has fused experts" in result.stderr
+    assert "None of the models has fused experts" in result.output
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_model_without_fused_experts_is_left_out(tmp_path, stages, monkeypatch
 def test_options_that_make_no_sense_are_refused(tmp_path, options, message):
     result = invoke(tmp_path, **options)
     assert result.exit_code == 1
-    assert message in result.stderr
+    assert message in result.output
 
 
 def test_what_the_demo_needs_is_named(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_what_the_demo_needs_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "installed_versions", lambda *n: {**installed(*n), "matplotlib": "not installed"})
     result = invoke(tmp_path)
     assert result.exit_code == 1
-    assert 'The demo needs matplotlib: pip install "peft-moe-compat[demo]"' in result.stderr
+    assert 'The demo needs matplotlib: pip install "peft-moe-compat[demo]"' in result.output
 
 
 def a_job(tmp_path, **options):
