@@ -7,6 +7,9 @@ import torch
 
 import peft_moe_compat
 
+# The tensors here are tiny: a second thread costs more in barriers than it computes.
+torch.set_num_threads(1)
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import transformers
+import zoo
 from torch import nn
 
 import peft_moe_compat
 from peft_moe_compat import CompatWarning, NoExpertParametersError, expert_parameters, report
 from peft_moe_compat.families import routed_experts
-import zoo
 
 
 def wrapped_parameters(model):
@@ -69,7 +69,7 @@ def test_projections_and_layers_can_be_picked():
     assert expert_parameters(model, projections=["down_proj"]) == ["experts.down_proj"]
     last = expert_parameters(model, layers=[1])
     assert last == ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
-    with pytest.raises(NoExpertParametersError, match=r"projections=\['up'\].*has the projections|have the projections"):
+    with pytest.raises(NoExpertParametersError, match=r"projections=\['up'\].*have the projections"):
         expert_parameters(model, projections=["up"])
     with pytest.raises(NoExpertParametersError, match=r"layers=\[7\]"):
         expert_parameters(model, layers=[7])
@@ -116,10 +116,10 @@ def test_unknown_stacks_are_listed_and_can_be_declared():
 
 
 def test_dbrx_is_refused_since_its_wrapped_forward_cannot_run():
+    import inspect
+
     from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
     from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
-
-    import inspect
 
     takes = inspect.signature(DbrxExpertGLU.__init__).parameters
     sizes = {"hidden_size": 8, "ffn_hidden_size": 4, "moe_num_experts": 2}

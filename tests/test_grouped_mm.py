@@ -66,7 +66,7 @@ def test_the_choice_of_backend():
 
 
 def test_without_a_torch_operator_the_loop_serves(monkeypatch):
-    x, w, offs, rows = make(([2, 3], 0, 8, 8, True), torch.float32)
+    x, w, offs, _ = make(([2, 3], 0, 8, 8, True), torch.float32)
     expected = grouped_mm(x, w, offs)
     monkeypatch.setattr(module, "_torch_grouped_mm", None)
     assert backend_for(x, w) == "loop"

@@ -34,9 +34,7 @@ def test_from_flat_is_the_definition(shape, orientation, packing, scaling):
     A, B = flat_pair(*shape, orientation)
     lora = from_flat(A, B, E, orientation=orientation, packing=packing, scaling=scaling)
     assert (lora.num_experts, lora.rank, lora.in_features, lora.out_features) == (E, r, features_in, features_out)
-    expected = torch.stack(
-        [delta_by_hand(A, B, e, E, r, orientation, packing, scaling) for e in range(E)]
-    )
+    expected = torch.stack([delta_by_hand(A, B, e, E, r, orientation, packing, scaling) for e in range(E)])
     torch.testing.assert_close(lora.delta(), expected)
     assert lora.A.untyped_storage().data_ptr() in {A.untyped_storage().data_ptr(), B.untyped_storage().data_ptr()}
 

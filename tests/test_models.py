@@ -210,7 +210,10 @@ def low_precision(dtype, lora_std, found, stock, projections=slice(None)):
     index, weights = zoo.routing(E, T, 2)
     given = {"hidden_states": torch.randn(T, H), "top_k_index": index, "top_k_weights": weights}
     given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()}
-    run = lambda module, values: module(*values.values()).detach().double()
+
+    def run(module, values):
+        return module(*values.values()).detach().double()
+
     base = run(experts, given)
     ours, theirs = run(holder["experts"], given), stock(run, holder["experts"], given)
     exact = copy.deepcopy(holder["experts"]).double()
@@ -218,7 +221,10 @@ def low_precision(dtype, lora_std, found, stock, projections=slice(None)):
     in_double = {n: v.double() if v.is_floating_point() else v for n, v in given.items()}
     reference = stock(run, exact, in_double)
     effect = reference - run(exact.get_base_layer(), in_double)
-    relative = lambda found, expected: ((found - expected).norm() / expected.norm()).item()
+
+    def relative(found, expected):
+        return ((found - expected).norm() / expected.norm()).item()
+
     return [(relative(o, reference), relative(o - base, effect)) for o in (ours, theirs)]
 
 

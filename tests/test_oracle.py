@@ -11,11 +11,11 @@ import inspect
 
 import pytest
 import torch
+import zoo
 
 import peft_moe_compat
 from peft_moe_compat import families
 from peft_moe_compat.wrappers import native_reason
-import zoo
 
 FLOAT32, FLOAT64_VS_32 = 2e-5, 1e-4
 # 2 * I == H makes gate_up square and I == H down, where a flipped layout fits and only the numbers tell.
@@ -117,7 +117,9 @@ def test_undecorated_classes_keep_pefts_numbers_exactly(found, stock):
         holder.zero_grad()
         out = holder["experts"](*inputs.values())
         out.square().sum().backward()
-        return {"output": out.detach()} | {n: p.grad.clone() for n, p in holder.named_parameters() if p.grad is not None}
+        return {"output": out.detach()} | {
+            n: p.grad.clone() for n, p in holder.named_parameters() if p.grad is not None
+        }
 
     ours, theirs = run(), stock(run)
     assert ours.keys() == theirs.keys()

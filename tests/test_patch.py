@@ -13,14 +13,13 @@ import warnings
 
 import pytest
 import torch
+import zoo
 from peft.tuners.lora.layer import ParamWrapper
 
 import peft_moe_compat
 from peft_moe_compat import CompatWarning, PatchConflictError, UnsupportedPeftError, patch
 from peft_moe_compat.patch import _experts_registry
 from peft_moe_compat.wrappers import TAKEN_IMPLEMENTATIONS
-import zoo
-
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 

@@ -1,0 +1,92 @@
+"""transformers 5.0 to 5.12 rewrite `ParamWrapper.update_layer` for the whole process in `model.load_adapter()`.
+
+Triggered for real, each time in a process of its own. Under releases without that patch the same script runs and the
+same must hold: whatever form the factors come out in, this library gives PEFT's numbers, or refuses where PEFT fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zoo
+
+SCRIPT = """
+import inspect, json, sys, tempfile
+import torch, zoo, peft_moe_compat
+from peft.tuners.lora.layer import ParamWrapper
+from peft_moe_compat import families
+from peft_moe_compat.wrappers import expert_loras
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+family, square = sys.argv[1], sys.argv[2] == "square"
+sizes = {"hidden_size": 48 if family == "mixtral" else 24} if square else {}  # 2 * I == H, or I == H
+lora = {"target_parameters": ["experts.gate_up_proj" if family == "mixtral" else "experts.down_proj"]} if square else {}
+base, ids = zoo.tiny_model(family, **sizes), zoo.token_ids()
+
+with tempfile.TemporaryDirectory() as folder:
+    zoo.peft_model(zoo.tiny_model(family, **sizes), **lora).save_pretrained(folder)
+    try:
+        base.load_adapter(folder)
+        loaded = "loaded"
+    except (TypeError, RuntimeError, ValueError) as error:
+        loaded = f"{type(error).__name__}: {error}"[:200]
+patched = "transformers" in inspect.unwrap(ParamWrapper.update_layer, stop=lambda f: "transformers" in f.__globals__["__name__"]).__globals__["__name__"]
+
+def outcome(model):
+    try:
+        return zoo.loss_and_gradients(model, ids)
+    except (RuntimeError, ValueError) as error:  # LayoutError is a ValueError
+        return error
+
+def compare(model):
+    if not zoo.wrappers(model):
+        return "no wrapper"
+    zoo.randomise(model)
+    ours = outcome(model)
+    peft_moe_compat.deactivate()
+    theirs = outcome(model)
+    peft_moe_compat.activate()
+    if isinstance(theirs, Exception):
+        assert isinstance(ours, Exception), "PEFT fails and we do not"
+        return f"both refuse: {type(ours).__name__}"
+    assert not isinstance(ours, Exception), ours
+    zoo.assert_same(ours, theirs, 1e-4)
+    outermost = [m for n, m in model.named_modules() if isinstance(m, ParamWrapper) and not n.endswith("base_layer")]
+    for module in outermost:
+        factors = expert_loras(module)
+        for wrapper in zoo.wrappers(module):
+            delta = factors[wrapper.parameter_name].delta()
+            if families.is_transposed(wrapper.get_base_layer()):
+                delta = delta.transpose(1, 2)
+            torch.testing.assert_close(delta, wrapper.get_delta_weight(wrapper.active_adapters[0]), rtol=1e-4, atol=1e-5)
+    return "same numbers"
+
+fresh = zoo.peft_model(zoo.tiny_model(family, **sizes), **lora)  # made in the process that is patched by now
+print("RESULT" + json.dumps({"loaded": loaded, "patched": patched, "first": compare(base), "fresh": compare(fresh)}))
+"""
+
+
+@pytest.mark.parametrize("shape", ["plain", "square"])
+@pytest.mark.parametrize("family", [f for f in zoo.FAMILIES if f in ("mixtral", "gpt_oss")])
+def test_after_load_adapter_the_numbers_are_pefts_or_refused(family, shape):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, family, shape],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PEFT_MOE_COMPAT": "1"},
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    found = json.loads(line.removeprefix("RESULT"))
+    print(found)
+    assert found["fresh"] in ("same numbers", "both refuse: LayoutError", "both refuse: RuntimeError")
+    assert found["first"] in ("same numbers", "no wrapper", "both refuse: LayoutError", "both refuse: RuntimeError")
