@@ -167,7 +167,7 @@ class Report:
 
         table = Table(title=f"peft_moe_compat {'active' if self.active else 'inactive'}")
         for heading in ("experts", "parameter", "stored (E, d1, d2)", "adapters", "path", "reason"):
-            table.add_column(heading, overflow="fold")
+            table.add_column(heading, overflow="fold", no_wrap=heading == "experts")
         for modules, parameter in _folded(self.rows):
             adapters = ", ".join(
                 f"{a.name} r={a.rank} s={a.scaling:g}{'' if a.active else ' (inactive)'}" for a in parameter.adapters

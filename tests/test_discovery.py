@@ -10,7 +10,7 @@ from torch import nn
 
 import peft_moe_compat
 from peft_moe_compat import CompatWarning, NoExpertParametersError, expert_parameters, report
-from peft_moe_compat.families import routed_experts
+from peft_moe_compat.families import projections, routed_experts
 
 
 def wrapped_parameters(model):
@@ -122,10 +122,10 @@ def test_dbrx_is_refused_since_its_wrapped_forward_cannot_run():
     from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
 
     takes = inspect.signature(DbrxExpertGLU.__init__).parameters
-    sizes = {"hidden_size": 8, "ffn_hidden_size": 4, "moe_num_experts": 2}
-    config = DbrxFFNConfig(**{k: v for k, v in sizes.items() if k != "hidden_size"}, hidden_size=8)
-    config.ffn_act_fn = {"name": "silu"}
-    given = {"config": config} if "config" in takes else sizes | {"ffn_act_fn": {"name": "silu"}}
+    config = DbrxFFNConfig(ffn_hidden_size=4, moe_num_experts=2, ffn_act_fn={"name": "silu"})
+    config.hidden_size = 8
+    known = vars(config) | {"config": config}
+    given = {name: known[name] for name in takes if name in known}
     model = nn.ModuleDict({"experts": nn.ModuleDict({"mlp": DbrxExpertGLU(**given)})})
     with pytest.raises(NoExpertParametersError, match="flat 2-D weights"):
         expert_parameters(model)
@@ -164,7 +164,8 @@ def test_layers_share_a_line():
 
 
 def test_eager_and_replaced_forwards_are_reported_with_their_reason():
-    holder = zoo.wrap(zoo.build(zoo.CLASSES[0]), [f"experts.{n}" for n in names_of(zoo.CLASSES[0])])
+    found = (zoo.DECORATED or zoo.CLASSES)[0]
+    holder = zoo.wrap(zoo.build(found), [f"experts.{n}" for n in projections(zoo.build(found))])
     experts = zoo.wrappers(holder)[0].get_base_layer()
     experts.forward = lambda *a, **k: None
     (row,) = report(holder).rows
@@ -174,12 +175,6 @@ def test_eager_and_replaced_forwards_are_reported_with_their_reason():
         experts.config._experts_implementation = "eager"
         (row,) = report(holder).rows
         assert "'eager'" in row.parameters[0].reason
-
-
-def names_of(found):
-    from peft_moe_compat.families import projections
-
-    return projections(zoo.build(found))
 
 
 def test_disabled_and_merged_are_said():

@@ -61,7 +61,7 @@ def weights_form(experts, inputs):
 
 
 @pytest.mark.parametrize("which", ["all", "0", "-1"], ids=["both", "up", "down"])
-@pytest.mark.parametrize("found", zoo.DECORATED, ids=str)
+@zoo.each(zoo.DECORATED)
 def test_forward_and_gradients_equal_stock_peft_and_a_float64_loop(found, which, stock):
     experts = zoo.build(found, SHAPES["plain"] if which == "all" else SHAPES["square_up"])
     index, weights = zoo.routing()
