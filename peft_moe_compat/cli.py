@@ -128,7 +128,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
         if handle.rule.agrees_with(expected)
         else f"this development build follows this rule, not yet that of {expected.since}"
     )
-    registry = patch._experts_registry()
+    registry = patch.experts_registry()
     found.taken = None if registry is None else [name for name in TAKEN_IMPLEMENTATIONS if name in registry]
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     found.backends = {str(device): device_backend(device) for device in devices}

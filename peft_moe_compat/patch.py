@@ -85,7 +85,7 @@ class Activation:
         self._wrapper_class = ParamWrapper
         self._peft_forward = ParamWrapper.__dict__["forward"]
         _refuse_foreign("ParamWrapper.forward", self._peft_forward, "peft.")
-        registry = _experts_registry()
+        registry = experts_registry()
         stock = {key: registry[key] for key in TAKEN_IMPLEMENTATIONS if key in registry} if registry is not None else {}
         for key, function in stock.items():
             _refuse_foreign(f"the experts registry's {key!r}", function, "transformers.")
@@ -120,7 +120,7 @@ def _refuse_foreign(what: str, function: Any, home: str) -> None:
         )
 
 
-def _experts_registry() -> Any:
+def experts_registry() -> Any:
     """transformers' `ALL_EXPERTS_FUNCTIONS`, or None where the installed transformers has none (before 5.0)."""
     try:
         return importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS

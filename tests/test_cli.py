@@ -137,9 +137,9 @@ def test_switched_off_by_the_environment_it_stays_off(check, monkeypatch):
     assert not is_active()
 
 
-def test_without_an_experts_registry_it_says_whose_forward_runs(check, monkeypatch):
+def test_without_anexperts_registry_it_says_whose_forward_runs(check, monkeypatch):
     activate()
-    monkeypatch.setattr(patch, "_experts_registry", lambda: None)
+    monkeypatch.setattr(patch, "experts_registry", lambda: None)
     result = check()
     assert result.exit_code == 0
     assert "PEFT's own forward is used everywhere" in result.output

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from peft_moe_compat import NoExpertParametersError, cli, demo, releases
+from peft_moe_compat import NoExpertParametersError, cli, demo, demo_stages, releases
 
 TINY = {"steps": 4, "prepare_steps": 2, "hidden_size": 32, "experts": 4, "layers": 1, "rank": 2, "tokens": 64}
 
@@ -147,7 +147,7 @@ def test_what_the_demo_needs_is_named(tmp_path, monkeypatch):
 
 
 def a_job(tmp_path, **options):
-    return demo._Job(demo.Settings(**{**TINY, **options}), "gpt_oss", tmp_path)
+    return demo_stages.Job(demo.Settings(**{**TINY, **options}), "gpt_oss", tmp_path)
 
 
 def test_a_stage_that_fails_says_why_and_what_is_known(tmp_path, monkeypatch):
@@ -165,9 +165,9 @@ def test_a_refusal_travels_from_the_stage_to_the_demo(tmp_path, monkeypatch, cap
     def refusing(job):
         raise error
 
-    monkeypatch.setattr(demo, "_prepare", refusing)
+    monkeypatch.setattr(demo_stages, "_prepare", refusing)
     options = json.dumps(demo.asdict(a_job(tmp_path).settings))
-    assert demo._stage("prepare", "gpt_oss", str(tmp_path), options) == 1
+    assert demo_stages.main("prepare", "gpt_oss", str(tmp_path), options) == 1
     said = capfd.readouterr().out
 
     class Process:
@@ -199,13 +199,13 @@ def test_stages_see_the_one_gpu_asked_for_and_no_other_activation(tmp_path, monk
 
 def test_a_python_without_its_source_files_is_refused():
     with pytest.raises(demo.DemoError, match="keeps no source files"):
-        demo._text("no_such_file_*.py")
+        demo_stages._text("no_such_file_*.py")
 
 
 def test_memory_is_measured_above_what_is_in_use():
     import torch
 
-    peak = demo._peak_above_now("cpu")
+    peak = demo_stages._peak_above_now("cpu")
     if not Path("/proc/self/clear_refs").exists():
         assert peak() is None
         return

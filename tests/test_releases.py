@@ -100,6 +100,11 @@ def test_the_probe_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_probe_is_silent():
+    measure_rule(Version("0"))
+
+
 def test_known_issues_are_found_by_pair():
     assert known_issues("0.21.0", "5.23.0") != []
     symptoms = " ".join(issue.symptom for issue in known_issues("0.19.1", "5.12.1"))
