@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import platform
 import warnings
 from dataclasses import dataclass, field
@@ -112,7 +111,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
         importlib.import_module("peft")
     was_active = patch.is_active()
     handle = patch.activate()
-    found.switched_off = os.environ.get("PEFT_MOE_COMPAT", "1") == "0"
+    found.switched_off = patch.switched_off()
     if found.switched_off and not was_active:
         handle.restore()
 

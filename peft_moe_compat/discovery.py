@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from io import StringIO
+from shutil import get_terminal_size
 from typing import Any
 
 from torch import nn
 
 from . import families
 from .errors import CompatWarning, NoExpertParametersError
-from .patch import is_active
-from .wrappers import native_reason, wrapper_chain
+from .patch import inactive_reason
+from .wrappers import is_param_wrapper, native_reason
 
 __all__ = ["AdapterRow", "ExpertsRow", "ParameterRow", "Report", "expert_parameters", "report"]
 
@@ -42,37 +44,60 @@ def expert_parameters(
         layers: Only decoder layers of these indices, the first number in a module's name. By default all.
 
     Raises:
-        NoExpertParametersError: The model has no such parameter; the message lists what was found instead.
+        NoExpertParametersError: The model has no such parameter, or none for one of the projections or layers asked
+            for; the message lists what was found instead.
     """
     model = _bare(model)
-    wanted: dict[str, tuple[str, ...]] = {}  # full name -> its components
-    seen: set[str] = set()
+    found = [(f"{name}.{parameter}", m) for name, m, names in _runnable(model) for parameter in names]
+    if not found:
+        raise NoExpertParametersError(_nothing_found(model))
+    projections = _chosen("projections", projections, {_projection(full) for full, _ in found})
+    layers = _chosen("layers", layers, {_layer(full) for full, _ in found})
+    others = [tuple(families.strip_base_layer(name).split(".")) for name, _ in model.named_parameters()]
+    wanted = {full: m for full, m in found if _projection(full) in projections and _layer(full) in layers}
+    others = [parts for parts in others if ".".join(parts) not in wanted]
+    # PEFT finds an already parametrised weight by its full name only.
+    targets = {
+        full if getattr(module, "parametrizations", None) else _shortest_ending(full, others): None
+        for full, module in wanted.items()
+    }
+    return list(targets)
+
+
+def _projection(full: str) -> str:
+    return full.rpartition(".")[2]
+
+
+def _layer(full: str) -> int | None:
+    return next((int(part) for part in full.split(".") if part.isdigit()), None)
+
+
+def _chosen(what: str, asked: Any, there: set[Any]) -> Collection[Any]:
+    """What was asked for, all by default; one value may come without a list around it."""
+    if asked is None:
+        return there
+    chosen = {asked} if isinstance(asked, str | int) else set(asked)
+    if chosen - there or not chosen:
+        raise NoExpertParametersError(
+            f"{what}={sorted(chosen, key=str)} was asked for, but the experts have {what}={sorted(there, key=str)}."
+        )
+    return chosen
+
+
+def _shortest_ending(full: str, others: list[tuple[str, ...]]) -> str:
+    """Of two components at least, shared with none of the others, and not beginning with a bare layer number."""
+    parts = tuple(full.split("."))
+    for length in range(2, len(parts)):
+        ending = parts[-length:]
+        if not ending[0].isdigit() and not any(other[-length:] == ending for other in others):
+            return ".".join(ending)
+    return full
+
+
+def _runnable(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     for name, module, names in families.routed_experts(model):
         _refuse_unrunnable(name, module)
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        seen.update(names)
-        if layers is not None and layer not in layers:
-            continue
-        for parameter in names:
-            if projections is None or parameter in projections:
-                full = f"{name}.{parameter}"
-                wanted[full] = tuple(full.split("."))
-    if not wanted:
-        raise NoExpertParametersError(_nothing_found(model, seen, projections, layers))
-    parametrised = {n for n, m, names in families.routed_experts(model) if getattr(m, "parametrizations", None)}
-    others = [tuple(name.split(".")) for name in _all_parameter_names(model) if name not in wanted]
-    targets: dict[str, None] = {}
-    for full, parts in wanted.items():
-        # PEFT finds an already parametrised weight by its full name only.
-        exact = full.rpartition(".")[0] in parametrised
-        for length in range(len(parts) if exact else 2, len(parts) + 1):
-            ending = parts[-length:]
-            if ending[0].isdigit() and length < len(parts):
-                continue  # "layers.3.mlp..." reads better than "3.mlp..."
-            if length == len(parts) or not any(other[-length:] == ending for other in others):
-                targets[".".join(ending)] = None
-                break
-    return list(targets)
+        yield name, module, names
 
 
 def _refuse_unrunnable(name: str, module: nn.Module) -> None:
@@ -84,18 +109,8 @@ def _refuse_unrunnable(name: str, module: nn.Module) -> None:
         )
 
 
-def _all_parameter_names(model: nn.Module) -> Iterable[str]:
-    for name, _ in model.named_parameters():
-        yield families.strip_base_layer(name)
-
-
-def _nothing_found(
-    model: nn.Module, seen: set[str], projections: Collection[str] | None, layers: Collection[int] | None
-) -> str:
-    chosen = f" for projections={projections}, layers={layers}" if seen else ""
-    message = f"{type(model).__name__} has no routed expert parameter{chosen}."
-    if seen:
-        return f"{message} Its experts have the projections {sorted(seen)}."
+def _nothing_found(model: nn.Module) -> str:
+    message = f"{type(model).__name__} has no routed expert parameter."
     for name, module in model.named_modules():
         if name.endswith("experts") and isinstance(module, nn.ModuleList) and len(module):
             return (
@@ -165,27 +180,22 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
+        if not self.rows:
+            return "peft_moe_compat: the model has no routed experts in fused weights."
         table = Table(title=f"peft_moe_compat {'active' if self.active else 'inactive'}")
-        for heading in ("experts", "parameter", "stored (E, d1, d2)", "adapters", "path", "reason"):
-            table.add_column(heading, overflow="fold", no_wrap=heading == "experts")
+        for heading in ("experts", "parameter", "stored", "adapters", "path", "reason"):
+            table.add_column(heading, overflow="fold", no_wrap=heading in ("experts", "path"))
         for modules, parameter in _folded(self.rows):
             adapters = ", ".join(
                 f"{a.name} r={a.rank} s={a.scaling:g}{'' if a.active else ' (inactive)'}" for a in parameter.adapters
             )
             shape = " x ".join(map(str, parameter.shape))
             table.add_row(modules, parameter.name, shape, adapters or "-", parameter.path, parameter.reason)
-        console = Console(width=150, record=True, file=open_null())
+        console = Console(width=max(120, get_terminal_size().columns), file=StringIO(), color_system=None)
         console.print(table)
         for warning in self.warnings:
-            console.print(f"warning: {warning}", style=None, highlight=False, markup=False)
-        return console.export_text().rstrip()
-
-
-def open_null() -> Any:
-    """A sink for rich, which records what it prints."""
-    import io
-
-    return io.StringIO()
+            console.print(f"warning: {warning}", highlight=False, markup=False)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
 
 
 def _folded(rows: Iterable[ExpertsRow]) -> Iterable[tuple[str, ParameterRow]]:
@@ -231,16 +241,16 @@ def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> Parame
     if wrapper.disable_adapters or wrapper.merged:
         reason = "adapters are disabled" if wrapper.disable_adapters else "adapters are merged into the weight"
         return ParameterRow(name, shape, True, "base", reason, adapters)
-    reason = native_reason(wrapper) or ("" if is_active() else "peft_moe_compat is not active")
+    reason = inactive_reason() or native_reason(wrapper) or ""
     return ParameterRow(name, shape, True, "peft" if reason else "grouped_mm", reason, adapters)
 
 
 def report(model: nn.Module) -> Report:
     """Which of a model's routed experts are adapted, and the path and reason of each.
 
-    Warns (`CompatWarning`) of what silently trains less than it seems to: expert parameters left unwrapped beside
-    wrapped ones, adapters missing on some of them, and active adapters whose lora_A or lora_B gets no gradient while
-    another does.
+    Warns (`CompatWarning`) of what silently trains less than it seems to: expert parameters left unwrapped in a model
+    that PEFT has wrapped, a parameter wrapped twice, adapters missing on some parameters, and active adapters whose
+    lora_A or lora_B gets no gradient while another does.
 
     Args:
         model: The model, wrapped by PEFT or not.
@@ -249,31 +259,43 @@ def report(model: nn.Module) -> Report:
         A `Report`; its `str` is a table.
     """
     wrappers: dict[int, dict[str, Any]] = {}  # id of the experts module -> parameter name -> its wrapper
-    for module in model.modules():
-        for wrapper in wrapper_chain(module):
-            wrappers.setdefault(id(wrapper.get_base_layer()), {})[wrapper.parameter_name] = wrapper
+    twice: list[str] = []
+    found_wrappers: list[Any] = [module for module in model.modules() if is_param_wrapper(module)]
+    for wrapper in found_wrappers:
+        base, parameter = wrapper.get_base_layer(), wrapper.parameter_name
+        if wrappers.setdefault(id(base), {}).setdefault(parameter, wrapper) is not wrapper:
+            twice.append(f"{type(base).__name__}.{parameter}")
+    experts = {id(m): (name, m, names) for name, m, names in families.routed_experts(model)}
+    for name, other in model.named_modules():  # whatever else PEFT put a ParamWrapper around
+        if id(other) in wrappers:
+            experts.setdefault(id(other), (families.strip_base_layer(name), other, ()))
     rows = []
-    for name, experts, names in families.routed_experts(model):
-        chain = wrappers.get(id(experts), {})
+    for key, (name, module, names) in experts.items():
+        chain = wrappers.get(key, {})
         extra = tuple(sorted(set(chain) - set(names)))
-        parameters = tuple(_parameter_row(experts, n, chain.get(n)) for n in names + extra)
-        rows.append(ExpertsRow(name, type(experts).__name__, families.is_transposed(experts), parameters))
-    found = tuple(_complaints(rows))
+        parameters = tuple(_parameter_row(module, n, chain.get(n)) for n in names + extra)
+        rows.append(ExpertsRow(name, type(module).__name__, families.is_transposed(module), parameters))
+    found = list(_complaints(rows, any(hasattr(m, "lora_A") for m in model.modules())))
+    if twice:
+        found.append(
+            f"PEFT wrapped {len(twice)} expert parameters twice, {twice[0]} among them: get_peft_model ran twice on "
+            "the same model. The two updates add up; build the model afresh if that is not what you want."
+        )
     for complaint in found:
         warnings.warn(complaint, CompatWarning, stacklevel=2)
-    return Report(is_active(), tuple(rows), found)
+    return Report(inactive_reason() is None, tuple(rows), tuple(found))
 
 
-def _complaints(rows: Iterable[ExpertsRow]) -> Iterable[str]:
+def _complaints(rows: Iterable[ExpertsRow], adapted: bool) -> Iterable[str]:
     parameters = [(f"{row.module}.{p.name}", p) for row in rows for p in row.parameters]
     wrapped = [(name, p) for name, p in parameters if p.wrapped]
-    if not wrapped:
+    if not adapted:
         return
     bare = [name for name, p in parameters if not p.wrapped]
     if bare:
         yield (
-            f"{len(bare)} of {len(parameters)} expert parameters are not adapted, {bare[0]} among them. Pass "
-            "target_parameters=peft_moe_compat.expert_parameters(model) to reach them all."
+            f"{len(bare)} of {len(parameters)} expert parameters are not adapted, {bare[0]} among them. Unless you "
+            "chose so, pass target_parameters=peft_moe_compat.expert_parameters(model), which reaches them all."
         )
     adapters = sorted({a.name for _, p in wrapped for a in p.adapters})
     for adapter in adapters:

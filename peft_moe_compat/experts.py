@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import families
+from .errors import LayoutError
 from .grouped_mm import alignment, grouped_mm
 from .layout import ExpertLora
 
@@ -35,8 +36,15 @@ def _project(
     With `widen` the sum of base and LoRA is kept in float32 where the weight is of lower precision.
     """
     weight = getattr(module, name)  # read once: a parametrised weight is computed at each access
-    if not families.is_transposed(module):
+    transposed = families.is_transposed(module)
+    if not transposed:
         weight = weight.transpose(1, 2)  # "E out in -> E in out"
+    if x.shape[1] != weight.shape[1]:
+        raise LayoutError(
+            f"{type(module).__name__}.{name} is read as '{'E in out' if transposed else 'E out in'}' and then takes "
+            f"{weight.shape[1]} in-features, but gets rows of {x.shape[1]}. Its orientation comes from "
+            "peft_moe_compat.declare_layout or from the module's is_transposed: correct the one that is wrong."
+        )
     y = grouped_mm(x, weight, offs)
     if lora is not None:
         E, in_features, out_features = weight.shape
@@ -74,7 +82,7 @@ def experts_forward(
         LayoutError: Factors that do not fit their weight.
     """
     T, k = top_k_index.shape
-    up_name = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+    up_name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # 5.0 knows gated experts only
     E = module.num_experts  # not read off a weight, whose every access may dequantise it
     expert_ids, order = torch.sort(top_k_index.reshape(-1))
     offs = _group_ends(expert_ids, E)

@@ -48,27 +48,28 @@ FLAT_CLASSES = {"DbrxExpertGLU": ("w1", "v1", "w2")}
 _DECLARED_ATTRIBUTE = "_peft_moe_compat_is_transposed"
 
 
-def declare_layout(cls_or_module: type[nn.Module] | nn.Module, *, is_transposed: bool) -> None:
+def declare_layout(cls_or_module: type[nn.Module] | nn.Module, *, is_transposed: bool | None) -> None:
     """States how the expert weights of a class, or of one module, are stored.
 
     For third-party experts that do not declare `is_transposed`, and for weights that another library has turned into
     grouped-mm layout without saying so. A declaration wins over the module's own attribute, and one for a module over
-    one for its class.
+    one for its class. It is kept as an attribute of what it was said of, and so goes where a copy or pickle goes.
 
     Args:
         cls_or_module: The experts class or one experts module (not a PEFT wrapper around it).
-        is_transposed: True for weights "E in out", False for "E out in".
+        is_transposed: True for weights "E in out", False for "E out in", None to take an earlier declaration back.
 
     Raises:
-        LayoutError: Not an `nn.Module`, or a PEFT wrapper.
+        LayoutError: Not an `nn.Module`, a PEFT wrapper, or `is_transposed` of another type.
     """
     cls = cls_or_module if isinstance(cls_or_module, type) else type(cls_or_module)
-    if not issubclass(cls, nn.Module) or hasattr(cls_or_module, "get_base_layer"):
-        raise LayoutError(
-            f"declare_layout needs an experts class or module, but got {cls.__name__}. "
-            "For a wrapped module pass wrapper.get_base_layer()."
-        )
-    setattr(cls_or_module, _DECLARED_ATTRIBUTE, bool(is_transposed))
+    if not issubclass(cls, nn.Module):
+        raise LayoutError(f"declare_layout needs an experts class or module, but got {cls_or_module!r}.")
+    if hasattr(cls_or_module, "get_base_layer"):
+        raise LayoutError(f"declare_layout got a PEFT wrapper, {cls.__name__}: pass wrapper.get_base_layer() instead.")
+    if not (is_transposed is None or isinstance(is_transposed, bool)):
+        raise LayoutError(f"is_transposed is {is_transposed!r}; True, False or None was expected.")
+    setattr(cls_or_module, _DECLARED_ATTRIBUTE, is_transposed)
 
 
 def _is_transformers_class(cls: type) -> bool:
@@ -83,8 +84,9 @@ def is_transposed(module: nn.Module) -> bool | None:
     own = getattr(module, "is_transposed", None)
     if isinstance(own, bool):
         return own
-    cls = type(module)
-    return _UNDECLARED_CLASSES.get(cls.__name__) if _is_transformers_class(cls) else None
+    # Along the bases, since parametrising a module gives it a class of its own.
+    known = (_UNDECLARED_CLASSES.get(c.__name__) for c in type(module).__mro__ if _is_transformers_class(c))
+    return next((value for value in known if value is not None), None)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -13,9 +13,10 @@ import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .errors import CompatWarning, PatchConflictError, UnsupportedPeftError
+from .errors import CompatWarning, PatchConflictError, PeftMoeCompatError, UnsupportedPeftError
 
 if TYPE_CHECKING:
+    from .layout import ExpertLora
     from .releases import LayoutRule
 
 __all__ = ["Activation", "activate", "deactivate", "is_active"]
@@ -29,7 +30,10 @@ _current: Activation | None = None
 
 
 class Activation:
-    """What was replaced, and how to put it back. A context manager; `restore()` does the same by hand.
+    """What was replaced, and how to put it back.
+
+    `restore()` puts it back. As a context manager it brings back the state before the block: `with activate():`
+    restores at the end only if that call was the one that activated.
 
     Attributes:
         rule: The layout rule in force, verified against the installed PEFT.
@@ -40,16 +44,17 @@ class Activation:
         self._wrapper_class: Any = None
         self._peft_forward: Any = None
         self._our_forward: Any = None
-        self._registry: Any = None
-        # key -> (our function, the instance-level entry it displaced or None)
-        self._entries: dict[str, tuple[Any, Any]] = {}
+        self._fresh = True  # whether the last `activate()` made this activation rather than found it
+        self._blocks: list[bool] = []  # of each `with` block entered: whether its end restores
+        # key -> (the registry's mapping that holds it, transformers' function, ours)
+        self._entries: dict[str, tuple[Any, Any, Any]] = {}
 
     @property
     def active(self) -> bool:
         return _current is self
 
     def restore(self) -> None:
-        """Puts back exactly what was there; does nothing the second time.
+        """Puts back exactly what was there; does nothing the second time. Not while a forward is running.
 
         Raises:
             PatchConflictError: Somebody has since replaced one of the functions; nothing is put back then.
@@ -58,51 +63,55 @@ class Activation:
         with _lock:
             if not self.active:
                 return
-            self._refuse_if_displaced()
+            if displaced := self.displaced():
+                raise PatchConflictError(f"{displaced}, so it cannot be put back. Undo that patch first.")
             self._wrapper_class.forward = self._peft_forward
-            for key, (_, displaced) in self._entries.items():
-                if displaced is None:
-                    del self._registry[key]
-                else:
-                    self._registry[key] = displaced
+            for key, (mapping, stock, _) in self._entries.items():
+                mapping[key] = stock
             _current = None
 
-    def _refuse_if_displaced(self) -> None:
-        found = [("ParamWrapper.forward", self._wrapper_class.__dict__.get("forward"), self._our_forward)]
-        found += [(f"the experts registry's {k!r}", self._registry[k], ours) for k, (ours, _) in self._entries.items()]
+    def displaced(self) -> str | None:
+        """Which of the functions put in place is no longer there, and whose is; None while all are."""
+        found = [("ParamWrapper.forward", _param_wrapper().__dict__.get("forward"), self._our_forward)]
+        found += [
+            (f"transformers' experts implementation {key!r}", mapping.get(key), ours)
+            for key, (mapping, _, ours) in self._entries.items()
+        ]
         for what, there, ours in found:
             if there is not ours:
-                raise PatchConflictError(
-                    f"{what} was replaced by {_owner(there)} after peft_moe_compat was activated, so it cannot be "
-                    "put back. Undo that patch first, then deactivate."
-                )
+                return f"{what} was replaced by {_owner(there)} after peft_moe_compat was activated"
+        return None
 
     def _install(self) -> None:
-        from peft.tuners.lora.layer import ParamWrapper
-
         from .wrappers import TAKEN_IMPLEMENTATIONS
 
-        self._wrapper_class = ParamWrapper
-        self._peft_forward = ParamWrapper.__dict__["forward"]
+        self._wrapper_class = _param_wrapper()
+        self._peft_forward = self._wrapper_class.__dict__["forward"]
         _refuse_foreign("ParamWrapper.forward", self._peft_forward, "peft.")
         registry = experts_registry()
-        stock = {key: registry[key] for key in TAKEN_IMPLEMENTATIONS if key in registry} if registry is not None else {}
-        for key, function in stock.items():
-            _refuse_foreign(f"the experts registry's {key!r}", function, "transformers.")
+        for key in TAKEN_IMPLEMENTATIONS if registry is not None else ():
+            if key in registry:
+                _refuse_foreign(f"transformers' experts implementation {key!r}", registry[key], "transformers.")
+                # In the layer that holds the entry, so that whoever registers another later is heard.
+                mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping
+                self._entries[key] = mapping, registry[key], _registered(registry[key])
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
-        self._registry = registry
-        local = getattr(registry, "_local_mapping", {})
-        self._entries = {key: (_registered(function), local.get(key)) for key, function in stock.items()}
-        for key, (ours, _) in self._entries.items():
-            registry[key] = ours
+        for key, (mapping, _, ours) in self._entries.items():
+            mapping[key] = ours
         self._our_forward = _wrapper_forward(self._peft_forward, self.rule)
-        ParamWrapper.forward = self._our_forward
+        self._wrapper_class.forward = self._our_forward
 
     def __enter__(self) -> Activation:
+        self._blocks.append(self._fresh)
+        self._fresh = False
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.restore()
+        if self._blocks.pop():
+            self.restore()
+
+    def __repr__(self) -> str:
+        return f"<peft_moe_compat {'active' if self.active else 'restored'}; {self.rule}>"
 
 
 def _owner(function: Any) -> str:
@@ -116,22 +125,40 @@ def _refuse_foreign(what: str, function: Any, home: str) -> None:
     if not owner.startswith(home):
         raise PatchConflictError(
             f"{what} is already patched by {owner}, so peft_moe_compat stays inactive. Use one of the two: drop that "
-            "patch, or set PEFT_MOE_COMPAT=0 to silence this."
+            "patch, or set PEFT_MOE_COMPAT=0 in the environment, which keeps the import from activating."
         )
+
+
+def _param_wrapper() -> Any:
+    return importlib.import_module("peft.tuners.lora.layer").ParamWrapper
 
 
 def experts_registry() -> Any:
     """transformers' `ALL_EXPERTS_FUNCTIONS`, or None where the installed transformers has none (before 5.0)."""
+    from .families import REGISTRY_MODULE
+
     try:
-        return importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+        return importlib.import_module(REGISTRY_MODULE).ALL_EXPERTS_FUNCTIONS
     except ModuleNotFoundError as error:
-        if error.name != "transformers.integrations.moe":
+        if error.name != REGISTRY_MODULE:
             raise
         return None
 
 
+class Handover:
+    """What wrappers hand down to the experts module: their factors, and whether they arrived.
+
+    No container, so that hooks which map over a call's arguments pass it on as it is.
+    """
+
+    def __init__(self) -> None:
+        self.factors: dict[str, ExpertLora] = {}
+        self.arrived = False
+
+
 def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
     from .families import is_transposed
+    from .layout import concat
     from .wrappers import active_lora, native_reason
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,8 +169,18 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         if lora is None:
             return peft_forward(self, x, *args, **kwargs)
         kwargs.pop("adapter_names", None)
-        kwargs[KEYWORD] = {**kwargs.get(KEYWORD, {}), self.parameter_name: lora}
-        return self.base_layer(x, *args, **kwargs)
+        outermost = KEYWORD not in kwargs
+        handover = kwargs.setdefault(KEYWORD, Handover())
+        name, factors = self.parameter_name, handover.factors
+        # PEFT up to 0.19 can wrap one parameter twice; the updates add up, as they do when merged.
+        factors[name] = concat([factors[name], lora]) if name in factors else lora
+        result = self.base_layer(x, *args, **kwargs)
+        if outermost and not handover.arrived:
+            raise PeftMoeCompatError(
+                f"{type(self.get_base_layer()).__name__} ran without its LoRA: a hook or wrapper on it dropped the "
+                f"keyword argument {KEYWORD!r}. Let it pass keyword arguments on, or call peft_moe_compat.deactivate()."
+            )
+        return result
 
     return forward
 
@@ -151,20 +188,30 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
 def _registered(stock: Any) -> Any:
     """The registry entry that consumes the factors; without any it is transformers' own function."""
     from .experts import experts_forward
+    from .wrappers import TAKES_LORA
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        expert_lora = kwargs.pop(KEYWORD, None)
-        if expert_lora is None:
+        handover = kwargs.pop(KEYWORD, None)
+        if handover is None:
             return stock(self, *args, **kwargs)
+        handover.arrived = True
         named = {_ARGUMENT_ALIASES.get(key, key): value for key, value in kwargs.items()}
-        return experts_forward(self, expert_lora, *args, **named)
+        return experts_forward(self, handover.factors, *args, **named)
 
+    setattr(forward, TAKES_LORA, True)
     return forward
 
 
 def is_active() -> bool:
     """Whether the library is active in this process."""
     return _current is not None
+
+
+def inactive_reason() -> str | None:
+    """Why a forward that could run fast would not: nobody activated, or somebody replaced what activation put there."""
+    if _current is None:
+        return "peft_moe_compat is not active: call peft_moe_compat.activate()"
+    return _current.displaced()
 
 
 def activate() -> Activation:
@@ -185,6 +232,8 @@ def activate() -> Activation:
             handle = Activation(installed_rule())
             handle._install()
             _current = handle
+        else:
+            _current._fresh = False
         return _current
 
 
@@ -204,6 +253,11 @@ def deactivate() -> None:
 _waiting = False
 
 
+def switched_off() -> bool:
+    """Whether `PEFT_MOE_COMPAT` in the environment keeps the import from activating."""
+    return os.environ.get("PEFT_MOE_COMPAT", "").lower() in ("0", "false", "no", "off")
+
+
 def activate_on_import() -> None:
     """What `import peft_moe_compat` does: activates now if peft is there, else as soon as it is imported.
 
@@ -211,7 +265,7 @@ def activate_on_import() -> None:
     is right, only slower. `PEFT_MOE_COMPAT=0` in the environment turns this off; `activate()` still works.
     """
     global _waiting
-    if os.environ.get("PEFT_MOE_COMPAT", "1") == "0":
+    if switched_off():
         return
     from wrapt import register_post_import_hook
 

@@ -60,11 +60,10 @@ class LayoutRule:
         return mine == (other.axis_plain, other.axis_transposed, other.reads_swap_flag)
 
     def __str__(self) -> str:
-        flag = "obeys" if self.reads_swap_flag else "has no"
-        return (
-            f"lora_A spans stored axis {self.axis_plain} ({self.orientation(False)}), or {self.axis_transposed} "
-            f"({self.orientation(True)}) where is_transposed=True; {flag} swap flag"
-        )
+        words = {"linear": "in-features (linear)", "reversed": "out-features (reversed)"}
+        plain, transposed = (words[self.orientation(t)] for t in (False, True))
+        flag = "" if self.reads_swap_flag else "; wrappers have no flag for swapped dimensions"
+        return f"lora_A spans the {plain} of (E, out, in) weights, the {transposed} of (E, in, out) weights{flag}"
 
 
 # Source: `ParamWrapper.update_layer` and `ParamWrapper.get_delta_weight` in peft/tuners/lora/layer.py of each release.
@@ -107,8 +106,14 @@ KNOWN_ISSUES: tuple[KnownIssue, ...] = (
     ),
     KnownIssue(
         SpecifierSet("<0.19"),
-        SpecifierSet(">=5,<5.17"),
+        SpecifierSet(">=5,<5.5"),
         "transformers' model.load_adapter swaps the LoRA dimensions of this PEFT, whose forward then fails",
+        "load with PeftModel.from_pretrained, or install peft>=0.19",
+    ),
+    KnownIssue(
+        SpecifierSet("<0.19"),
+        SpecifierSet(">=5.5"),
+        "transformers' model.load_adapter fails (No module named 'peft.utils.transformers_weight_conversion')",
         "load with PeftModel.from_pretrained, or install peft>=0.19",
     ),
     KnownIssue(

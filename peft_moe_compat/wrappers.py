@@ -7,16 +7,17 @@ counts only where the installed PEFT obeys it.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import families, layout
-from .errors import LayoutError, PeftMoeCompatError, UnsupportedPeftError
+from .errors import LayoutError, UnsupportedPeftError
 from .layout import ExpertLora
 from .releases import LayoutRule, parse_version, release_for, verified_rule
 
@@ -31,14 +32,16 @@ __all__ = [
     "wrapper_chain",
 ]
 
-# The experts implementations whose registry entry `patch` replaces.
+# The experts implementations whose registry entry `patch` replaces, and the mark on what it puts there.
 TAKEN_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+TAKES_LORA = "_peft_moe_compat_takes_lora"
 
-_rule: LayoutRule | None = None
+# The rule, and the PEFT functions it was measured on: a patched one is measured again.
+_rule: tuple[LayoutRule, tuple[Any, ...]] | None = None
 _rule_lock = threading.Lock()
 
 
-def is_param_wrapper(module: object) -> bool:
+def is_param_wrapper(module: Any) -> bool:
     """Whether a module is a PEFT `ParamWrapper`, by what it has, so that PEFT need not be imported."""
     return isinstance(module, nn.Module) and hasattr(module, "parameter_name") and hasattr(module, "lora_A")
 
@@ -103,11 +106,11 @@ def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> ExpertLo
     return layout.concat([read_adapter(wrapper, name, is_transposed, rule) for name in names])
 
 
-def expert_loras(module: nn.Module, adapter_names: Iterable[str] | None = None) -> dict[str, ExpertLora]:
+def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None) -> dict[str, ExpertLora]:
     """The expert LoRA of one wrapped experts module, in canonical form, per parameter.
 
     Args:
-        module: The outermost wrapper, as it stands in the model: `model.model.layers[0].mlp.experts`.
+        module: The outermost wrapper, as it stands in the wrapped model: `...layers[0].mlp.experts`.
         adapter_names: Adapters to read, concatenated along the rank; by default the active ones. Whether adapters are
             disabled or merged makes no difference here.
 
@@ -115,11 +118,22 @@ def expert_loras(module: nn.Module, adapter_names: Iterable[str] | None = None) 
         Parameter name -> ExpertLora with A "E r in", B "E out r"; parameters without such an adapter are left out.
 
     Raises:
-        LayoutError: The module's orientation is unknown (see `declare_layout`), or the factors do not fit the weight.
+        LayoutError: No ParamWrapper, or no adapter of that name; the module's orientation is unknown (see
+            `declare_layout`); or the factors do not fit the weight.
     """
     rule = installed_rule()
+    adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    chain = list(wrapper_chain(module))
+    if not chain:
+        raise LayoutError(
+            f"expert_loras needs the ParamWrapper that PEFT put in place of an experts module, but got a "
+            f"{type(module).__name__}. Pass it as it stands in the wrapped model: model.model.layers[0].mlp.experts."
+        )
+    known = {name for wrapper in chain for name in wrapper.lora_A}
+    if unknown := set(adapter_names or ()) - known:
+        raise LayoutError(f"No adapter {sorted(unknown)} on this module; it has {sorted(known)}.")
     found: dict[str, ExpertLora] = {}
-    for wrapper in wrapper_chain(module):
+    for wrapper in chain:
         names = list(wrapper.active_adapters if adapter_names is None else adapter_names)
         names = [name for name in names if name in wrapper.lora_A]
         if not names:
@@ -139,7 +153,7 @@ def expert_loras(module: nn.Module, adapter_names: Iterable[str] | None = None) 
         E, d1, d2 = (1, *shape) if len(shape) == 2 else shape
         out_features, in_features = (d2, d1) if is_transposed else (d1, d2)
         lora.check(E, out_features, in_features, f"{type(experts).__name__}.{parameter}, stored as {shape}")
-        found[parameter] = lora
+        found[parameter] = layout.concat([found[parameter], lora]) if parameter in found else lora
     return found
 
 
@@ -152,11 +166,14 @@ def native_reason(wrapper: Any) -> str | None:
     cls = type(experts)
     if not families.dispatches_through_registry(cls):
         return f"{cls.__name__} does not dispatch through transformers' experts registry"
-    if "forward" in experts.__dict__ and not hasattr(experts, "_hf_hook"):
+    if "forward" in experts.__dict__ and not _only_hooked(experts):
         return f"the forward of this {cls.__name__} was replaced on the instance"
     implementation = experts.config._experts_implementation
     if implementation not in TAKEN_IMPLEMENTATIONS:
         return f"experts implementation is {implementation!r}, not one of {TAKEN_IMPLEMENTATIONS}"
+    entry = sys.modules[families.REGISTRY_MODULE].ALL_EXPERTS_FUNCTIONS[implementation]
+    if not hasattr(entry, TAKES_LORA):
+        return f"the experts implementation {implementation!r} is that of {entry.__module__}"
     if name not in ("gate_up_proj", "up_proj", "down_proj"):
         return f"{name} is not an expert projection"
     if families.is_transposed(experts) is None:
@@ -167,8 +184,14 @@ def native_reason(wrapper: Any) -> str | None:
     return None
 
 
+def _only_hooked(experts: Any) -> bool:
+    """Whether an instance's own forward is accelerate's hook around the class's."""
+    wrapped = getattr(experts, "_old_forward", None) if hasattr(experts, "_hf_hook") else None
+    return getattr(wrapped, "__func__", None) is type(experts).forward
+
+
 def installed_rule() -> LayoutRule:
-    """The layout rule of the installed PEFT: chosen by its version, verified once by a probe of its ParamWrapper.
+    """The layout rule of the installed PEFT: chosen by its version, verified by a probe of its ParamWrapper.
 
     Raises:
         UnsupportedPeftError: No ParamWrapper, or the probe contradicts the table.
@@ -176,16 +199,25 @@ def installed_rule() -> LayoutRule:
     global _rule
     import peft  # before the lock: its post-import hook may come back here
 
+    version = parse_version(peft.__version__)
+    release_for(version)  # refuses a release without ParamWrapper before the probe would trip over it
     with _rule_lock:
-        if _rule is None:
-            version = parse_version(peft.__version__)
-            release_for(version)  # refuses a release without ParamWrapper before the probe would trip over it
-            try:
-                measured = measure_rule(version)
-            except PeftMoeCompatError as error:
-                raise UnsupportedPeftError(f"PEFT {version}: {error}") from error
-            _rule = verified_rule(version, measured)
-        return _rule
+        try:
+            from peft.tuners.lora.layer import ParamWrapper
+
+            measured_on = (ParamWrapper.__init__, ParamWrapper.update_layer, ParamWrapper.get_delta_weight)
+            if _rule is not None and _rule[1] == measured_on:
+                return _rule[0]
+            measured = measure_rule(version)
+        # Whatever a PEFT unlike the known ones answers a probe with.
+        except (AttributeError, ImportError, LayoutError, RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedPeftError(
+                f"The ParamWrapper of PEFT {version} could not be probed ({type(error).__name__}: {error}). Update "
+                "peft-moe-compat; until then PEFT's own forward stays in place."
+            ) from error
+        rule = verified_rule(version, measured)
+        _rule = rule, measured_on
+        return rule
 
 
 def measure_rule(since: Any) -> LayoutRule:

@@ -69,10 +69,11 @@ def test_projections_and_layers_can_be_picked():
     assert expert_parameters(model, projections=["down_proj"]) == ["experts.down_proj"]
     last = expert_parameters(model, layers=[1])
     assert last == ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
-    with pytest.raises(NoExpertParametersError, match=r"projections=\['up'\].*have the projections"):
-        expert_parameters(model, projections=["up"])
-    with pytest.raises(NoExpertParametersError, match=r"layers=\[7\]"):
-        expert_parameters(model, layers=[7])
+    assert expert_parameters(model, projections="down_proj", layers=1) == ["layers.1.mlp.experts.down_proj"]
+    with pytest.raises(NoExpertParametersError, match=r"projections=\['down', 'down_proj'\].*have projections="):
+        expert_parameters(model, projections=["down_proj", "down"])
+    with pytest.raises(NoExpertParametersError, match=r"layers=\[1, 7\].*have layers=\[0, 1\]"):
+        expert_parameters(model, layers=[1, 7])
 
 
 def test_names_of_a_wrapped_model_are_those_of_the_bare_one():
@@ -155,7 +156,7 @@ def test_the_report_of_a_whole_model(family):
     assert "\x1b" not in text
     peft_moe_compat.deactivate()
     reasons = {p.reason for row in report(wrapped).rows for p in row.parameters}
-    assert reasons == {"peft_moe_compat is not active"} if fast else all("registry" in r for r in reasons)
+    assert all("not active" in reason and "activate()" in reason for reason in reasons)
 
 
 def test_layers_share_a_line():
@@ -194,6 +195,39 @@ def test_it_warns_of_parameters_left_out():
     wrapped = zoo.peft_model(model, target_parameters=only)
     with pytest.warns(CompatWarning, match="2 of 4 expert parameters are not adapted.*expert_parameters"):
         assert report(wrapped).warnings
+
+
+def test_it_warns_of_adapters_that_pass_the_experts_by():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(zoo.tiny_model(zoo.FAMILIES[-1]), LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(CompatWarning, match="4 of 4 expert parameters are not adapted"):
+        report(model)
+
+
+def test_stacks_nobody_declared_are_reported_once_wrapped():
+    class Gates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 4, 5))
+
+    (row,) = report(zoo.wrap(Gates(), ["experts.weight"])).rows
+    assert (row.cls, row.is_transposed, row.parameters[0].path) == ("Gates", None, "peft")
+    assert "no routed experts" in str(report(nn.Linear(2, 2)))
+
+
+def test_it_says_when_somebody_replaced_what_activation_put_in_place():
+    from peft.tuners.lora.layer import ParamWrapper
+
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    ours = ParamWrapper.forward
+    ParamWrapper.forward = lambda self, *args, **kwargs: ours(self, *args, **kwargs)
+    try:
+        found = report(model)
+    finally:
+        ParamWrapper.forward = ours
+    assert not found.active
+    assert "ParamWrapper.forward was replaced by test_discovery" in found.rows[0].parameters[0].reason
 
 
 def test_it_warns_of_an_adapter_on_some_parameters_only_and_of_lost_gradients():

@@ -172,6 +172,23 @@ def test_weights_of_all_experts_are_gathered():
     )
 
 
+def test_the_torch_backend_never_waits_for_the_device(monkeypatch):
+    """Every way to read a tensor's value on the host raises; shapes alone must be enough, forward and backward."""
+    experts = Experts(4, 16, 8, gated=True, transposed=False, biased=True, normed=True, dtype=torch.float32)
+    loras = factors(experts, 4, 16, 8, (3, 5), 1.0, torch.float32)
+    index, weights = zoo.routing(4, 6, 2)
+    hidden = torch.randn(6, 16, requires_grad=True)
+
+    def waits(*args, **kwargs):
+        raise AssertionError("a host synchronisation")
+
+    for name in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    experts_forward(experts, loras, hidden, index, weights).sum().backward()
+    monkeypatch.undo()
+    assert hidden.grad.count_nonzero() > 0
+
+
 def test_repeated_runs_are_bit_identical():
     experts = Experts(4, 16, 8, gated=True, transposed=False, biased=False, dtype=torch.float32)
     loras = factors(experts, 4, 16, 8, (4, 4), 1.0, torch.float32)

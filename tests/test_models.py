@@ -164,6 +164,43 @@ def test_generation_equals_stock(stock):
     assert torch.equal(generate(), stock(generate))
 
 
+@zoo.each([c for c in zoo.DECORATED if c.package == "qwen3_moe"])
+def test_weights_turned_by_another_library_run_once_declared(found):
+    """The module still says is_transposed=False over weights stored "E in out"; the declaration wins."""
+    experts = zoo.build(found)
+    straight = copy.deepcopy(experts)
+    for name in peft_moe_compat.families.projections(experts):
+        setattr(experts, name, nn.Parameter(getattr(experts, name).detach().transpose(1, 2).contiguous()))
+    holder = zoo.wrap(experts, [f"experts.{n}" for n in peft_moe_compat.families.projections(experts)])
+    peft_moe_compat.declare_layout(experts, is_transposed=True)
+    index, weights = zoo.routing()
+    hidden = torch.randn(zoo.T, zoo.H)
+    with torch.no_grad():
+        for wrapper in zoo.wrappers(holder):
+            weight = getattr(straight, wrapper.parameter_name)
+            weight += wrapper.get_delta_weight("default").transpose(1, 2)
+        expected = straight(hidden, index, weights)
+    torch.testing.assert_close(holder["experts"](hidden, index, weights), expected, rtol=1e-4, atol=1e-4)
+
+
+@zoo.each([c for c in zoo.DECORATED if c.package == "qwen3_moe"])
+def test_a_declaration_that_cannot_be_is_refused_at_use(found):
+    experts = zoo.build(found)
+    holder = zoo.wrap(experts, ["experts.down_proj"])
+    peft_moe_compat.declare_layout(experts, is_transposed=True)
+    index, weights = zoo.routing()
+    with pytest.raises(peft_moe_compat.LayoutError, match=r"gate_up_proj is read as 'E in out'.*declare_layout"):
+        holder["experts"](torch.randn(zoo.T, zoo.H), index, weights)
+
+
+@zoo.each([c for c in zoo.DECORATED if c.package == "gpt_oss"])
+def test_arguments_by_the_names_of_the_classs_own_forward(found):
+    holder = zoo.wrap(zoo.build(found), ["experts.gate_up_proj", "experts.down_proj"])
+    hidden, (index, weights) = torch.randn(zoo.T, zoo.H), zoo.routing()
+    named = holder["experts"](hidden, router_indices=index, routing_weights=weights)
+    assert torch.equal(named, holder["experts"](hidden, index, weights))
+
+
 def test_a_model_built_and_run_before_activation_switches_over(stock):
     peft_moe_compat.deactivate()
     model, ids = model_of(ONE), zoo.token_ids()
@@ -284,10 +321,10 @@ def test_compiles_into_one_graph_without_recompiling(family, stock):
     dynamo.reset()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @zoo.each([c for c in zoo.DECORATED if c.package == "qwen3_moe"])
-def test_the_experts_layer_compiles_with_inductor(found, dtype):
-    """With inductor, which may hand an operator other strides than it was written with."""
+def test_the_experts_layer_compiles_with_inductor(found):
+    """In bfloat16, where inductor would hand torch's own grouped_mm strides that it refuses."""
+    dtype = torch.bfloat16
     torch._dynamo.reset()
     experts = zoo.build(found).to(dtype)
     holder = zoo.wrap(experts, [f"experts.{n}" for n in peft_moe_compat.families.projections(experts)])
@@ -297,7 +334,7 @@ def test_the_experts_layer_compiles_with_inductor(found, dtype):
     eager = zoo.gradients(holder["experts"], given, {})
     compiled = torch.compile(holder["experts"], fullgraph=True)
     found_ = {n.removeprefix("_orig_mod."): v for n, v in zoo.gradients(compiled, given, {}).items()}
-    zoo.assert_same(found_, eager, 1e-4 if dtype == torch.float32 else 5e-2)
+    zoo.assert_same(found_, eager, 5e-2)
     torch._dynamo.reset()
 
 

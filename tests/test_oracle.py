@@ -43,6 +43,15 @@ def test_canonical_factors_rebuild_pefts_own_delta(found, intermediate):
         torch.testing.assert_close(stored, wrapper.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("found", zoo.UNDECORATED, ids=str)
+def test_a_parametrised_module_keeps_its_orientation(found):
+    experts = zoo.build(found)
+    before = families.is_transposed(experts)
+    assert before is not None
+    torch.nn.utils.parametrize.register_parametrization(experts, families.projections(experts)[0], torch.nn.Identity())
+    assert families.is_transposed(experts) is before
+
+
 def weights_form(experts, inputs):
     """The routing weights as this class reads them: "T k", or "T E" (some classes of transformers 5.0)."""
     dense = torch.zeros(zoo.T, zoo.E).scatter(1, inputs["top_k_index"], inputs["top_k_weights"])

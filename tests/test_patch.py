@@ -129,6 +129,79 @@ def test_a_patch_on_top_of_ours_blocks_the_way_back():
     assert not handle.active
 
 
+def test_a_with_block_brings_back_the_state_before_it():
+    assert peft_moe_compat.is_active()
+    with peft_moe_compat.activate(), peft_moe_compat.activate() as handle:
+        assert "active; lora_A spans" in repr(handle)
+    assert peft_moe_compat.is_active()
+    peft_moe_compat.deactivate()
+    with peft_moe_compat.activate():
+        with peft_moe_compat.activate():
+            pass
+        assert peft_moe_compat.is_active()
+    assert not peft_moe_compat.is_active()
+
+
+@pytest.mark.parametrize(("value", "off"), [("0", True), ("false", True), ("OFF", True), ("1", False), ("", False)])
+def test_what_switches_the_import_off(value, off, monkeypatch):
+    monkeypatch.setenv("PEFT_MOE_COMPAT", value)
+    assert patch.switched_off() is off
+
+
+def mixtral_like():
+    """A holder of a decorated experts class with LoRA on both projections, and what its forward takes."""
+    if not zoo.DECORATED:
+        pytest.skip("transformers before 5.0 decorates no experts class")
+    holder = zoo.wrap(zoo.build(next(c for c in zoo.DECORATED if c.package == "mixtral")), TARGETS)
+    return holder, (torch.randn(zoo.T, zoo.H), *zoo.routing())
+
+
+def test_an_implementation_registered_later_is_heard(stock):
+    holder, given = mixtral_like()
+    registry = experts_registry()
+    ours = registry["grouped_mm"]
+    calls = []
+
+    def theirs(self, *args):
+        calls.append(self)
+        return args[0] * 2
+
+    type(registry).register("grouped_mm", theirs)
+    try:
+        out = holder["experts"](*given)
+        assert len(calls) == 1
+        assert torch.equal(out, given[0] * 2)
+        reason = peft_moe_compat.report(holder).rows[0].parameters[0].reason
+        assert "'grouped_mm' was replaced by test_patch" in reason
+        with pytest.raises(PatchConflictError, match="'grouped_mm' was replaced by test_patch"):
+            peft_moe_compat.deactivate()
+    finally:
+        type(registry).register("grouped_mm", ours)
+
+
+def test_a_hook_that_drops_the_factors_is_an_error_not_a_silent_loss():
+    holder, given = mixtral_like()
+    experts = zoo.wrappers(holder)[0].get_base_layer()
+    hook = experts.register_forward_pre_hook(lambda m, args, kwargs: (args, {}), with_kwargs=True)
+    with pytest.raises(peft_moe_compat.PeftMoeCompatError, match="ran without its LoRA.*'expert_lora'"):
+        holder["experts"](*given)
+    hook.remove()
+    holder["experts"](*given)
+
+
+def test_an_instance_forward_under_accelerates_hook_is_not_mistaken_for_the_classs():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    from peft_moe_compat.wrappers import native_reason
+
+    holder, _ = mixtral_like()
+    wrapper = zoo.wrappers(holder)[0]
+    experts = wrapper.get_base_layer()
+    experts.forward = lambda *args, **kwargs: args[0]
+    add_hook_to_module(experts, ModelHook())
+    assert "replaced on the instance" in native_reason(wrapper)
+
+
 def test_an_unsupported_peft_raises_on_request_and_warns_on_import(monkeypatch):
     from peft_moe_compat import wrappers
 
@@ -145,8 +218,8 @@ def test_an_unsupported_peft_raises_on_request_and_warns_on_import(monkeypatch):
     assert not peft_moe_compat.is_active()
 
 
-def test_threads_activate_once_and_forward_while_others_toggle():
-    """Whatever half of a toggle a forward meets, it gives PEFT's numbers: neither path leaves state on the module."""
+def test_threads_activate_once_while_others_run_forwards():
+    """Whenever a forward meets the activation, it gives PEFT's numbers: neither path leaves state on the module."""
     peft_moe_compat.deactivate()
     holder = zoo.wrap(zoo.build(next(c for c in zoo.CLASSES if c.package in ("mixtral", "llama4"))), TARGETS)
     index, weights = zoo.routing()
@@ -208,7 +281,6 @@ def test_the_import_takes_well_under_100_ms():
     [
         "import peft_moe_compat; import peft",
         "import peft; import peft_moe_compat",
-        "import transformers; import peft_moe_compat; from peft.tuners.lora.layer import ParamWrapper",
         "import peft_moe_compat; peft_moe_compat.activate()",
     ],
 )

@@ -92,7 +92,8 @@ def test_several_adapters_of_different_ranks_and_scalings(stock):
     assert {lora.rank for lora in expert_loras(holder["experts"]).values()} == {zoo.R + 5}
     only = expert_loras(holder["experts"], ["idle"])
     assert {lora.rank for lora in only.values()} == {2}
-    assert expert_loras(holder["experts"], ["nobody"]) == {}
+    with pytest.raises(LayoutError, match=r"No adapter \['nobody'\] on this module; it has"):
+        expert_loras(holder["experts"], ["nobody"])
 
 
 def test_an_adapter_on_one_of_two_wrappers(stock):
@@ -245,6 +246,43 @@ def test_an_orientation_nobody_declared_is_asked_for():
     assert expert_loras(holder["experts"])["weight"].in_features == 6
     with pytest.raises(LayoutError, match="get_base_layer"):
         peft_moe_compat.declare_layout(holder["experts"], is_transposed=False)
+    with pytest.raises(LayoutError, match="'False'; True, False or None"):
+        peft_moe_compat.declare_layout(Plain, is_transposed="False")
+    with pytest.raises(LayoutError, match="got 'Plain'"):
+        peft_moe_compat.declare_layout("Plain", is_transposed=False)
+    peft_moe_compat.declare_layout(Plain, is_transposed=None)
+    assert peft_moe_compat.families.is_transposed(Plain()) is None
+
+
+def test_a_parameter_wrapped_twice_gets_both_updates():
+    """PEFT up to 0.19 nests a second wrapper when get_peft_model runs twice under one adapter name."""
+    holder = zoo.wrap(gated(), BOTH)
+    inner = holder["experts"]
+    outer = copy.deepcopy(inner)
+    outer.base_layer = inner
+    holder["experts"] = outer
+    zoo.randomise(holder)
+    experts = inner.get_base_layer()
+    both = sum(w.get_delta_weight("default") for w in (outer, inner))
+    lora = expert_loras(holder["experts"])["down_proj"]
+    torch.testing.assert_close(stored_delta(lora, experts), both, rtol=1e-4, atol=1e-5)
+    with pytest.warns(peft_moe_compat.CompatWarning, match="wrapped 1 expert parameters twice"):
+        peft_moe_compat.report(nn.ModuleDict({"block": holder}))
+    if wrappers.native_reason(outer) is None:
+        given = inputs(holder["experts"])
+        found = holder["experts"](*given.values())
+        with torch.no_grad():
+            experts.down_proj += both
+            up = inner.base_layer
+            experts.gate_up_proj += up.get_delta_weight("default")
+        torch.testing.assert_close(found, experts(*given.values()), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_wrapper_or_no_adapter_is_refused():
+    with pytest.raises(LayoutError, match="needs the ParamWrapper"):
+        expert_loras(gated())
+    holder = zoo.wrap(gated(), BOTH)
+    assert set(expert_loras(holder["experts"], "default")) == {"gate_up_proj", "down_proj"}
 
 
 def test_gradients_reach_the_live_parameters():
@@ -274,6 +312,12 @@ def test_a_probe_that_fits_nothing_is_refused(monkeypatch):
 
     genuine = ParamWrapper.get_delta_weight
     monkeypatch.setattr(ParamWrapper, "get_delta_weight", lambda self, name: 2 * genuine(self, name))
-    monkeypatch.setattr(wrappers, "_rule", None)
     with pytest.raises(peft_moe_compat.UnsupportedPeftError, match="matches no known layout"):
+        wrappers.installed_rule()
+
+    def broken(self, name):
+        raise TypeError("another signature")
+
+    monkeypatch.setattr(ParamWrapper, "get_delta_weight", broken)
+    with pytest.raises(peft_moe_compat.UnsupportedPeftError, match="could not be probed .TypeError: another signature"):
         wrappers.installed_rule()
