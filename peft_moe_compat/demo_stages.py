@@ -170,6 +170,9 @@ def _train(job: Job, model: Any, text: bytes, steps: int, learning_rate: float) 
         max_steps=steps,
         learning_rate=learning_rate,
         optim="adamw_torch",
+        # Rounding may send a token to another expert in one of two runs. With the usual 1e-8, Adam would turn that
+        # expert's first small gradient into a step of full size, and the runs would part.
+        adam_epsilon=1e-4,
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
@@ -248,7 +251,7 @@ def _leg(job: Job, name: str) -> dict[str, Any]:
     set_seed(SEED)
     model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=[], target_parameters=targets))
     rows = [parameter for experts in discovery.report(model).rows for parameter in experts.parameters]
-    training = _train(job, model, _text("encodings/*.py"), job.settings.steps, learning_rate=3e-3)
+    training = _train(job, model, _text("encodings/*.py"), job.settings.steps, learning_rate=1e-2)
     torch.save(_logits(job, model), job.folder / f"{name}-logits.pt")
     model.save_pretrained(job.folder / name)
     paths, reasons = {row.path for row in rows}, {row.reason for row in rows if row.reason}
