@@ -15,10 +15,11 @@ from torch import Tensor
 
 __all__ = ["alignment", "backend_for", "device_backend", "grouped_mm"]
 
-_TORCH_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT_BYTES = 16
-# Public from torch 2.10.
-_torch_grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+# Public, and promised for more than bfloat16, from torch 2.10 on.
+_public_grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
+_torch_grouped_mm: Any = _public_grouped_mm or getattr(torch, "_grouped_mm", None)
+_TORCH_DTYPES = (torch.bfloat16, torch.float16, torch.float32) if _public_grouped_mm else (torch.bfloat16,)
 
 
 def alignment(dtype: torch.dtype) -> int:
@@ -38,7 +39,7 @@ def device_backend(device: torch.device) -> str:
 def backend_for(*operands: Tensor) -> str:
     """The backend for operands of one dtype: `"torch"`, or `"loop"`, a product per expert.
 
-    The torch operator takes bfloat16, float16 and float32, with strides that are multiples of 16 bytes and, before
+    The torch operator takes bfloat16, from torch 2.10 on float16 and float32 too, with strides that are multiples of 16 bytes and, before
     torch 2.11, data that starts at such a multiple (a memory-mapped weight may not).
     """
     first = operands[0]
