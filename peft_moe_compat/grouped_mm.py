@@ -39,8 +39,8 @@ def device_backend(device: torch.device) -> str:
 def backend_for(*operands: Tensor) -> str:
     """The backend for operands of one dtype: `"torch"`, or `"loop"`, a product per expert.
 
-    The torch operator takes bfloat16, from torch 2.10 on float16 and float32 too, with strides that are multiples of 16 bytes and, before
-    torch 2.11, data that starts at such a multiple (a memory-mapped weight may not).
+    The torch operator takes bfloat16, from torch 2.10 on float16 and float32 too, with strides that are multiples of 16
+    bytes and, before torch 2.11, data that starts at such a multiple (a memory-mapped weight may not).
     """
     first = operands[0]
     unit = alignment(first.dtype)
