@@ -24,18 +24,23 @@ from peft_moe_compat.wrappers import expert_loras
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-family, square = sys.argv[1], sys.argv[2] == "square"
-sizes = {"hidden_size": 48 if family == "mixtral" else 24} if square else {}  # 2 * I == H, or I == H
-lora = {"target_parameters": ["experts.gate_up_proj" if family == "mixtral" else "experts.down_proj"]} if square else {}
-base, ids = zoo.tiny_model(family, **sizes), zoo.token_ids()
+family, ids = sys.argv[1], zoo.token_ids()
+square = {"hidden_size": 48} if family == "mixtral" else {"hidden_size": 24}  # 2 * I == H, or I == H
+one = {"target_parameters": ["experts.gate_up_proj" if family == "mixtral" else "experts.down_proj"]}
+shapes = {"plain": ({}, {}), "square": (square, one)}
+
+def load(model, folder):
+    try:
+        model.load_adapter(folder)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:  # broken upstream for some pairs
+        return f"{type(error).__name__}: {error}"[:200]
+    return "loaded"
 
 with tempfile.TemporaryDirectory() as folder:
-    zoo.peft_model(zoo.tiny_model(family, **sizes), **lora).save_pretrained(folder)
-    try:
-        base.load_adapter(folder)
-        loaded = "loaded"
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:  # broken upstream for some pairs
-        loaded = f"{type(error).__name__}: {error}"[:200]
+    for name, (sizes, lora) in shapes.items():  # all saved before the first load patches the process
+        zoo.peft_model(zoo.tiny_model(family, **sizes), **lora).save_pretrained(f"{folder}/{name}")
+    bases = {name: zoo.tiny_model(family, **sizes) for name, (sizes, _) in shapes.items()}
+    loaded = {name: load(base, f"{folder}/{name}") for name, base in bases.items()}
 layer = inspect.getmodule(ParamWrapper)
 patched = ParamWrapper.update_layer.__globals__["__name__"] != layer.__name__
 patches = hasattr(importlib.import_module("transformers.integrations.peft"), "patch_moe_parameter_targeting")
@@ -70,17 +75,18 @@ def compare(model):
             torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)
     return "same numbers"
 
-fresh = zoo.peft_model(zoo.tiny_model(family, **sizes), **lora)  # made in the process that is patched by now
-found = {"loaded": loaded, "patched": patched, "patches": patches, "first": compare(base), "fresh": compare(fresh)}
-print("RESULT" + json.dumps(found))
+# Made in the process that is patched by now.
+fresh = {name: zoo.peft_model(zoo.tiny_model(family, **sizes), **lora) for name, (sizes, lora) in shapes.items()}
+outcomes = {f"loaded, {name}": compare(model) for name, model in bases.items()}
+outcomes |= {f"fresh, {name}": compare(model) for name, model in fresh.items()}
+print("RESULT" + json.dumps({"loaded": loaded, "patched": patched, "patches": patches, "outcomes": outcomes}))
 """
 
 
-@pytest.mark.parametrize("shape", ["plain", "square"])
 @pytest.mark.parametrize("family", [f for f in zoo.FAMILIES if f in ("mixtral", "gpt_oss")])
-def test_after_load_adapter_the_numbers_are_pefts_or_refused(family, shape):
+def test_after_load_adapter_the_numbers_are_pefts_or_refused(family):
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, family, shape],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, family],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
@@ -93,5 +99,8 @@ def test_after_load_adapter_the_numbers_are_pefts_or_refused(family, shape):
     found = json.loads(line.removeprefix("RESULT"))
     if family == "mixtral":  # has a conversion mapping, which is what sets the patch off
         assert found["patched"] == found["patches"], found
-    assert found["fresh"] in ("same numbers", "both refuse: LayoutError", "both refuse: RuntimeError")
-    assert found["first"] in ("same numbers", "no wrapper", "both refuse: LayoutError", "both refuse: RuntimeError")
+    refused = ("both refuse: LayoutError", "both refuse: RuntimeError")
+    for which, outcome in found["outcomes"].items():
+        # A fresh model always has wrappers; one that load_adapter gave up on may have none.
+        allowed = ("same numbers", *refused) if which.startswith("fresh") else ("same numbers", "no wrapper", *refused)
+        assert outcome in allowed, found
