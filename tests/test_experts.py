@@ -124,7 +124,7 @@ def check(case, dtype, tolerance):
             compare(a, torch.zeros_like(a) if b is None else b, 10 * tolerance)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_float64_on_the_loop_backend(case):
     check(case, torch.float64, 1e-9)

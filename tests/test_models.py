@@ -294,7 +294,7 @@ def test_low_precision_is_as_near_to_float64_as_stock(found, dtype, lora_std, pr
     assert effect <= 1.05 * stock_effect
 
 
-@pytest.mark.parametrize("family", [f for f in zoo.FAMILIES if f in ("qwen3_moe", "nemotron_h", "gpt_oss")])
+@pytest.mark.parametrize("family", [f for f in zoo.FAMILIES if f in ("qwen3_moe", "gpt_oss")])
 def test_compiles_into_one_graph_without_recompiling(family, stock):
     import torch._dynamo as dynamo
 
