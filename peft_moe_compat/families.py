@@ -105,7 +105,7 @@ def dispatches_through_registry(cls: type[nn.Module]) -> bool:
 
 
 def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
-    """Shape of an expert parameter as stored, `None` where `name` is no floating-point weight of the module.
+    """Shape of an expert parameter as stored, None where the module has no tensor of that name.
 
     Reads a parametrised (quantised) weight's shape through attribute access; ZeRO-3 keeps it in `ds_shape`.
     """

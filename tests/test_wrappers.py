@@ -14,7 +14,6 @@ import peft_moe_compat
 from peft_moe_compat import ExpertLora, LayoutError, wrappers
 from peft_moe_compat.wrappers import expert_loras, wrapper_chain
 
-FOUND = (zoo.DECORATED or zoo.UNDECORATED)[0]
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
