@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 __all__ = [
+    "AdapterError",
+    "AdapterFileError",
+    "AmbiguousAdapterError",
     "CompatWarning",
     "LayoutError",
+    "LossyConversionError",
     "NoExpertParametersError",
     "PatchConflictError",
     "PeftMoeCompatError",
@@ -30,6 +34,22 @@ class PatchConflictError(PeftMoeCompatError, RuntimeError):
 
 class NoExpertParametersError(PeftMoeCompatError, ValueError):
     """A model holds no routed expert parameter that PEFT's `target_parameters` could reach."""
+
+
+class AdapterError(PeftMoeCompatError, ValueError):
+    """An adapter file, or the model it is for, cannot be read or turned into what was asked for."""
+
+
+class AdapterFileError(AdapterError):
+    """A file of an adapter is damaged, incomplete, or not what its name says."""
+
+
+class AmbiguousAdapterError(AdapterError):
+    """The evidence does not settle what an adapter holds; the message names the flag that would."""
+
+
+class LossyConversionError(AdapterError):
+    """The reader asked for cannot hold everything the adapter has, and `allow_lossy` was not given."""
 
 
 class CompatWarning(UserWarning):

@@ -1,0 +1,1 @@
+"""Adapter files: detect, read, convert, write."""

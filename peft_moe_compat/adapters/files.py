@@ -1,0 +1,208 @@
+"""Where an adapter lies, its JSON files read strictly, and an output folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from ..errors import AdapterError, AdapterFileError
+
+__all__ = ["atomic_folder", "find_adapter", "parse_json", "read_json", "show"]
+
+_MAX_JSON_BYTES = 64 * 2**20
+_HUB_ID = re.compile(r"(?:\w[\w.\-]{0,95}/)?\w[\w.\-]{0,95}", re.ASCII)
+_HUB_FILES = ["adapter_config.json", "adapter_model*", "automodel_peft_config.json"]
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
+_repr.maxlist = _repr.maxtuple = 8
+
+
+def show(value: object) -> str:
+    """`repr` of something read from a file, shortened: a damaged file may hold names of megabytes."""
+    return _repr.repr(value)
+
+
+def find_adapter(source: str | Path) -> Path:
+    """The folder of an adapter: an existing folder, or one the Hugging Face Hub has under the id `name` or `org/name`.
+
+    Whatever exists locally is never looked up on the Hub.
+
+    Raises:
+        AdapterFileError: A file instead of a folder, nothing at all, or the Hub refused or could not be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if os.path.lexists(path):
+        found = "a file" if path.is_file() else "neither a folder nor a file (a broken link?)"
+        raise AdapterFileError(
+            f"{path} is {found}; the folder that holds adapter_config.json was needed. Did you mean {path.parent}?"
+        )
+    if not _HUB_ID.fullmatch(str(source)):
+        raise AdapterFileError(
+            f"{source} does not exist, and is no id of the Hugging Face Hub ('name' or 'org/name') either. "
+            "Give the folder that holds adapter_config.json."
+        )
+    return _download(str(source))
+
+
+def _download(repo_id: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The base class is the HTTP client's own error: of requests, httpx or httpx2, by release of huggingface_hub.
+    client_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+    except (client_error, OSError, ValueError, RuntimeError) as error:
+        raise AdapterFileError(
+            f"There is no folder {repo_id}, and the Hugging Face Hub did not give an adapter of that id: "
+            f"{type(error).__name__}: {error}. Check the spelling, the access rights (`hf auth login`) and the network."
+        ) from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file, read strictly: see `parse_json`. At most 64 MiB.
+
+    Raises:
+        AdapterFileError: No such file, too large, or not one JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AdapterFileError(f"{path} was needed, but there is no such file. Is the adapter folder complete?")
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise AdapterFileError(
+                f"{path} has {size} bytes; a JSON file of an adapter has at most {_MAX_JSON_BYTES}. Is it another file?"
+            )
+        raw = path.read_bytes()
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}. Check its access rights.") from error
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+    """One JSON object: UTF-8, no key twice at any level, no NaN or Infinity, no lone surrogate. `what` names it.
+
+    Raises:
+        AdapterFileError: Anything else.
+    """
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_float=_finite_float,
+        )
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise AdapterFileError(f"{what} is not UTF-8 text: {error.reason}. Is the file damaged?") from error  # type: ignore[attr-defined]
+    except RecursionError as error:
+        raise AdapterFileError(f"{what} is nested too deeply to be an adapter's JSON. Is the file damaged?") from error
+    except ValueError as error:
+        raise AdapterFileError(f"{what} is not strict JSON: {error}. Is the file complete and unedited?") from error
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{what} holds a JSON {type(value).__name__}; an object, {{...}}, was needed.")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {show(twice)} appears twice in one object")
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is a number JSON does not have")
+
+
+def _finite_float(text: str) -> float:
+    if math.isfinite(value := float(text)):
+        return value
+    raise ValueError(f"the number {show(text)} is out of range")
+
+
+@contextmanager
+def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` to write into; it becomes `out` when the block ends well, else it is removed.
+
+    A process killed half-way leaves the input as it was, no `out`, and a folder `.NAME.tmp-XXXXXXXX` to delete.
+
+    Args:
+        out: The folder to be made. Its parent exists; it does not.
+        source: The file or folder that is read meanwhile; `out` must lie apart from it.
+
+    Raises:
+        AdapterError: `out` exists, before or after the block, or overlaps `source`, or cannot be made.
+    """
+    _check_apart(out, source)
+    _check_absent(out)
+    if not out.parent.is_dir():
+        raise AdapterError(f"{out} cannot be written: there is no folder {out.parent}. Create it first.")
+    temporary = out.parent / f".{out.name}.tmp-{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise AdapterError(f"{out} cannot be written: {error}. Choose a folder you may write to.") from error
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        _check_absent(out)
+        _rename(temporary, out)
+        _sync(out.parent)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    target, origin = out.resolve(), source.resolve()
+    if target == origin:
+        relation = "is"
+    elif origin in target.parents:
+        relation = "lies inside"
+    elif target in origin.parents:
+        relation = "contains"
+    else:
+        return
+    raise AdapterError(f"The output {out} {relation} the input {source}. Choose a folder apart from the input.")
+
+
+def _check_absent(out: Path) -> None:
+    if os.path.lexists(out):
+        raise AdapterError(f"{out} exists already, and nothing is ever overwritten. Choose another name or remove it.")
+
+
+def _rename(temporary: Path, out: Path) -> None:
+    try:
+        temporary.rename(out)
+    except OSError as error:
+        raise AdapterError(f"{out} could not be put in place: {error}. Did something else write there?") from error
+
+
+def _sync(path: Path) -> None:
+    """fsync of one file or folder; where folders cannot be opened, as on Windows, there is nothing to flush."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,306 @@
+"""The tensors of an adapter folder, read block by block; the folder's own helpers come along by name.
+
+All headers are checked when the folder is opened, and no tensor is read then. Tensors are copied out by offset, never
+mapped, so that resident memory is what the block at hand holds, and a file cut short meanwhile is an error rather than
+a SIGBUS. A `.bin` file is mapped by torch, anew for each block.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterFileError
+from .files import atomic_folder, find_adapter, read_json, show
+from .safetensors_io import DTYPE_NAMES, TensorInfo, opened, read_header, write_safetensors
+
+__all__ = [
+    "AdapterTensors",
+    "TensorInfo",
+    "atomic_folder",
+    "check_finite",
+    "find_adapter",
+    "open_tensors",
+    "read_json",
+    "write_safetensors",
+]
+
+SAFETENSORS, INDEX, BIN = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
+
+_SURROGATES = re.compile("[\ud800-\udfff]")  # no UTF-8, so no safetensors header, has them
+# What torch.load raises for a damaged file, by where the damage lies.
+_LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,  # a damaged length asks for more than there is
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass
+class AdapterTensors(Mapping[str, TensorInfo]):
+    """The tensors of one adapter, known by name, shape and dtype; their bytes are read in `reading` alone.
+
+    Attributes:
+        infos: By name, in the order of the files and of the bytes in them.
+        metadata: The `__metadata__` of the safetensors files, empty for a `.bin`.
+        files: The files that hold the tensors.
+        notes: What the user may want to know about the choice of files, one sentence each.
+    """
+
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _offsets: dict[str, int] = field(default_factory=dict, repr=False)  # of the bytes in a safetensors file
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self.infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all tensors together."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    @contextmanager
+    def reading(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """The named tensors, on the CPU, by name in the order asked for; valid inside the block only.
+
+        At its end the dict is emptied, and their memory goes back unless the caller holds a tensor still.
+
+        Raises:
+            AdapterFileError: No tensor of that name, or the file changed since `open_tensors`.
+        """
+        tensors = self._read(list(dict.fromkeys(names)))
+        try:
+            yield tensors
+        finally:
+            tensors.clear()
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        for name in names:
+            if name not in self.infos:
+                raise AdapterFileError(
+                    f"{show(name)} was needed, but none of {_names(self.files)} holds such a tensor."
+                )
+        found: dict[str, Tensor] = {}
+        for file in dict.fromkeys(self.infos[name].file for name in names):
+            here = [self.infos[name] for name in names if self.infos[name].file == file]
+            found.update(self._read_safetensors(file, here) if self._offsets else _read_bin(file, here))
+        return {name: found[name] for name in names}
+
+    def _read_safetensors(self, file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
+        found = {}
+        with opened(file) as stream:
+            for info in sorted(infos, key=lambda info: self._offsets[info.name]):
+                data = torch.empty(info.nbytes, dtype=torch.uint8)
+                stream.seek(self._offsets[info.name])
+                if stream.readinto(data.numpy().data) < info.nbytes:
+                    raise AdapterFileError(f"{file} ends inside {show(info.name)}: it changed while it was being read.")
+                found[info.name] = data.view(info.dtype).reshape(info.shape)
+        return found
+
+
+def open_tensors(folder: Path) -> AdapterTensors:
+    """The tensors of the adapter in `folder`: all headers are read and checked, no tensor is.
+
+    `adapter_model.safetensors`, or its shards by `adapter_model.safetensors.index.json`, else `adapter_model.bin`;
+    as PEFT (`load_peft_weights`) does, safetensors are preferred where both lie there.
+
+    Raises:
+        AdapterFileError: None of them, two that contradict each other, or a damaged or unsafe file.
+    """
+    folder = Path(folder)
+    single, index, old = (folder / name for name in (SAFETENSORS, INDEX, BIN))
+    if single.is_file() and index.is_file():
+        raise AdapterFileError(f"{folder} holds both {SAFETENSORS} and {INDEX}; remove the one that is out of date.")
+    tensors = AdapterTensors()
+    if index.is_file():
+        _open_shards(tensors, index)
+    elif single.is_file():
+        _open_safetensors(tensors, single)
+    elif old.is_file():
+        _open_bin(tensors, old)
+        return tensors
+    else:
+        found = _names(sorted(folder.iterdir())[:20]) if folder.is_dir() else "no folder"
+        raise AdapterFileError(f"{SAFETENSORS}, {INDEX} or {BIN} was needed in {folder}; found: {found or 'nothing'}.")
+    if old.is_file():
+        tensors.notes.append(f"{BIN} lies beside the safetensors and is ignored, as PEFT does.")
+    return tensors
+
+
+def _names(files: Iterable[Path]) -> str:
+    return ", ".join(file.name for file in files)
+
+
+def _open_safetensors(tensors: AdapterTensors, file: Path) -> None:
+    """Adds the tensors of one safetensors file."""
+    metadata, entries = read_header(file)
+    for offset, info in entries:
+        if info.name in tensors.infos:
+            other = tensors.infos[info.name].file.name
+            raise AdapterFileError(f"{show(info.name)} is in two shards, {other} and {file.name}; one was expected.")
+        tensors.infos[info.name] = info
+        tensors._offsets[info.name] = offset
+    for key, value in metadata.items():
+        if tensors.metadata.setdefault(key, value) != value:
+            tensors.notes.append(f"{file.name} has another {show(key)} in its metadata than an earlier shard.")
+    tensors.files.append(file)
+
+
+def _open_shards(tensors: AdapterTensors, index: Path) -> None:
+    """Adds the tensors of the shards an index lists, once index and shards agree."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AdapterFileError(
+            f"{index} has the weight_map {show(weight_map)}; an object from tensor to file was needed."
+        )
+    for name, value in weight_map.items():
+        if not isinstance(value, str) or not _plain_name(value):
+            raise AdapterFileError(
+                f"{index}: {show(name)} is said to be in {show(value)}; a plain file name in its own folder was needed."
+            )
+    for value in sorted(set(weight_map.values())):
+        _open_safetensors(tensors, _shard(index, value))
+    for name in {**weight_map, **tensors.infos}:
+        listed, info = weight_map.get(name), tensors.infos.get(name)
+        if info is None or info.file.name != listed:
+            raise AdapterFileError(
+                f"{index} puts {show(name)} in {show(listed)}, but it is in {info.file.name if info else 'no shard'}. "
+                "Do the shards belong to this index?"
+            )
+
+
+def _plain_name(value: str) -> bool:
+    one_part = PurePosixPath(value).name == value and PureWindowsPath(value).name == value
+    return one_part and value not in ("", ".", "..") and value.isprintable()
+
+
+def _shard(index: Path, value: str) -> Path:
+    """The shard beside its index, or in the `blobs` of a Hub cache: `models--X/{blobs,snapshots/REVISION}`."""
+    shard = index.parent / value
+    if not shard.is_file():
+        raise AdapterFileError(f"{index} lists {value}, but there is no such file. Is the download complete?")
+    folder, target = index.parent.resolve(), shard.resolve()
+    allowed = [
+        folder,
+        *(path.parent.parent / "blobs" for path in (folder, *folder.parents) if path.parent.name == "snapshots"),
+    ]
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise AdapterFileError(
+            f"{shard} is a link to {target}, outside of {folder}. Copy the file there if you trust it."
+        )
+    return shard
+
+
+def _open_bin(tensors: AdapterTensors, file: Path) -> None:
+    for name, tensor in _load_bin(file).items():
+        tensors.infos[name] = TensorInfo(name, tuple(tensor.shape), tensor.dtype, file)
+    tensors.files.append(file)
+
+
+def _read_bin(file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
+    """Views of a mapping made anew, so that no page stays resident longer than the caller's block."""
+    tensors = _load_bin(file)
+    for info in infos:
+        tensor = tensors.get(info.name)
+        if tensor is None or (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
+            raise AdapterFileError(f"{file} changed while it was being read: {show(info.name)} is another tensor now.")
+    return {info.name: tensors[info.name] for info in infos}
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
+    """The checked tensors of a `.bin`, mapped where its zip archive allows, loaded where it is older or compressed."""
+    try:
+        loaded = torch.load(str(file), map_location="cpu", weights_only=True, mmap=_mappable(file))
+    except _LOAD_ERRORS as error:
+        raise _load_error(file, error) from error
+    if not isinstance(loaded, dict):
+        raise AdapterFileError(f"{file} holds a {type(loaded).__name__}; a dict from name to tensor was needed.")
+    return {name: _check_bin_entry(file, name, tensor) for name, tensor in loaded.items()}
+
+
+def _load_error(file: Path, error: BaseException) -> AdapterFileError:
+    if asked := re.search(r"GLOBAL (\S+)", str(error)):
+        return AdapterFileError(
+            f"{file} wants {show(asked[1])}, and a file of plain tensors was needed; nothing in it was executed. "
+            "If you trust its origin, have it saved as safetensors where it came from."
+        )
+    cause = error.__context__ or error  # torch wraps the cause in advice to load without the check
+    return AdapterFileError(
+        f"{file} is damaged, or more than plain tensors: {type(cause).__name__}: {str(cause).strip()[:200]}. "
+        "Nothing in it was executed. Download or copy it again."
+    )
+
+
+def _mappable(file: Path) -> bool:
+    with file.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return False  # torch.save's format before 1.6
+    with zipfile.ZipFile(file) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def _check_bin_entry(file: Path, name: object, tensor: object) -> Tensor:
+    if not isinstance(name, str) or _SURROGATES.search(name):
+        raise AdapterFileError(f"{file} has the key {show(name)}; the names of tensors were expected.")
+    if not isinstance(tensor, Tensor):
+        raise AdapterFileError(
+            f"{file}: {show(name)} is a {type(tensor).__name__}, not a tensor. Only a flat dict of tensors can be read."
+        )
+    kind = "meta" if tensor.is_meta else "quantised" if tensor.is_quantized else str(tensor.layout)
+    if kind != "torch.strided" or tensor.is_nested or tensor.device.type != "cpu" or tensor.dtype not in DTYPE_NAMES:
+        raise AdapterFileError(f"{file}: {show(name)} is a {kind} tensor of {tensor.dtype}; a dense one was needed.")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise AdapterFileError(
+            f"{file}: {show(name)} has shape {show(tuple(tensor.shape))}, more than the bytes stored for it. "
+            "Save the adapter again with contiguous tensors."
+        )
+    return tensor.detach()
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises `AdapterFileError`, with the counts, if a tensor has NaN or infinite entries. Any shape and dtype."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    real = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    nan = inf = 0
+    for chunk in torch.split(real.reshape(-1), 2**20):
+        part = chunk.float() if chunk.element_size() == 1 else chunk
+        # One pass without a temporary, and NaN wins; only a bad chunk is counted.
+        if part.numel() and not all(math.isfinite(bound.item()) for bound in torch.aminmax(part)):
+            nan += int(part.isnan().sum())
+            inf += int(part.isinf().sum())
+    if nan or inf:
+        raise AdapterFileError(
+            f"{show(name)} has {nan} NaN and {inf} infinite of {tensor.numel()} entries; finite numbers were needed. "
+            "Did the training diverge? Take an earlier checkpoint."
+        )
