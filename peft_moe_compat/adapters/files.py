@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from ..errors import AdapterError, AdapterFileError
 
-__all__ = ["atomic_folder", "find_adapter", "parse_json", "read_json", "show"]
+__all__ = ["atomic_folder", "download", "find_adapter", "is_hub_id", "parse_json", "read_json", "show"]
 
 _MAX_JSON_BYTES = 64 * 2**20
 _HUB_ID = re.compile(r"(?:\w[\w.\-]{0,95}/)?\w[\w.\-]{0,95}", re.ASCII)
@@ -49,30 +49,40 @@ def find_adapter(source: str | Path) -> Path:
         raise AdapterFileError(
             f"{path} is {found}; the folder that holds adapter_config.json was needed. Did you mean {path.parent}?"
         )
-    if not _HUB_ID.fullmatch(str(source)):
+    if not is_hub_id(str(source)):
         raise AdapterFileError(
             f"{source} does not exist, and is no id of the Hugging Face Hub ('name' or 'org/name') either. "
             "Give the folder that holds adapter_config.json."
         )
-    return _download(str(source))
+    return download(str(source), _HUB_FILES)
 
 
-def _download(repo_id: str) -> Path:
+def is_hub_id(text: str) -> bool:
+    """Whether a text could be the id of a repository on the Hugging Face Hub: `name` or `org/name`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def download(repo_id: str, patterns: list[str]) -> Path:
+    """The local folder of a repository of the Hub, with those of its files that match the patterns.
+
+    Raises:
+        AdapterFileError: The Hub refused, or could not be reached.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     # The base class is the HTTP client's own error: of requests, httpx or httpx2, by release of huggingface_hub.
     client_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
     except (client_error, OSError, ValueError, RuntimeError) as error:
         raise AdapterFileError(
-            f"There is no folder {repo_id}, and the Hugging Face Hub did not give an adapter of that id: "
+            f"There is no folder {repo_id}, and the Hugging Face Hub did not give {patterns[0]} of that id: "
             f"{type(error).__name__}: {error}. Check the spelling, the access rights (`hf auth login`) and the network."
         ) from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path, *, python_numbers: bool = False) -> dict[str, Any]:
     """The JSON object in a file, read strictly: see `parse_json`. At most 64 MiB.
 
     Raises:
@@ -90,11 +100,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raw = path.read_bytes()
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}. Check its access rights.") from error
-    return parse_json(raw, str(path))
+    return parse_json(raw, str(path), python_numbers=python_numbers)
 
 
-def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+def parse_json(raw: bytes, what: str, *, python_numbers: bool = False) -> dict[str, Any]:
     """One JSON object: UTF-8, no key twice at any level, no NaN or Infinity, no lone surrogate. `what` names it.
+
+    With `python_numbers`, NaN and Infinity are read: transformers writes them into the configs of some models.
 
     Raises:
         AdapterFileError: Anything else.
@@ -103,7 +115,7 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
+            parse_constant=float if python_numbers else _no_constant,
             parse_float=_finite_float,
         )
         if _SURROGATE.search(raw):

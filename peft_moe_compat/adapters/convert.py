@@ -1,0 +1,215 @@
+"""An adapter in the form another reader takes: planned from headers alone, then streamed, part by part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import AdapterError, LossyConversionError
+from .base_model import BaseModel, load_base_model
+from .config import evened_config, target_config
+from .decide import Decision, decide
+from .modules import module_parts, refit
+from .outputs import Item, Output, copied, evened, plain
+from .source import CONFIG_NAME, AdapterSource, open_adapter, plain_part
+from .stamp import Stamp
+from .targets import Target, parse_target
+from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
+
+__all__ = ["Conversion", "Progress", "convert_adapter"]
+
+# Called with (bytes done, bytes in all).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        out: The new folder.
+        target: The reader it is for, as `--to` names it.
+        exactness: `"bits"` where every factor is kept bit for bit, `"round-off"` where a scaling was folded into
+            lora_B in float32, `"lossy"` where something was left out.
+        steps: What was done, a sentence each.
+        decision: What the input was found to hold.
+    """
+
+    out: Path
+    target: str
+    exactness: str
+    steps: tuple[str, ...]
+    decision: Decision
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "schema_version": 1,
+            "out": str(self.out),
+            "target": self.target,
+            "exactness": self.exactness,
+            "steps": list(self.steps),
+        }
+
+
+@dataclass
+class _Plan:
+    items: list[Item]
+    config: dict[str, Any]
+    stamp: Stamp | None
+    steps: list[str] = field(default_factory=list)
+    folded: bool = False
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def exactness(self) -> str:
+        return "lossy" if self.dropped else "round-off" if self.folded else "bits"
+
+
+def convert_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    to: str = "peft",
+    model: str | Path | Mapping[str, Any] | BaseModel | None = None,
+    written_by: str | None = None,
+    orientation: str | None = None,
+    packing: str | None = None,
+    nesting: Sequence[str] | None = None,
+    fill_missing: bool = False,
+    allow_lossy: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Writes an adapter in the form a reader takes. The input stays as it is; `out` appears complete or not at all.
+
+    Tensors are read, turned and written a projection at a time.
+
+    Args:
+        adapter: A folder, or a Hub id.
+        out: The folder to make. It must not exist.
+        to: `peft` (the installed one), `peft==VERSION[,transformers==VERSION]`, `per-expert`, `vllm`, `sglang` or
+            `llama.cpp`.
+        model: The base model's config: a folder, a `config.json`, a Hub id or a dict. Needed wherever the form of the
+            experts' LoRA changes, and where nothing else tells how the model stores its experts.
+        written_by: `peft==VERSION[,transformers==VERSION]`, where the file does not say who wrote it.
+        orientation: `linear` or `reversed`, where neither shapes nor writer tell.
+        packing: `rank_major` or `grouped`, where the file does not show how lora_B is packed.
+        nesting: The parameters, innermost wrapper first, where the file does not show it.
+        fill_missing: Gives experts without LoRA one of zeros, where the form needs one for each.
+        allow_lossy: Leaves out what the reader cannot take, instead of refusing.
+        progress: Called with (bytes done, bytes in all) as the work goes on.
+
+    Raises:
+        AdapterFileError: The input is damaged, or contradicts itself or the model.
+        AmbiguousAdapterError: The evidence does not settle what the input holds.
+        LossyConversionError: The reader cannot take all of it, and `allow_lossy` was not given.
+        AdapterError: Anything else that stands in the way; the message says what helps.
+    """
+    target = parse_target(to)
+    source = open_adapter(adapter)
+    base = base_model_of(source, model)
+    decision = decide(
+        source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
+    )
+    if source.form == "none":
+        raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
+    decision.require(str(source.folder))
+    plan = _plan(source, decision, target, base, fill_missing)
+    if plan.dropped and not allow_lossy:
+        raise LossyConversionError(
+            f"{target} cannot take {'; '.join(plan.dropped)}. Pass --allow-lossy (allow_lossy=True) to leave that out."
+        )
+    with atomic_folder(Path(out), source=source.folder) as folder:
+        _write(folder, source, plan, progress)
+    steps = (*plan.steps, *(f"left out: {what}" for what in plan.dropped))
+    return Conversion(Path(out), str(target), plan.exactness, steps, decision)
+
+
+def base_model_of(source: AdapterSource, model: str | Path | Mapping[str, Any] | BaseModel | None) -> BaseModel | None:
+    """The facts on the base model: those given, else those in the local folder that the adapter's config names."""
+    if model is not None:
+        return load_base_model(model)
+    named = source.config.get("base_model_name_or_path")
+    if isinstance(named, str) and named and (Path(named) / "config.json").is_file():
+        return load_base_model(named)
+    return None
+
+
+def _plan(
+    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None, fill_missing: bool
+) -> _Plan:
+    how = refit(source, decision, target, base)
+    done = [
+        outputs
+        for group in how.groups(module_parts(source, decision, base, fill_missing))
+        for outputs in how.outputs(group)
+    ]
+    outputs = [output for module in done for output in module.outputs]
+    others, dropped = _others(source, target)
+    steps = list(dict.fromkeys(step for module in done for step in module.steps))
+    loras = [named for output in outputs if (named := output.item().lora) is not None]
+    plain_paths = [output.part.path for output in others if isinstance(output, Output)]
+    config = target_config(source.config, target, how.form, loras, plain_paths, keep_targets=how.keeps_names(done))
+    if target.scaling != "config":
+        every = [*outputs, *(output for output in others if isinstance(output, Output))]
+        changed, rank, alpha, said = evened(every, target.scaling)
+        outputs, others = (
+            changed[: len(outputs)],
+            [*changed[len(outputs) :], *(o for o in others if isinstance(o, Item))],
+        )
+        config = evened_config(config, rank, alpha)
+        steps += said
+    items = [*(output.item() for output in outputs), *(o.item() if isinstance(o, Output) else o for o in others)]
+    folded = any("folded" in step for step in steps)
+    return _Plan(items, config, how.stamp(done), steps, folded, dropped)
+
+
+def _others(source: AdapterSource, target: Target) -> tuple[list[Output | Item], list[str]]:
+    """Everything but the experts' LoRA: LoRA pairs, and other tensors; and what the reader cannot take of it."""
+    pairs = []
+    names = dict.fromkeys(source.keys.other)
+    for name in list(names):
+        if name not in names:
+            continue
+        partner = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else ""
+        if partner in names and name.endswith(".weight") and len(source.tensors.infos[name].shape) == 2:
+            pairs.append(plain_part(source, name, partner))
+            del names[name], names[partner]
+    rest = list(names)
+    found: list[Output | Item] = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
+    if target.takes_all_peft or not rest:
+        return [*found, *(copied(name) for name in rest)], []
+    if source.config.get("use_dora"):
+        raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
+    shown = ", ".join(rest[:3]) + (", ..." if len(rest) > 3 else "")
+    return found, [f"{len(rest)} tensors that are no LoRA of linears ({shown})"]
+
+
+def _write(folder: Path, source: AdapterSource, plan: _Plan, progress: Progress | None) -> None:
+    layout = [
+        (name, tuple(tensor.shape), tensor.dtype)
+        for item in plan.items
+        for name, tensor in item.emit(source.meta(item.reads))
+    ]
+    total = sum(source.tensors.infos[name].nbytes for item in plan.items for name in item.reads)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        for item in plan.items:
+            with source.tensors.reading(item.reads) as get:
+                for name, tensor in get.items():
+                    check_finite(name, tensor)
+                    done += source.tensors.infos[name].nbytes
+                yield from item.emit(get)
+            if progress is not None:
+                progress(done, total)
+
+    metadata = {"format": "pt"} | (plan.stamp.to_metadata() if plan.stamp else {})
+    write_safetensors(folder / SAFETENSORS, layout, tensors(), metadata)
+    text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,413 @@
+"""What an adapter file holds, concluded from all of its evidence: writer, orientation, packing, nesting.
+
+Nothing is guessed. A conclusion without enough evidence has no value, and names the flag that would settle it.
+
+    stamp              of this library, in the file's metadata           certain
+    shapes             of all layers, against the model if it is known   certain
+    written_by         what the caller says                              stated
+    writer's own mark  peft_version, Unsloth's and Automodel's markers   stated
+    data               column norms of lora_B, for the packing alone     likely
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError
+from ..layout import ORIENTATIONS, PACKINGS
+from ..releases import orientations
+from .base_model import BaseModel
+from .detect import Reading, SlotShape, lora_rank, nestings, parameter_order, possible_readings, slot_shapes
+from .inspection import Conclusion
+from .keys import ExpertsKeys
+from .packing import test_packing
+from .source import AdapterSource
+from .stamp import Stamp, read_stamp
+from .writer import SAID_BY_CALLER, Writer, find_writer
+
+__all__ = ["Decision", "decide"]
+
+_NOT_FUSED = Conclusion("not applicable", "certain", ("the experts' LoRA is not in PEFT's fused form",))
+_SAMPLED_MATRICES = 16  # of lora_B, read for the test of the packing
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a file holds.
+
+    Attributes:
+        writer, orientation, packing, nesting: Conclusions, see `Inspection`.
+        readings: Path of a fused module -> how it is read; empty unless orientation and nesting are decided.
+        expert_counts: Path of a fused module -> E of each of its slots, innermost first, where it is known.
+        stamp: This library's own, if the file has one.
+        peft: The PEFT release whose layout rule the file follows, if known.
+    """
+
+    writer: Conclusion
+    orientation: Conclusion
+    packing: Conclusion
+    nesting: Conclusion
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    expert_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stamp: Stamp | None = None
+    peft: str | None = None
+
+    def require(self, what: str) -> None:
+        """Raises `AmbiguousAdapterError` unless orientation, packing and nesting are decided. `what` names the file."""
+        open_questions = [
+            (name, conclusion)
+            for name in ("orientation", "packing", "nesting")
+            if not (conclusion := getattr(self, name)).decided
+        ]
+        if open_questions:
+            lines = [
+                f"its {name} is not settled: {'; '.join(conclusion.evidence)}. Settle it with {conclusion.settle}."
+                for name, conclusion in open_questions
+            ]
+            raise AmbiguousAdapterError(f"{what} cannot be read without a guess: {' And '.join(lines)}")
+
+
+def decide(
+    source: AdapterSource,
+    *,
+    model: BaseModel | None = None,
+    written_by: str | None = None,
+    orientation: str | None = None,
+    packing: str | None = None,
+    nesting: Sequence[str] | None = None,
+) -> Decision:
+    """Concludes what an adapter holds.
+
+    Args:
+        source: The adapter.
+        model: Its base model, if known: tells square cases of different projections, and transposed families, apart.
+        written_by: `peft==VERSION` or `peft==VERSION,transformers==VERSION`, if the caller knows.
+        orientation: `"linear"` or `"reversed"`, likewise; shapes that speak against it are an error.
+        packing: `"rank_major"` or `"grouped"`, likewise.
+        nesting: Parameters, innermost wrapper first, likewise.
+
+    Raises:
+        AdapterFileError: The file contradicts itself or the model.
+        AdapterError: `orientation`, `packing` or `nesting` is no possible answer.
+        UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
+    """
+    for name, said, known in (("packing", packing, PACKINGS), ("orientation", orientation, ORIENTATIONS)):
+        if said is not None and said not in known:
+            raise AdapterError(f"{name} is {said!r}; one of {', '.join(known)} was expected.")
+    stamp = read_stamp(source.tensors.metadata)
+    writer = find_writer(source, stamp, written_by)
+    if source.form != "fused":
+        return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, stamp=stamp, peft=writer.peft)
+    modules = source.keys.modules
+    shapes = {module.path: slot_shapes(module, source.tensors.infos) for module in modules}
+    votes = _stamped(stamp, modules, shapes) if stamp else _vote(source, modules, shapes, model, nesting)
+    oriented = _orientation(votes, writer, stamp, model, source, orientation)
+    nested, readings = _nesting(votes, oriented, stamp, nesting)
+    counts = _expert_counts(source, votes, shapes)
+    packed = _packing(source, modules, counts, writer, packing)
+    named = _with_remark(writer, oriented, model)
+    return Decision(named, oriented, packed, nested, readings, counts, stamp, writer.peft)
+
+
+@dataclass(frozen=True)
+class _Votes:
+    """What the shapes allow.
+
+    Attributes:
+        readings: Path -> possible readings; those of modules with the same candidates are already intersected.
+        evidence: In words.
+        likely: Whether a size from elsewhere in the file was needed, which is no proof.
+    """
+
+    readings: Mapping[str, tuple[Reading, ...]]
+    evidence: str
+    likely: bool = False
+
+    @property
+    def orientations(self) -> set[str]:
+        """Those that every module allows."""
+        sets = [{reading.orientation for reading in readings} for readings in self.readings.values()]
+        return set.intersection(*sets) if sets else set(ORIENTATIONS)
+
+
+def _vote(
+    source: AdapterSource,
+    modules: Sequence[ExpertsKeys],
+    shapes: Mapping[str, tuple[SlotShape, ...]],
+    model: BaseModel | None,
+    nesting: Sequence[str] | None,
+) -> _Votes:
+    """All modules together. Modules with the same candidates share one nesting."""
+    candidates = {module.path: _candidates(source, module, model, nesting) for module in modules}
+
+    def possible(hidden_size: int | None) -> dict[str, tuple[Reading, ...]]:
+        by_path = {
+            module.path: possible_readings(
+                module,
+                shapes[module.path],
+                source.config,
+                candidates[module.path],
+                model=model,
+                hidden_size=hidden_size,
+            )
+            for module in modules
+        }
+        shared: dict[tuple[tuple[str, ...], ...], set[Reading]] = {}
+        for path, readings in by_path.items():
+            kind = tuple(candidates[path])
+            shared[kind] = shared.get(kind, set(readings)) & set(readings)
+        return {p: tuple(r for r in by_path[p] if r in shared[tuple(candidates[p])]) for p in by_path}
+
+    votes = _Votes(possible(None), f"shapes of {len(modules)} modules")
+    if not votes.orientations:
+        raise AdapterFileError(_no_reading(source, modules, shapes, candidates, model))
+    if model is None and len(votes.orientations) > 1 and (hidden := _hidden_size(source)) is not None:
+        narrowed = _Votes(possible(hidden), f"{votes.evidence} and hidden size {hidden} of the attention LoRA", True)
+        if narrowed.orientations:
+            return narrowed
+    return votes
+
+
+def _candidates(
+    source: AdapterSource, module: ExpertsKeys, model: BaseModel | None, nesting: Sequence[str] | None
+) -> list[tuple[str, ...]]:
+    found = nestings(module, source.config, tuple(model.parameters.values()) if model else ())
+    if nesting is None or len(module.slots) == 1:
+        return found
+    if tuple(nesting) not in found:
+        options = " or ".join(",".join(candidate) for candidate in found)
+        raise AdapterError(f"nesting is {','.join(nesting)}; {options} was expected for {module.path!r}.")
+    return [tuple(nesting)]
+
+
+def _no_reading(
+    source: AdapterSource,
+    modules: Sequence[ExpertsKeys],
+    shapes: Mapping[str, tuple[SlotShape, ...]],
+    candidates: Mapping[str, list[tuple[str, ...]]],
+    model: BaseModel | None,
+) -> str:
+    """The message for shapes that no reading explains."""
+    alone = {
+        module.path: possible_readings(module, shapes[module.path], source.config, candidates[module.path], model=model)
+        for module in modules
+    }
+    stuck = [path for path, readings in alone.items() if not readings]
+    if not stuck:
+        first, *others = alone
+        apart = next(
+            (path for path in others if not set(alone[first]) & set(alone[path])), others[-1] if others else first
+        )
+        return (
+            f"The layers of {source.folder} disagree: the shapes of {first!r} fit {_names(alone[first])}, those of "
+            f"{apart!r} {_names(alone[apart])}. Was the file put together from two adapters?"
+        )
+    path = stuck[0]
+    sizes = ", ".join(f"lora_A {s.rows} x {s.p} and lora_B {s.q} x {s.rows}" for s in shapes[path])
+    ranks = sorted({lora_rank(source.config, f"{path}.{name}") for name in candidates[path][0]})
+    expected = f"no stack of {model.name} ({_described(model)})" if model else "no experts module"
+    return (
+        f"The LoRA of {path!r} ({sizes}, rank {', '.join(map(str, ranks))}) fits {expected} in any orientation or "
+        "nesting. Was the adapter trained with another num_experts or rank, or for another model?"
+    )
+
+
+def _described(model: BaseModel) -> str:
+    if model.stacks:
+        return f"{len(model.stacks)} expert parameters"
+    scope = model.scopes[0]
+    sizes = zip(("E", "H", "I"), (scope.num_experts, scope.hidden, scope.intermediate), strict=True)
+    return ", ".join(f"{letter} {' or '.join(map(str, sorted(values)))}" for letter, values in sizes)
+
+
+def _names(readings: Sequence[Reading]) -> str:
+    return " or ".join(sorted({reading.orientation for reading in readings}))
+
+
+def _hidden_size(source: AdapterSource) -> int | None:
+    """H as the LoRA on attention projections shows it; None where there is none, or several."""
+    found = set()
+    for name in source.keys.other:
+        shape = source.tensors.infos[name].shape
+        if "vision" in name or "visual" in name or len(shape) != 2:
+            continue
+        if name.endswith(tuple(f".{p}_proj.lora_A.weight" for p in "qkv")):
+            found.add(shape[1])
+        elif name.endswith(".o_proj.lora_B.weight"):
+            found.add(shape[0])
+    return found.pop() if len(found) == 1 else None
+
+
+def _stamped(stamp: Stamp, modules: Sequence[ExpertsKeys], shapes: Mapping[str, tuple[SlotShape, ...]]) -> _Votes:
+    """What the stamp says of each module, once it is known to speak of this file."""
+    readings = {}
+    for module in modules:
+        said = stamp.modules.get(module.path)
+        sizes = () if said is None else tuple(shape.features(said.orientation) for shape in shapes[module.path])
+        if said is None or sizes != said.features:
+            raise AdapterFileError(
+                f"The stamp of peft_moe_compat in this file does not describe the LoRA of {module.path!r}: it says "
+                f"{said.features if said else 'nothing'} (in, out), the tensors {sizes}. Was the file edited?"
+            )
+        in_order = said.nesting == parameter_order(module.path, said.nesting)
+        readings[module.path] = (Reading(said.orientation, said.nesting, in_order),)
+    return _Votes(readings, "the stamp of peft_moe_compat")
+
+
+def _orientation(
+    votes: _Votes,
+    writer: Writer,
+    stamp: Stamp | None,
+    model: BaseModel | None,
+    source: AdapterSource,
+    said: str | None,
+) -> Conclusion:
+    possible = votes.orientations
+    if said is not None:
+        if said not in possible:
+            raise AdapterError(
+                f"orientation is {said!r}, but {votes.evidence} fit {' or '.join(sorted(possible))} alone."
+            )
+        return Conclusion(said, "stated", ("said by the caller",))
+    if len(possible) == 1:
+        (value,) = possible
+        text = f"{votes.evidence} fit {value} alone" if stamp is None else votes.evidence
+        return Conclusion(value, "likely" if votes.likely else "certain", (text,))
+    both = f"{votes.evidence} fit both orientations"
+    if writer.peft is None:
+        flag = "--written-by peft==VERSION" if model else "--model BASE, or --written-by peft==VERSION, or both"
+        return Conclusion(None, "none", (both, "no PEFT release is known to have written the file"), flag)
+    # A caller who names the release means what it writes on its own.
+    by_caller = writer.conclusion.evidence == (SAID_BY_CALLER,)
+    stated = _orientations_of(writer, model, patched=not by_caller)
+    name = writer.conclusion.value
+    if len(stated) == 1:
+        (value,) = stated
+        return Conclusion(value, "stated", (both, f"{name} writes {value} ones for this model"))
+    if model is None:
+        base = source.config.get("base_model_name_or_path")
+        flag = f"--model {base if isinstance(base, str) and base else 'BASE'} (the base model's config.json)"
+        why = f"what {name} writes depends on the base model"
+        return Conclusion(None, "none", (both, why), flag)
+    if len(_orientations_of(writer, model, patched=False)) == 1:
+        why = f"what {name} writes for {model.model_type} is changed by the load_adapter() of transformers 5.0 to 5.12"
+        flag = f"--written-by peft=={writer.peft} if that was not called before, else --orientation"
+        return Conclusion(None, "none", (both, why), flag)
+    why = f"what {name} writes for {model.model_type} depends on the transformers release"
+    return Conclusion(None, "none", (both, why), f"--written-by peft=={writer.peft},transformers==VERSION")
+
+
+def _orientations_of(writer: Writer, model: BaseModel | None, *, patched: bool) -> frozenset[str]:
+    """Those the writer's release can have written for this model, or for any."""
+    assert writer.peft is not None  # noqa: S101
+    return orientations(writer.peft, writer.transformers, model.model_type if model else None, patched=patched)
+
+
+def _nesting(
+    votes: _Votes, orientation: Conclusion, stamp: Stamp | None, nesting: Sequence[str] | None
+) -> tuple[Conclusion, dict[str, Reading]]:
+    """The conclusion, and every module's reading where it and the orientation are decided."""
+    if not orientation.decided:
+        names = {r.nesting for readings in votes.readings.values() for r in readings}
+        if len(names) == 1:
+            return _nested(names.pop(), "certain", "only one parameter order is possible"), {}
+        evidence = ("it follows from the orientation, which is not settled",)
+        return Conclusion(None, "none", evidence, orientation.settle), {}
+    found: dict[str, Reading] = {}
+    for path, readings in votes.readings.items():
+        fitting = [reading for reading in readings if reading.orientation == orientation.value]
+        if len(fitting) > 1:
+            options = " or ".join(",".join(reading.nesting) for reading in fitting)
+            if len(fitting[0].nesting) == 1:
+                evidence = (f"the one LoRA of {path!r} may be that of {options.replace(' or ', ', ')}",)
+                return Conclusion(None, "none", evidence, "--model BASE"), {}
+            evidence = (f"the shapes of {path!r} fit the nestings {options} (innermost first)",)
+            return Conclusion(None, "none", evidence, f"--nesting {','.join(fitting[0].nesting)}"), {}
+        found[path] = fitting[0]
+    nested = {reading.nesting for reading in found.values()}
+    value = " | ".join(",".join(names) for names in sorted(nested))
+    swapped = [path for path, reading in found.items() if not reading.in_parameter_order]
+    text = votes.evidence
+    if swapped:
+        text += f"; {len(swapped)} modules are nested against the order of their parameters"
+    confidence = "stated" if nesting is not None or orientation.confidence == "stated" else orientation.confidence
+    return Conclusion(value, "certain" if stamp else confidence, (text,)), found
+
+
+def _nested(names: tuple[str, ...], confidence: str, evidence: str) -> Conclusion:
+    return Conclusion(",".join(names), confidence, (evidence,))
+
+
+def _expert_counts(
+    source: AdapterSource, votes: _Votes, shapes: Mapping[str, tuple[SlotShape, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Path -> E of each slot, where every possible reading gives the same."""
+    found = {}
+    for path, readings in votes.readings.items():
+        options = set()
+        for reading in readings:
+            ranks = [lora_rank(source.config, f"{path}.{name}") for name in reading.nesting]
+            options.add(tuple(shape.rows // rank for shape, rank in zip(shapes[path], ranks, strict=True)))
+        if len(options) == 1:
+            found[path] = options.pop()
+    return found
+
+
+def _packing(
+    source: AdapterSource,
+    modules: Sequence[ExpertsKeys],
+    counts: Mapping[str, tuple[int, ...]],
+    writer: Writer,
+    said: str | None,
+) -> Conclusion:
+    if said is not None:
+        return Conclusion(said, "stated", ("said by the caller",))
+    if writer.marked:
+        return Conclusion(writer.packing, "certain", (writer.packing_evidence,))
+    pairs = [
+        (pair.lora_B, count)
+        for module in modules
+        for pair, count in zip(module.slots, counts.get(module.path, ()), strict=False)
+    ]
+    infos = source.tensors.infos
+    if len(counts) == len(modules) and all(count in (1, infos[name].shape[1]) for name, count in pairs):
+        return Conclusion("either", "certain", ("with one expert or rank 1 both packings are the same",))
+    test = test_packing(_read(source, pairs[:: max(1, len(pairs) // _SAMPLED_MATRICES)]))
+    either_way = "--packing rank_major, or --packing grouped"
+    if writer.packing is None:
+        reasons = ("nothing in the config says how lora_B is packed", test.evidence)
+        if test.packing is not None:
+            return Conclusion(test.packing, "likely", reasons)
+        if not any(lora_B.any() for lora_B, _ in _read(source, pairs)):
+            return Conclusion("either", "certain", ("every lora_B is zero, the same under both packings",))
+        return Conclusion(None, "none", reasons, either_way)
+    if test.packing not in (None, writer.packing):
+        reasons = (writer.packing_evidence, f"but the data speak against it: {test.evidence}")
+        return Conclusion(None, "none", reasons, either_way)
+    return Conclusion(writer.packing, "stated", (writer.packing_evidence, test.evidence))
+
+
+def _read(source: AdapterSource, pairs: Sequence[tuple[str, int]]) -> Iterator[tuple[Tensor, int]]:
+    """(lora_B, E) of each pair, one matrix in memory at a time."""
+    for name, count in pairs:
+        with source.tensors.reading([name]) as get:
+            yield get[name], count
+
+
+def _with_remark(writer: Writer, orientation: Conclusion, model: BaseModel | None) -> Conclusion:
+    """The writer's conclusion; with a remark where the shapes show what its release does not write on its own."""
+    conclusion = writer.conclusion
+    if (
+        writer.peft is None
+        or orientation.value is None
+        or orientation.value in _orientations_of(writer, model, patched=False)
+    ):
+        return conclusion
+    remark = (
+        f"its {orientation.value} orientation is not what {conclusion.value} writes on its own: saved again by another "
+        "release, or made in a process that transformers 5.0 to 5.12 had patched"
+    )
+    return replace(conclusion, evidence=(*conclusion.evidence, remark))

@@ -1,0 +1,220 @@
+"""The names of the tensors in an adapter file, sorted into what they belong to.
+
+Three forms hold the LoRA of routed experts; everything else in the file is `other` and never touched.
+
+    fused       `P.lora_A.weight`, `P.base_layer.lora_A.weight`: PEFT's ParamWrapper, one flat pair per nesting level
+    per_expert  `P.3.gate_proj.lora_A.weight`: a LoRA of its own on each expert's linears
+    stacked     `P.gate_up_proj.lora_A.weight`, 3-D: "E r in" and "E out r"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..errors import AdapterFileError
+
+__all__ = [
+    "LINEAR_NAMES",
+    "PREFIX",
+    "ROLES",
+    "AdapterKeys",
+    "ExpertsKeys",
+    "Pair",
+    "parse_keys",
+    "role_of",
+    "targeted_parameters",
+]
+
+PREFIX = "base_model.model."
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.weight)?$")
+_EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)$")
+# Names of an expert's linears -> role. w1, w3, w2 are Mixtral's, kept by PhiMoE, Jamba's relatives and MiniMax.
+LINEAR_NAMES = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": "gate_up",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+}
+# Expert parameters -> role, by their own name or, where that is `weight`, with the name of the module that holds it.
+ROLES = {
+    "gate_up_proj": "gate_up",
+    "up_proj": "up",
+    "down_proj": "down",
+    "input_linear.weight": "gate_up",
+    "output_linear.weight": "down",
+    "fc1.weight": "gate_up",
+    "fc2.weight": "down",
+}
+
+
+class HasShape(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two tensors of one LoRA, by their names in the file."""
+
+    lora_A: str  # noqa: N815
+    lora_B: str  # noqa: N815
+
+
+@dataclass(frozen=True)
+class ExpertsKeys:
+    """The LoRA of one experts module.
+
+    Attributes:
+        path: Of the module in the model, without PEFT's `base_model.model.` and `base_layer`.
+        form: `"fused"`, `"per_expert"` or `"stacked"`.
+        slots: Of a fused module: its pairs by nesting, innermost first.
+        experts: Of a per-expert module: (expert, name of the linear) -> pair.
+        stacks: Of a stacked module: parameter -> pair.
+    """
+
+    path: str
+    form: str
+    slots: tuple[Pair, ...] = ()
+    experts: Mapping[tuple[int, str], Pair] = field(default_factory=dict)
+    stacks: Mapping[str, Pair] = field(default_factory=dict)
+
+    def pairs(self) -> list[Pair]:
+        return [*self.slots, *self.experts.values(), *self.stacks.values()]
+
+
+@dataclass(frozen=True)
+class AdapterKeys:
+    """Everything an adapter file holds, by name.
+
+    Attributes:
+        prefix: What precedes the module paths, PEFT's `base_model.model.` or nothing.
+        modules: One entry per experts module with LoRA.
+        other: Names of all further tensors, in the order of the file.
+    """
+
+    prefix: str
+    modules: tuple[ExpertsKeys, ...]
+    other: tuple[str, ...]
+
+
+def role_of(path: str, parameter: str) -> str | None:
+    """`"gate_up"`, `"up"` or `"down"` of an expert parameter, None for a name nobody has given a role."""
+    return ROLES.get(parameter) or ROLES.get(f"{path.rpartition('.')[2]}.{parameter}")
+
+
+def linear_role(name: str) -> str | None:
+    """`"gate"`, `"up"`, `"down"` or `"gate_up"` of an expert's linear, None for a name nobody has given a role."""
+    return LINEAR_NAMES.get(name)
+
+
+def targeted_parameters(config: Mapping[str, Any], path: str) -> tuple[str, ...]:
+    """Names of the module's parameters that the config's `target_parameters` reach, matched as PEFT does, by suffix."""
+    found = []
+    for target in config.get("target_parameters") or ():
+        module, _, parameter = str(target).rpartition(".")
+        if not module or path == module or path.endswith(f".{module}") or module.endswith(f".{path}"):
+            found.append(parameter)
+    return tuple(dict.fromkeys(found))
+
+
+def parse_keys(tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> AdapterKeys:
+    """Sorts the tensors of an adapter.
+
+    Args:
+        tensors: Name -> anything with a shape, in the order of the file.
+        config: `adapter_config.json`, for the parameters it targets.
+
+    Raises:
+        AdapterFileError: One half of a pair is missing, or two names mean the same tensor.
+    """
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
+    halves: dict[tuple[str, str], dict[str, str]] = {}
+    other: list[str] = []
+    for name, tensor in tensors.items():
+        place = _place(name.removeprefix(prefix), len(tensor.shape), config)
+        if place is None:
+            other.append(name)
+            continue
+        path, slot, factor = place
+        pair = halves.setdefault((path, slot), {})
+        if factor in pair:
+            raise AdapterFileError(
+                f"{pair[factor]!r} and {name!r} are the same tensor under two names. Does the file hold two adapters? "
+                "Save each one by itself."
+            )
+        pair[factor] = name
+    for (path, slot), pair in halves.items():
+        if len(pair) == 1:
+            missing = "B" if "A" in pair else "A"
+            raise AdapterFileError(
+                f"lora_{missing} of {path!r} ({slot}) is missing; only {next(iter(pair.values()))!r} is there. "
+                "Is the file complete?"
+            )
+    return AdapterKeys(prefix, tuple(_modules(halves)), tuple(other))
+
+
+def _place(name: str, ndim: int, config: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """(path of the experts module, slot, "A" or "B") of a tensor; None where it is no experts' LoRA."""
+    match = _LORA.match(name)
+    if match is None or match["adapter"] == "bias":
+        return None
+    parts = match["module"].split(".")
+    depth = len(parts)
+    while parts[-1] == "base_layer":
+        parts.pop()
+    depth -= len(parts)
+    path = ".".join(parts)
+    if ndim == 3:
+        return parts_of_stack(path, match["factor"])
+    expert = _EXPERT.match(path)
+    if expert and expert["projection"] in LINEAR_NAMES and "expert" in expert["path"].rpartition(".")[2]:
+        return expert["path"], f"expert {int(expert['expert'])} {expert['projection']}", match["factor"]
+    modules = [str(t).rpartition(".")[0] for t in config.get("target_parameters") or ()]
+    targeted = any(m and (path == m or path.endswith(f".{m}") or m.endswith(f".{path}")) for m in modules)
+    if ndim == 2 and (targeted or depth or parts[-1] == "experts"):
+        return path, f"slot {depth}", match["factor"]
+    return None
+
+
+def parts_of_stack(path: str, factor: str) -> tuple[str, str, str]:
+    """A 3-D tensor's place: its last name is the parameter."""
+    module, _, parameter = path.rpartition(".")
+    return module, f"stack {parameter}", factor
+
+
+def _modules(halves: Mapping[tuple[str, str], Mapping[str, str]]) -> list[ExpertsKeys]:
+    by_path: dict[str, dict[str, Pair]] = {}
+    for (path, slot), pair in halves.items():
+        by_path.setdefault(path, {})[slot] = Pair(pair["A"], pair["B"])
+    return [_module(path, slots) for path, slots in by_path.items()]
+
+
+def _module(path: str, slots: Mapping[str, Pair]) -> ExpertsKeys:
+    kinds = {slot.partition(" ")[0] for slot in slots}
+    if len(kinds) > 1:
+        raise AdapterFileError(
+            f"{path!r} has LoRA in several forms at once ({', '.join(sorted(slots))}); one was expected. "
+            "Were two adapters merged into this file?"
+        )
+    kind = kinds.pop()
+    if kind == "expert":
+        experts = {}
+        for slot, pair in slots.items():
+            _, expert, projection = slot.split(" ")
+            experts[int(expert), projection] = pair
+        return ExpertsKeys(path, "per_expert", experts=experts)
+    if kind == "stack":
+        return ExpertsKeys(path, "stacked", stacks={slot.partition(" ")[2]: pair for slot, pair in slots.items()})
+    depths = sorted((int(slot.partition(" ")[2]) for slot in slots), reverse=True)
+    if depths != list(range(len(depths) - 1, -1, -1)):
+        raise AdapterFileError(
+            f"{path!r} has LoRA at nesting levels {sorted(depths)}; 0 to {len(depths) - 1} were expected. "
+            "Is the file complete?"
+        )
+    return ExpertsKeys(path, "fused", slots=tuple(slots[f"slot {depth}"] for depth in depths))

@@ -1,0 +1,269 @@
+"""An adapter on disk, opened: its config, its tensors by name, and its experts' LoRA in canonical form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError, AdapterFileError
+from ..layout import ExpertLora, from_flat
+from .detect import Reading, lora_alpha, lora_rank, lora_scaling
+from .files import find_adapter, read_json, show
+from .keys import AdapterKeys, ExpertsKeys, Pair, linear_role, parse_keys, role_of
+from .tensors import AdapterTensors, open_tensors
+
+__all__ = ["AdapterSource", "Part", "fused_parts", "open_adapter", "per_expert_parts"]
+__all__ += ["plain_part", "read_fused", "stacked_parts"]
+
+CONFIG_NAME = "adapter_config.json"
+_SIDE_FILES = ("automodel_peft_config.json",)
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter folder. Nothing but headers is read until a tensor is asked for.
+
+    Attributes:
+        folder: Where it lies.
+        config: adapter_config.json.
+        side_files: Names of other writers' files beside it, which say who wrote it.
+        tensors: The tensors, by name.
+        keys: The same, sorted.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    side_files: dict[str, dict[str, Any]]
+    tensors: AdapterTensors
+    keys: AdapterKeys
+
+    @property
+    def form(self) -> str:
+        """Of the experts' LoRA: `"fused"`, `"per_expert"`, `"stacked"`, or `"none"`."""
+        forms = {module.form for module in self.keys.modules}
+        return forms.pop() if forms else "none"
+
+    def meta(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Tensors without their data, to find out what a conversion will write before it reads anything."""
+        infos = self.tensors.infos
+        return {name: torch.empty(infos[name].shape, dtype=infos[name].dtype, device="meta") for name in names}
+
+
+def open_adapter(source: str | Path, subfolder: str | None = None) -> AdapterSource:
+    """Opens an adapter folder, or the one behind a hub id.
+
+    Raises:
+        AdapterFileError: A file is missing or damaged, or this is no LoRA adapter.
+    """
+    folder = find_adapter(source)
+    if subfolder is not None:
+        folder /= subfolder
+    config = read_json(folder / CONFIG_NAME)
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterFileError(f"{folder / CONFIG_NAME} says peft_type {show(kind)}; 'LORA' is all this package reads.")
+    side = {name: read_json(folder / name) for name in _SIDE_FILES if (folder / name).is_file()}
+    tensors = open_tensors(folder)
+    keys = parse_keys(tensors.infos, config)
+    forms = sorted({module.form for module in keys.modules})
+    if len(forms) > 1:
+        raise AdapterFileError(
+            f"{folder} holds LoRA on experts in several forms: {', '.join(forms)}. Were two adapters merged into one?"
+        )
+    return AdapterSource(folder, config, side, tensors, keys)
+
+
+@dataclass(frozen=True)
+class Part:
+    """LoRA of one projection of one experts module, not read yet.
+
+    Attributes:
+        path: Of the module, as the file has it.
+        name: Of the parameter or linear, as the file has it.
+        role: `"gate_up"`, `"gate"`, `"up"`, `"down"`, or None for a parameter nobody gave one.
+        alpha: LoRA alpha that belongs to the rank of the loaded factors.
+        reads: Names of the tensors it needs.
+        load: Those tensors, by name -> factors.
+        notes: What bringing them into this form takes, beyond a rearrangement.
+    """
+
+    path: str
+    name: str
+    role: str | None
+    alpha: float
+    reads: tuple[str, ...]
+    load: Callable[[Mapping[str, Tensor]], ExpertLora]
+    notes: tuple[str, ...] = ()
+
+
+def read_fused(
+    source: AdapterSource, module: ExpertsKeys, reading: Reading, packing: str, tensors: Mapping[str, Tensor]
+) -> dict[str, ExpertLora]:
+    """A fused module's LoRA: parameter -> factors, views of `tensors`."""
+    return {part.name: part.load(tensors) for part in fused_parts(source, module, reading, packing)}
+
+
+def fused_parts(source: AdapterSource, module: ExpertsKeys, reading: Reading, packing: str) -> list[Part]:
+    """A fused module, slot by slot, innermost first."""
+    found = []
+    for name, pair in zip(reading.nesting, module.slots, strict=True):
+        key = f"{module.path}.{name}"
+        rank = lora_rank(source.config, key)
+        rows = source.tensors.infos[pair.lora_A].shape[0]
+        load = partial(
+            _from_pair,
+            pair,
+            num_experts=rows // rank,
+            orientation=reading.orientation,
+            packing="rank_major" if packing == "either" else packing,
+            scaling=lora_scaling(source.config, key, rank),
+        )
+        alpha = lora_alpha(source.config, key)
+        found.append(Part(module.path, name, role_of(module.path, name), alpha, (pair.lora_A, pair.lora_B), load))
+    return found
+
+
+def _from_pair(pair: Pair, tensors: Mapping[str, Tensor], **how: Any) -> ExpertLora:
+    return from_flat(tensors[pair.lora_A], tensors[pair.lora_B], **how)
+
+
+def stacked_parts(source: AdapterSource, module: ExpertsKeys) -> list[Part]:
+    """A module of 3-D factors, "E r in" and "E out r", or "E in r" and "E r out".
+
+    Raises:
+        AdapterFileError: The two factors do not belong together, or fit both layouts.
+    """
+    found = []
+    for name, pair in module.stacks.items():
+        key = f"{module.path}.{name}"
+        rank = lora_rank(source.config, key)
+        A, B = (source.tensors.infos[tensor].shape for tensor in (pair.lora_A, pair.lora_B))
+        layouts = [
+            transposed
+            for transposed, a, b in ((False, A[1], B[2]), (True, A[2], B[1]))
+            if a == b == rank and A[0] == B[0]
+        ]
+        if len(layouts) != 1:
+            found_text = "fit both" if layouts else "fit neither"
+            raise AdapterFileError(
+                f"{pair.lora_A!r} is {A} and {pair.lora_B!r} {B}; with rank {rank} they {found_text} of 'E r in' with "
+                "'E out r' and 'E in r' with 'E r out'. Is adapter_config.json that of this file?"
+            )
+        scaling = lora_scaling(source.config, key, rank)
+        load = partial(_from_stacks, pair, transposed=layouts[0], scaling=scaling)
+        role = role_of(module.path, name) or linear_role(name)
+        alpha = lora_alpha(source.config, key)
+        found.append(Part(module.path, name, role, alpha, (pair.lora_A, pair.lora_B), load))
+    return found
+
+
+def _from_stacks(pair: Pair, tensors: Mapping[str, Tensor], *, transposed: bool, scaling: float) -> ExpertLora:
+    A, B = tensors[pair.lora_A], tensors[pair.lora_B]
+    return ExpertLora(A.transpose(1, 2), B.transpose(1, 2), scaling) if transposed else ExpertLora(A, B, scaling)
+
+
+def plain_part(source: AdapterSource, lora_A: str, lora_B: str) -> Part:
+    """LoRA of an ordinary linear, as that of a single expert."""
+    path = lora_A.removeprefix(source.keys.prefix).removesuffix(".lora_A.weight")
+    rank = source.tensors.infos[lora_A].shape[0]
+    scaling, alpha = lora_scaling(source.config, path, rank), lora_alpha(source.config, path)
+
+    def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
+        return ExpertLora(tensors[lora_A][None], tensors[lora_B][None], scaling)
+
+    return Part(path, path.rpartition(".")[2], None, alpha, (lora_A, lora_B), load)
+
+
+def per_expert_parts(
+    source: AdapterSource, module: ExpertsKeys, *, num_experts: int | None, fill_missing: bool
+) -> list[Part]:
+    """A per-expert module, its experts stacked per projection.
+
+    Ranks that differ between experts are padded with zeros, scalings that differ are folded into B.
+
+    Raises:
+        AdapterFileError: The factors do not fit together.
+        AdapterError: Experts are missing and `fill_missing` is false.
+    """
+    by_linear: dict[str, dict[int, Pair]] = {}
+    for (expert, linear), pair in module.experts.items():
+        by_linear.setdefault(linear, {})[expert] = pair
+    total = num_experts or 1 + max(expert for expert, _ in module.experts)
+    return [_stacked_experts(source, module, linear, by_linear[linear], total, fill_missing) for linear in by_linear]
+
+
+def _stacked_experts(
+    source: AdapterSource, module: ExpertsKeys, linear: str, experts: Mapping[int, Pair], total: int, fill: bool
+) -> Part:
+    what = f"{module.path!r}, {linear}"
+    if max(experts) >= total:
+        raise AdapterError(f"{what} has LoRA for expert {max(experts)}, but the model has {total} experts.")
+    missing = [expert for expert in range(total) if expert not in experts]
+    if missing and not fill:
+        raise AdapterError(
+            f"{what} has LoRA for {len(experts)} of {total} experts (expert {missing[0]} has none). Pass "
+            "--fill-missing (fill_missing=True) to give the others a LoRA of zeros, which changes nothing."
+        )
+    shapes = {e: tuple(source.tensors.infos[name].shape for name in (p.lora_A, p.lora_B)) for e, p in experts.items()}
+    for expert, (A, B) in shapes.items():
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+            raise AdapterFileError(
+                f"{what}, expert {expert}: lora_A is {A} and lora_B {B}; 'r in', 'out r' were expected."
+            )
+    if len(sizes := {(A[1], B[0]) for A, B in shapes.values()}) > 1:
+        raise AdapterFileError(f"{what} differs in size between experts: (in, out) are {sorted(sizes)}.")
+    ranks = {expert: A[0] for expert, (A, _) in shapes.items()}
+    keys = {expert: f"{module.path}.{expert}.{linear}" for expert in experts}
+    scalings = {expert: lora_scaling(source.config, keys[expert], ranks[expert]) for expert in experts}
+    rank = max(ranks.values())
+    scaling, agreeing = Counter(scalings.values()).most_common(1)[0]
+    notes = []
+    if min(ranks.values()) < rank:
+        notes.append(f"ranks {min(ranks.values())} to {rank} of {linear} padded with zeros to {rank}")
+    if agreeing < len(scalings):
+        notes.append(f"scalings of {linear} that differ between experts folded into lora_B")
+    if missing:
+        notes.append(f"zeros for {linear} of experts without LoRA")
+    keeper = next((e for e in experts if ranks[e] == rank and scalings[e] == scaling), None)
+    if keeper is not None:
+        alpha = lora_alpha(source.config, keys[keeper])
+    else:
+        alpha = scaling * (rank**0.5 if source.config.get("use_rslora") else rank)
+    reads = tuple(name for pair in experts.values() for name in (pair.lora_A, pair.lora_B))
+    folds = {e: s / scaling for e, s in scalings.items() if s != scaling}
+    load = partial(_stack, experts, total, rank, scaling, folds)
+    return Part(module.path, linear, linear_role(linear), alpha, reads, load, tuple(notes))
+
+
+def _stack(
+    experts: Mapping[int, Pair],
+    total: int,
+    rank: int,
+    scaling: float,
+    folds: Mapping[int, float],
+    tensors: Mapping[str, Tensor],
+) -> ExpertLora:
+    pairs = {e: (tensors[pair.lora_A], tensors[pair.lora_B]) for e, pair in experts.items()}
+    first_A, first_B = next(iter(pairs.values()))
+    dtypes_A = {A.dtype for A, _ in pairs.values()}
+    dtypes_B = {B.dtype for _, B in pairs.values()} | ({torch.float32} if folds else set())
+    A = first_A.new_zeros(total, rank, first_A.shape[1], dtype=_widest(dtypes_A))
+    B = first_B.new_zeros(total, first_B.shape[0], rank, dtype=_widest(dtypes_B))
+    for expert, (a, b) in pairs.items():
+        A[expert, : a.shape[0]] = a
+        B[expert, :, : b.shape[1]] = b.to(B.dtype) * folds[expert] if expert in folds else b
+    return ExpertLora(A, B, scaling)
+
+
+def _widest(dtypes: set[torch.dtype]) -> torch.dtype:
+    first, *others = dtypes
+    for other in others:
+        first = torch.promote_types(first, other)
+    return first
