@@ -1,4 +1,4 @@
-"""The command line: `peft-moe-compat check` and `peft-moe-compat demo`.
+"""The command line: `peft-moe-compat check`, `demo`, and the commands of `cli_adapters`.
 
 torch, PEFT and transformers are imported inside the commands, so that `--help` answers at once.
 """
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, patch, releases
+from . import __version__, cli_adapters, patch, releases
 from . import demo as demo_run
 from .errors import CompatWarning, PatchConflictError, PeftMoeCompatError, UnsupportedPeftError
 
@@ -29,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     help="LoRA on Mixture-of-Experts models: one layout and one grouped-mm forward for every PEFT release.",
 )
+
+cli_adapters.register(app)
 
 _BACKENDS = {"torch": "torch's grouped_mm", "loop": "one product per expert"}
 

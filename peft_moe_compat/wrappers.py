@@ -26,6 +26,7 @@ __all__ = [
     "active_lora",
     "expert_loras",
     "installed_rule",
+    "live_orientation",
     "measure_rule",
     "native_reason",
     "read_adapter",
@@ -64,6 +65,12 @@ def _spans_last_axis(wrapper: Any, rule: LayoutRule) -> bool:
     return rule.reads_swap_flag and bool(wrapper._did_swap_in_out_features)
 
 
+def live_orientation(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> str:
+    """The orientation that a live wrapper's lora_A and lora_B have: `"linear"` or `"reversed"`."""
+    in_is_last = not is_transposed
+    return "linear" if _spans_last_axis(wrapper, rule) == in_is_last else "reversed"
+
+
 def read_adapter(wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule) -> ExpertLora:
     """One adapter of one wrapper in canonical form. Views of the live parameters: gradients reach them.
 
@@ -77,12 +84,11 @@ def read_adapter(wrapper: Any, adapter_name: str, is_transposed: bool, rule: Lay
         LayoutError: The factors cannot belong to `wrapper.num_experts` experts of the adapter's rank.
     """
     lora_A, lora_B = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
-    in_is_last = not is_transposed
     lora = layout.from_flat(
         lora_A,
         lora_B,
         wrapper.num_experts,
-        orientation="linear" if _spans_last_axis(wrapper, rule) == in_is_last else "reversed",
+        orientation=live_orientation(wrapper, is_transposed, rule),
         scaling=wrapper.scaling[adapter_name],
     )
     if lora.rank != wrapper.r[adapter_name]:

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import AdapterError
 from .files import download, is_hub_id, read_json
 
-__all__ = ["BaseModel", "Features", "load_base_model"]
+__all__ = ["BaseModel", "Features", "base_model_of", "load_base_model", "load_config"]
 
 # (in, out) of an expert parameter.
 Features = tuple[int, int]
@@ -168,14 +168,31 @@ def load_base_model(model: str | Path | Mapping[str, Any] | BaseModel) -> BaseMo
     """
     if isinstance(model, BaseModel):
         return model
+    return _from_config(load_config(model), "the base model's config" if isinstance(model, Mapping) else str(model))
+
+
+def load_config(model: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """A base model's config: see `load_base_model`."""
     if isinstance(model, Mapping):
-        return _from_config(model, "the base model's config")
+        return model
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
     elif not path.exists() and is_hub_id(str(model)):
         path = download(str(model), ["config.json"]) / "config.json"
-    return _from_config(read_json(path, python_numbers=True), str(model))
+    return read_json(path, python_numbers=True)
+
+
+def base_model_of(
+    adapter_config: Mapping[str, Any], model: str | Path | Mapping[str, Any] | BaseModel | None
+) -> BaseModel | None:
+    """The facts on an adapter's base model: those given, else those in the local folder that its config names."""
+    if model is not None:
+        return load_base_model(model)
+    named = adapter_config.get("base_model_name_or_path")
+    if isinstance(named, str) and named and (Path(named) / "config.json").is_file():
+        return load_base_model(named)
+    return None
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..releases import stamps_its_version
-from .detect import lora_alpha, lora_rank
 from .keys import LINEAR_NAMES
 from .outputs import Named
+from .ranks import lora_alpha, lora_rank
 from .targets import Target
 from .writer import UNSLOTH_DETAIL, UNSLOTH_LAYOUT
 

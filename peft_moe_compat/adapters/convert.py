@@ -11,17 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import AdapterError, LossyConversionError
-from .base_model import BaseModel, load_base_model
+from .base_model import BaseModel, base_model_of
 from .config import evened_config, target_config
 from .decide import Decision, decide
-from .modules import module_parts, refit
+from .modules import ModuleOutputs, Refit, module_parts, refit
 from .outputs import Item, Output, copied, evened, plain
-from .source import CONFIG_NAME, AdapterSource, open_adapter, plain_part
+from .source import CONFIG_NAME, AdapterSource, open_adapter, plain_parts
 from .stamp import Stamp
 from .targets import Target, parse_target
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
 
-__all__ = ["Conversion", "Progress", "convert_adapter"]
+__all__ = ["Conversion", "Progress", "convert_adapter", "planned_modules"]
 
 # Called with (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -112,7 +112,7 @@ def convert_adapter(
     """
     target = parse_target(to)
     source = open_adapter(adapter)
-    base = base_model_of(source, model)
+    base = base_model_of(source.config, model)
     decision = decide(
         source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
     )
@@ -130,25 +130,11 @@ def convert_adapter(
     return Conversion(Path(out), str(target), plan.exactness, steps, decision)
 
 
-def base_model_of(source: AdapterSource, model: str | Path | Mapping[str, Any] | BaseModel | None) -> BaseModel | None:
-    """The facts on the base model: those given, else those in the local folder that the adapter's config names."""
-    if model is not None:
-        return load_base_model(model)
-    named = source.config.get("base_model_name_or_path")
-    if isinstance(named, str) and named and (Path(named) / "config.json").is_file():
-        return load_base_model(named)
-    return None
-
-
 def _plan(
     source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None, fill_missing: bool
 ) -> _Plan:
     how = refit(source, decision, target, base)
-    done = [
-        outputs
-        for group in how.groups(module_parts(source, decision, base, fill_missing))
-        for outputs in how.outputs(group)
-    ]
+    done = _modules(how, source, decision, base, fill_missing)
     outputs = [output for module in done for output in module.outputs]
     others, dropped = _others(source, target)
     steps = list(dict.fromkeys(step for module in done for step in module.steps))
@@ -169,18 +155,23 @@ def _plan(
     return _Plan(items, config, how.stamp(done), steps, folded, dropped)
 
 
+def planned_modules(
+    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None
+) -> list[ModuleOutputs]:
+    """Every experts module as the target has it, nothing read yet; experts without LoRA get one of zeros."""
+    return _modules(refit(source, decision, target, base), source, decision, base, True)
+
+
+def _modules(
+    how: Refit, source: AdapterSource, decision: Decision, base: BaseModel | None, fill_missing: bool
+) -> list[ModuleOutputs]:
+    groups = how.groups(module_parts(source, decision, base, fill_missing))
+    return [outputs for group in groups for outputs in how.outputs(group)]
+
+
 def _others(source: AdapterSource, target: Target) -> tuple[list[Output | Item], list[str]]:
     """Everything but the experts' LoRA: LoRA pairs, and other tensors; and what the reader cannot take of it."""
-    pairs = []
-    names = dict.fromkeys(source.keys.other)
-    for name in list(names):
-        if name not in names:
-            continue
-        partner = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else ""
-        if partner in names and name.endswith(".weight") and len(source.tensors.infos[name].shape) == 2:
-            pairs.append(plain_part(source, name, partner))
-            del names[name], names[partner]
-    rest = list(names)
+    pairs, rest = plain_parts(source)
     found: list[Output | Item] = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
     if target.takes_all_peft or not rest:
         return [*found, *(copied(name) for name in rest)], []

@@ -20,10 +20,11 @@ from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError
 from ..layout import ORIENTATIONS, PACKINGS
 from ..releases import orientations
 from .base_model import BaseModel
-from .detect import Reading, SlotShape, lora_rank, nestings, parameter_order, possible_readings, slot_shapes
+from .detect import Reading, SlotShape, nestings, parameter_order, possible_readings, slot_shapes
 from .inspection import Conclusion
 from .keys import ExpertsKeys
 from .packing import test_packing
+from .ranks import lora_rank
 from .source import AdapterSource
 from .stamp import Stamp, read_stamp
 from .writer import SAID_BY_CALLER, Writer, find_writer
@@ -161,7 +162,7 @@ def _vote(
             shared[kind] = shared.get(kind, set(readings)) & set(readings)
         return {p: tuple(r for r in by_path[p] if r in shared[tuple(candidates[p])]) for p in by_path}
 
-    votes = _Votes(possible(None), f"shapes of {len(modules)} modules")
+    votes = _Votes(possible(None), f"shapes of {len(modules)} module{'s' * (len(modules) > 1)}")
     if not votes.orientations:
         raise AdapterFileError(_no_reading(source, modules, shapes, candidates, model))
     if model is None and len(votes.orientations) > 1 and (hidden := _hidden_size(source)) is not None:

@@ -6,21 +6,18 @@ is left after all have voted is settled by provenance, or not at all.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from math import sqrt
 from typing import Any
 
 from ..errors import AdapterFileError
 from ..layout import ORIENTATIONS
 from .base_model import BaseModel
-from .files import show
 from .keys import ExpertsKeys, HasShape, role_of, targeted_parameters
+from .ranks import lora_rank
 
-__all__ = ["Reading", "SlotShape", "lora_alpha", "lora_rank", "lora_scaling", "nestings"]
-__all__ += ["parameter_order", "pattern_key", "possible_readings", "slot_shapes"]
+__all__ = ["Reading", "SlotShape", "nestings", "parameter_order", "possible_readings", "slot_shapes"]
 
 # The order in which every experts class of transformers registers its parameters, and hence PEFT nests: inner first.
 _ROLE_ORDER = {"gate_up": 0, "up": 1, "down": 2, None: 3}
@@ -50,55 +47,6 @@ class SlotShape:
     def features(self, orientation: str) -> tuple[int, int]:
         """(in, out) under that orientation."""
         return (self.p, self.q) if orientation == "linear" else (self.q, self.p)
-
-
-def lora_rank(config: Mapping[str, Any], key: str) -> int:
-    """Rank of the LoRA on `key`, a parameter's or linear's full name: `rank_pattern` as PEFT matches it, else `r`."""
-    rank = _pattern(config, "rank_pattern", key, "r")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise AdapterFileError(
-            f"adapter_config.json gives {key!r} the rank {show(rank)}; a positive whole number was needed."
-        )
-    return rank
-
-
-def lora_alpha(config: Mapping[str, Any], key: str) -> float:
-    """alpha of the LoRA on `key`: `alpha_pattern` as PEFT matches it, else `lora_alpha`."""
-    alpha = _pattern(config, "alpha_pattern", key, "lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise AdapterFileError(f"adapter_config.json gives {key!r} the lora_alpha {alpha!r}; a number was needed.")
-    return alpha
-
-
-def lora_scaling(config: Mapping[str, Any], key: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) under rsLoRA, of the LoRA on `key`."""
-    alpha = lora_alpha(config, key)
-    return alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def pattern_key(patterns: Iterable[str], key: str) -> str | None:
-    """The first pattern that PEFT's `get_pattern_key` matches with `key`."""
-    for pattern in patterns:
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", key):
-                return pattern
-        except re.error as error:
-            raise AdapterFileError(
-                f"adapter_config.json has the pattern {show(pattern)}, no regular expression: {error}."
-            ) from None
-    return None
-
-
-def _pattern(config: Mapping[str, Any], patterns: str, key: str, default: str) -> Any:
-    table = config.get(patterns) or {}
-    if not isinstance(table, Mapping):
-        raise AdapterFileError(f"adapter_config.json has {patterns} = {table!r}; an object was expected.")
-    found = pattern_key(table, key)
-    if found is not None:
-        return table[found]
-    if default not in config:
-        raise AdapterFileError(f"adapter_config.json lacks {default!r}, which the LoRA on {key!r} needs.")
-    return config[default]
 
 
 def slot_shapes(module: ExpertsKeys, tensors: Mapping[str, HasShape]) -> tuple[SlotShape, ...]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import AdapterFileError
+from .ranks import lora_rank
 
 __all__ = [
     "LINEAR_NAMES",
@@ -40,6 +41,10 @@ LINEAR_NAMES = {
     "w1": "gate",
     "w3": "up",
     "w2": "down",
+    # llama.cpp's names for stacks, in what this package writes for it.
+    "ffn_gate_exps": "gate",
+    "ffn_up_exps": "up",
+    "ffn_down_exps": "down",
 }
 # Expert parameters -> role, by their own name or, where that is `weight`, with the name of the module that holds it.
 ROLES = {
@@ -156,7 +161,26 @@ def parse_keys(tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> Ad
                 f"lora_{missing} of {path!r} ({slot}) is missing; only {next(iter(pair.values()))!r} is there. "
                 "Is the file complete?"
             )
-    return AdapterKeys(prefix, tuple(_modules(halves)), tuple(other))
+    routed = []
+    left = set(other)
+    for module in _modules(halves):
+        if _is_matrix(module, tensors, config):
+            left.update((module.slots[0].lora_A, module.slots[0].lora_B))
+        else:
+            routed.append(module)
+    return AdapterKeys(prefix, tuple(routed), tuple(name for name in tensors if name in left))
+
+
+def _is_matrix(module: ExpertsKeys, tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> bool:
+    """Whether a fused pair is that of a 2-D parameter, such as a router's weight, or of one lone expert.
+
+    PEFT of every release lays that out like the LoRA of a linear, so there is nothing to convert.
+    """
+    if module.form != "fused" or len(module.slots) > 1:
+        return False
+    names = targeted_parameters(config, module.path) or ("",)
+    rows = tensors[module.slots[0].lora_A].shape[0]
+    return all(lora_rank(config, f"{module.path}.{name}") == rows for name in names)
 
 
 def _place(name: str, ndim: int, config: Mapping[str, Any]) -> tuple[str, str, str] | None:

@@ -70,7 +70,7 @@ def test_packing(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
     best, other = sorted(PACKINGS, key=lambda packing: -scores[packing])
     text = (
         f"norms of lora_B's columns differ between experts by {scores[best]:.1f} standard deviations of chance read as "
-        f"{best}, by {scores[other]:.1f} read as {other} ({seen} matrices)"
+        f"{best}, by {scores[other]:.1f} read as {other} ({seen} of its matrices)"
     )
     clear = scores[best] > _CLEAR and scores[other] < _LOSER_SHARE * scores[best]
     return PackingTest(best if clear else None, text if clear else f"{text}: no clear difference")

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
 from ..layout import ExpertLora, from_flat
-from .detect import Reading, lora_alpha, lora_rank, lora_scaling
+from .detect import Reading
 from .files import find_adapter, read_json, show
 from .keys import AdapterKeys, ExpertsKeys, Pair, linear_role, parse_keys, role_of
+from .ranks import lora_alpha, lora_rank, lora_scaling
 from .tensors import AdapterTensors, open_tensors
 
 __all__ = ["AdapterSource", "Part", "fused_parts", "open_adapter", "per_expert_parts"]
-__all__ += ["plain_part", "read_fused", "stacked_parts"]
+__all__ += ["plain_parts", "read_fused", "stacked_parts"]
 
 CONFIG_NAME = "adapter_config.json"
 _SIDE_FILES = ("automodel_peft_config.json",)
@@ -143,25 +144,28 @@ def stacked_parts(source: AdapterSource, module: ExpertsKeys) -> list[Part]:
     found = []
     for name, pair in module.stacks.items():
         key = f"{module.path}.{name}"
-        rank = lora_rank(source.config, key)
-        A, B = (source.tensors.infos[tensor].shape for tensor in (pair.lora_A, pair.lora_B))
-        layouts = [
-            transposed
-            for transposed, a, b in ((False, A[1], B[2]), (True, A[2], B[1]))
-            if a == b == rank and A[0] == B[0]
-        ]
-        if len(layouts) != 1:
-            found_text = "fit both" if layouts else "fit neither"
-            raise AdapterFileError(
-                f"{pair.lora_A!r} is {A} and {pair.lora_B!r} {B}; with rank {rank} they {found_text} of 'E r in' with "
-                "'E out r' and 'E in r' with 'E r out'. Is adapter_config.json that of this file?"
-            )
+        transposed, rank = _stack_layout(source, pair, key)
         scaling = lora_scaling(source.config, key, rank)
-        load = partial(_from_stacks, pair, transposed=layouts[0], scaling=scaling)
+        load = partial(_from_stacks, pair, transposed=transposed, scaling=scaling)
         role = role_of(module.path, name) or linear_role(name)
         alpha = lora_alpha(source.config, key)
         found.append(Part(module.path, name, role, alpha, (pair.lora_A, pair.lora_B), load))
     return found
+
+
+def _stack_layout(source: AdapterSource, pair: Pair, key: str) -> tuple[bool, int]:
+    """(whether stored "E in r" and "E r out", rank), from the one axis the two can share; the config breaks a tie."""
+    A, B = (source.tensors.infos[tensor].shape for tensor in (pair.lora_A, pair.lora_B))
+    if len(A) == len(B) == 3 and A[0] == B[0]:
+        fitting = [(transposed, a) for transposed, a, b in ((False, A[1], B[2]), (True, A[2], B[1])) if a == b]
+        if len(fitting) > 1:
+            fitting = [layout for layout in fitting if layout[1] == lora_rank(source.config, key)]
+        if len(fitting) == 1:
+            return fitting[0]
+    raise AdapterFileError(
+        f"{pair.lora_A!r} is {A} and {pair.lora_B!r} {B}; either 'E r in' with 'E out r' or 'E in r' with 'E r out' "
+        "was expected, with the rank that adapter_config.json gives. Is it the config of this file?"
+    )
 
 
 def _from_stacks(pair: Pair, tensors: Mapping[str, Tensor], *, transposed: bool, scaling: float) -> ExpertLora:
@@ -169,8 +173,20 @@ def _from_stacks(pair: Pair, tensors: Mapping[str, Tensor], *, transposed: bool,
     return ExpertLora(A.transpose(1, 2), B.transpose(1, 2), scaling) if transposed else ExpertLora(A, B, scaling)
 
 
-def plain_part(source: AdapterSource, lora_A: str, lora_B: str) -> Part:
-    """LoRA of an ordinary linear, as that of a single expert."""
+def plain_parts(source: AdapterSource) -> tuple[list[Part], list[str]]:
+    """The LoRA of ordinary linears, each as that of a single expert, and the names of all tensors that are neither."""
+    rest = dict.fromkeys(source.keys.other)
+    found = []
+    for lora_A in source.keys.other:
+        lora_B = lora_A.replace(".lora_A.weight", ".lora_B.weight")
+        shape = source.tensors.infos[lora_A].shape
+        if lora_A.endswith(".lora_A.weight") and lora_B in rest and len(shape) == 2 and shape[0]:
+            found.append(_plain_part(source, lora_A, lora_B))
+            del rest[lora_A], rest[lora_B]
+    return found, list(rest)
+
+
+def _plain_part(source: AdapterSource, lora_A: str, lora_B: str) -> Part:
     path = lora_A.removeprefix(source.keys.prefix).removesuffix(".lora_A.weight")
     rank = source.tensors.infos[lora_A].shape[0]
     scaling, alpha = lora_scaling(source.config, path, rank), lora_alpha(source.config, path)

@@ -1,0 +1,219 @@
+"""Two adapters compared by what they do: the per-expert updates, in float64, whatever form each file has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError
+from ..layout import ExpertLora
+from .base_model import BaseModel, base_model_of
+from .decide import decide
+from .modules import module_parts
+from .shaping import part_gate_up
+from .source import AdapterSource, Part, open_adapter, plain_parts
+
+__all__ = ["Comparison", "Verification", "verify_adapters"]
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One projection of one experts module, or one other tensor.
+
+    Attributes:
+        name: Of the module or tensor, in the first file where it is there.
+        projection: `"gate_up"`, `"gate"`, `"up"`, `"down"`, another parameter's name, `"linear"` for the LoRA of an
+            ordinary linear, or empty for a tensor that is none.
+        max_difference: Largest absolute difference of an entry of the update.
+        relative_difference: Norm of the difference over norm of the first file's update; 0 where both are zero.
+        note: What kept them from being compared, if anything did.
+    """
+
+    name: str
+    projection: str
+    max_difference: float
+    relative_difference: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_adapters` found: `same` where no comparison exceeds `tolerance`, relatively."""
+
+    rows: tuple[Comparison, ...]
+    tolerance: float
+
+    @property
+    def same(self) -> bool:
+        return all(not row.note and row.relative_difference <= self.tolerance for row in self.rows)
+
+    @property
+    def worst(self) -> float:
+        """The largest relative difference."""
+        return max((row.relative_difference for row in self.rows), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [asdict(row) for row in self.rows]
+        return {"schema_version": 1, "same": self.same, "worst": self.worst, "tolerance": self.tolerance, "rows": rows}
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two adapters, opened and decided."""
+
+    source: AdapterSource
+    base: BaseModel | None
+    parts: dict[tuple[str, str], Part]
+    rest: tuple[str, ...]
+
+
+def verify_adapters(
+    adapter: str | Path,
+    other: str | Path,
+    *,
+    model: str | Path | Mapping[str, Any] | BaseModel | None = None,
+    written_by: str | None = None,
+    orientation: str | None = None,
+    packing: str | None = None,
+    nesting: Sequence[str] | None = None,
+    tolerance: float = 1e-6,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Compares what two adapters do to every expert, and everything else in them.
+
+    Args:
+        adapter, other: Folders or Hub ids: an adapter, and what became of it.
+        model: The base model's config, needed where one file has gate and up joined and the other has not.
+        written_by, orientation, packing, nesting: Of the first adapter, as `convert_adapter` takes them.
+        tolerance: Largest relative difference of an update that counts as the same.
+        progress: Called with (comparisons done, comparisons in all).
+
+    Raises:
+        AdapterError: One of them cannot be read, see `convert_adapter`, or the model's config is needed.
+    """
+    first = _side(adapter, model, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting)
+    second = _side(other, model if model is not None else first.base)
+    if any(role == "gate_up" for _, role in first.parts) != any(role == "gate_up" for _, role in second.parts):
+        first, second = _parted(first), _parted(second)
+    keys = list(dict.fromkeys([*first.parts, *second.parts]))
+    tensors = list(dict.fromkeys([*first.rest, *second.rest]))
+    rows = []
+    for done, key in enumerate(keys):
+        rows.append(_compare_parts(key, first, second))
+        if progress is not None:
+            progress(done + 1, len(keys))
+    rows += [_compare_tensor(name, first, second) for name in tensors]
+    return Verification(tuple(rows), tolerance)
+
+
+def _side(adapter: str | Path, model: str | Path | Mapping[str, Any] | BaseModel | None, **said: Any) -> _Side:
+    source = open_adapter(adapter)
+    base = base_model_of(source.config, model)
+    decision = decide(source, model=base, **said)
+    decision.require(str(source.folder))
+    parts: dict[tuple[str, str], Part] = {}
+    paths = [module.path for module in source.keys.modules]
+    for part in module_parts(source, decision, base, fill_missing=True):
+        role = part.role or part.name
+        if base is not None and not base.gated and role == "gate":
+            role = "up"  # SGLang's name for it
+        parts[_place(part.path, paths), role] = part
+    plain, rest = plain_parts(source)
+    parts |= {(part.path, "linear"): part for part in plain}
+    return _Side(source, base, parts, tuple(rest))
+
+
+def _place(path: str, paths: Sequence[str]) -> str:
+    """What the same module is called in every form: its layer, where no other experts module stands in that layer.
+
+    granitemoe's and aria's two modules of one layer count as one: their parts differ in role.
+    """
+    layer = _LAYER.search(path)
+    if layer is None:
+        return path
+    ends = {_stem(p) for p in paths if (found := _LAYER.search(p)) is not None and found[1] == layer[1]}
+    return f"layer {layer[1]}" if len(ends) == 1 else path
+
+
+def _stem(path: str) -> str:
+    return re.sub(r"\.(experts|experts\.fc[12]|input_linear|output_linear)$", "", path)
+
+
+def _parted(side: _Side) -> _Side:
+    """With gate and up apart."""
+    parts: dict[tuple[str, str], Part] = {}
+    for (place, role), part in side.parts.items():
+        if role != "gate_up":
+            parts[place, role] = part
+            continue
+        if side.base is None:
+            raise AdapterError(
+                f"{side.source.folder} has gate and up joined and the other adapter has not; pass --model (model=...) "
+                "to tell their rows apart."
+            )
+        rslora = bool(side.source.config.get("use_rslora"))
+        gate, up = part_gate_up(part, side.base.interleaved, None, rslora)
+        parts[place, "gate"], parts[place, "up"] = gate, up
+    return _Side(side.source, side.base, parts, side.rest)
+
+
+def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Comparison:
+    loras = [_load(side, key) for side in (first, second)]
+    known = next(lora for lora in loras if lora is not None)
+    shape = (known.num_experts, known.out_features, known.in_features)
+    for lora in loras:
+        if lora is not None and (lora.out_features, lora.in_features) != shape[1:]:
+            return Comparison(*key, float("inf"), float("inf"), "the two have different sizes")
+    largest = squares = norm = 0.0
+    for expert in range(max(lora.num_experts for lora in loras if lora is not None)):
+        deltas = [_delta(lora, expert, known) for lora in loras]
+        difference = deltas[0] - deltas[1]
+        largest = max(largest, difference.abs().max().item())
+        squares += difference.square().sum().item()
+        norm += deltas[0].square().sum().item()
+    relative = (squares / norm) ** 0.5 if norm else (0.0 if not squares else float("inf"))
+    return Comparison(*key, largest, relative)
+
+
+def _load(side: _Side, key: tuple[str, str]) -> ExpertLora | None:
+    if key not in side.parts:
+        return None
+    part = side.parts[key]
+    with side.source.tensors.reading(part.reads) as tensors:
+        return part.load(tensors)
+
+
+def _delta(lora: ExpertLora | None, expert: int, known: ExpertLora) -> Tensor:
+    """One expert's update, "out in", in float64; zero where there is none."""
+    if lora is None or expert >= lora.num_experts:
+        return torch.zeros(known.out_features, known.in_features, dtype=torch.float64)
+    return (lora.B[expert].double() @ lora.A[expert].double()) * lora.scaling
+
+
+def _compare_tensor(name: str, first: _Side, second: _Side) -> Comparison:
+    """A tensor that is no LoRA of a linear: an embedding, a magnitude, a module saved whole."""
+    sides = [side for side in (first, second) if name in side.source.tensors]
+    if len(sides) < 2:
+        where = "first" if sides[0] is first else "second"
+        return Comparison(name, "", float("inf"), float("inf"), f"only the {where} adapter has it")
+    values = []
+    for side in sides:
+        with side.source.tensors.reading([name]) as tensors:
+            values.append(tensors[name].double())
+    if values[0].shape != values[1].shape:
+        return Comparison(name, "", float("inf"), float("inf"), "the two have different sizes")
+    difference = values[0] - values[1]
+    if not difference.any():
+        return Comparison(name, "", 0.0, 0.0)
+    norm = values[0].norm().item()
+    relative = difference.norm().item() / norm if norm else float("inf")
+    return Comparison(name, "", difference.abs().max().item(), relative)
