@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import AdapterError, LossyConversionError
-from .base_model import BaseModel, base_model_of
+from .base_model import BaseModel
 from .config import evened_config, target_config
 from .decide import Decision, decide
 from .modules import ModuleOutputs, Refit, module_parts, refit
 from .outputs import Item, Output, copied, evened, plain
-from .source import CONFIG_NAME, AdapterSource, open_adapter, plain_parts
+from .source import CONFIG_NAME, AdapterSource, open_with_model, plain_parts
 from .stamp import Stamp
 from .targets import Target, parse_target
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
@@ -111,8 +111,7 @@ def convert_adapter(
         AdapterError: Anything else that stands in the way; the message says what helps.
     """
     target = parse_target(to)
-    source = open_adapter(adapter)
-    base = base_model_of(source.config, model)
+    source, base = open_with_model(adapter, model)
     decision = decide(
         source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
     )

@@ -43,6 +43,7 @@ class Decision:
         writer, orientation, packing, nesting: Conclusions, see `Inspection`.
         readings: Path of a fused module -> how it is read; empty unless orientation and nesting are decided.
         expert_counts: Path of a fused module -> E of each of its slots, innermost first, where it is known.
+        packings: Parameter -> packing of lora_B where Unsloth packed them differently; see `packing_of`.
         stamp: This library's own, if the file has one.
         peft: The PEFT release whose layout rule the file follows, if known.
     """
@@ -53,8 +54,15 @@ class Decision:
     nesting: Conclusion
     readings: Mapping[str, Reading] = field(default_factory=dict)
     expert_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    packings: Mapping[str | None, str] = field(default_factory=dict)
     stamp: Stamp | None = None
     peft: str | None = None
+
+    def packing_of(self, parameter: str) -> str:
+        """`"rank_major"` or `"grouped"`, once the packing is decided."""
+        if self.packing.value in PACKINGS:
+            return str(self.packing.value)
+        return self.packings.get(parameter) or self.packings.get(None, "rank_major")
 
     def require(self, what: str) -> None:
         """Raises `AmbiguousAdapterError` unless orientation, packing and nesting are decided. `what` names the file."""
@@ -99,7 +107,7 @@ def decide(
         if said is not None and said not in known:
             raise AdapterError(f"{name} is {said!r}; one of {', '.join(known)} was expected.")
     stamp = read_stamp(source.tensors.metadata)
-    writer = find_writer(source, stamp, written_by)
+    writer = find_writer(source, stamp, written_by, model)
     if source.form != "fused":
         return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, stamp=stamp, peft=writer.peft)
     modules = source.keys.modules
@@ -110,7 +118,7 @@ def decide(
     counts = _expert_counts(source, votes, shapes)
     packed = _packing(source, modules, counts, writer, packing)
     named = _with_remark(writer, oriented, model)
-    return Decision(named, oriented, packed, nested, readings, counts, stamp, writer.peft)
+    return Decision(named, oriented, packed, nested, readings, counts, writer.packings, stamp, writer.peft)
 
 
 @dataclass(frozen=True)
@@ -366,8 +374,9 @@ def _packing(
 ) -> Conclusion:
     if said is not None:
         return Conclusion(said, "stated", ("said by the caller",))
+    stated = " | ".join(sorted(set(writer.packings.values()))) or None
     if writer.marked:
-        return Conclusion(writer.packing, "certain", (writer.packing_evidence,))
+        return Conclusion(stated, "certain", (writer.packing_evidence,))
     pairs = [
         (pair.lora_B, count)
         for module in modules
@@ -378,17 +387,17 @@ def _packing(
         return Conclusion("either", "certain", ("with one expert or rank 1 both packings are the same",))
     test = test_packing(_read(source, pairs[:: max(1, len(pairs) // _SAMPLED_MATRICES)]))
     either_way = "--packing rank_major, or --packing grouped"
-    if writer.packing is None:
-        reasons = ("nothing in the config says how lora_B is packed", test.evidence)
+    if stated is None:
+        reasons = (writer.packing_evidence or "nothing in the config says how lora_B is packed", test.evidence)
         if test.packing is not None:
             return Conclusion(test.packing, "likely", reasons)
         if not any(lora_B.any() for lora_B, _ in _read(source, pairs)):
             return Conclusion("either", "certain", ("every lora_B is zero, the same under both packings",))
         return Conclusion(None, "none", reasons, either_way)
-    if test.packing not in (None, writer.packing):
+    if test.packing not in (None, stated):
         reasons = (writer.packing_evidence, f"but the data speak against it: {test.evidence}")
         return Conclusion(None, "none", reasons, either_way)
-    return Conclusion(writer.packing, "stated", (writer.packing_evidence, test.evidence))
+    return Conclusion(stated, "stated", (writer.packing_evidence, test.evidence))
 
 
 def _read(source: AdapterSource, pairs: Sequence[tuple[str, int]]) -> Iterator[tuple[Tensor, int]]:

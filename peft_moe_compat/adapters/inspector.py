@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..releases import installed_versions
-from .base_model import BaseModel, base_model_of
+from .base_model import BaseModel
 from .decide import Decision, decide
 from .inspection import ExpertsSummary, Inspection, ProjectionSummary
 from .keys import ExpertsKeys
 from .readers import reader_verdicts
-from .source import AdapterSource, fused_parts, open_adapter, per_expert_parts, stacked_parts
+from .source import AdapterSource, fused_parts, open_with_model, per_expert_parts, stacked_parts
 
 __all__ = ["inspect_adapter"]
 
@@ -38,8 +38,7 @@ def inspect_adapter(
         AdapterFileError: The file is damaged, or contradicts itself or the model.
         AdapterError: One of the arguments is no possible answer.
     """
-    source = open_adapter(adapter)
-    base = base_model_of(source.config, model)
+    source, base = open_with_model(adapter, model)
     decision = decide(
         source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
     )
@@ -62,7 +61,9 @@ def inspect_adapter(
         orientation=decision.orientation,
         packing=decision.packing,
         nesting=decision.nesting,
-        modules=tuple(_summary(source, module, decision) for module in source.keys.modules),
+        modules=tuple(
+            _summary(source, module, decision, base.num_experts if base else None) for module in source.keys.modules
+        ),
         other_tensors=len(others),
         other_bytes=sum(infos[name].nbytes for name in others),
         readers=reader_verdicts(source, decision, base, None if beside == "not installed" else beside),
@@ -70,14 +71,14 @@ def inspect_adapter(
     )
 
 
-def _summary(source: AdapterSource, module: ExpertsKeys, decision: Decision) -> ExpertsSummary:
+def _summary(source: AdapterSource, module: ExpertsKeys, decision: Decision, total: int | None) -> ExpertsSummary:
     if module.form == "fused":
         reading = decision.readings.get(module.path)
         if reading is None:
             return _open_summary(module, decision)
-        parts = fused_parts(source, module, reading, "rank_major")
+        parts = fused_parts(source, module, reading, decision.packing_of)
     elif module.form == "stacked":
-        parts = stacked_parts(source, module)
+        parts = stacked_parts(source, module, total)
     else:
         parts = per_expert_parts(source, module, num_experts=None, fill_missing=True)
     loras = [(part, part.load(source.meta(part.reads))) for part in parts]

@@ -4,7 +4,7 @@ Three forms hold the LoRA of routed experts; everything else in the file is `oth
 
     fused       `P.lora_A.weight`, `P.base_layer.lora_A.weight`: PEFT's ParamWrapper, one flat pair per nesting level
     per_expert  `P.3.gate_proj.lora_A.weight`: a LoRA of its own on each expert's linears
-    stacked     `P.gate_up_proj.lora_A.weight`, 3-D: "E r in" and "E out r"
+    stacked     `P.gate_up_proj.lora_A.weight`, 3-D: "E r in" and "E out r"; or 2-D, where all experts share it (VeOmni)
 """
 
 from __future__ import annotations
@@ -194,8 +194,10 @@ def _place(name: str, ndim: int, config: Mapping[str, Any]) -> tuple[str, str, s
         parts.pop()
     depth -= len(parts)
     path = ".".join(parts)
-    if ndim == 3:
-        return parts_of_stack(path, match["factor"])
+    module, _, parameter = path.rpartition(".")
+    shared = parameter in LINEAR_NAMES and module.rpartition(".")[2] == "experts"
+    if ndim == 3 or (ndim == 2 and shared):
+        return module, f"stack {parameter}", match["factor"]
     expert = _EXPERT.match(path)
     if expert and expert["projection"] in LINEAR_NAMES and "expert" in expert["path"].rpartition(".")[2]:
         return expert["path"], f"expert {int(expert['expert'])} {expert['projection']}", match["factor"]
@@ -204,12 +206,6 @@ def _place(name: str, ndim: int, config: Mapping[str, Any]) -> tuple[str, str, s
     if ndim == 2 and (targeted or depth or parts[-1] == "experts"):
         return path, f"slot {depth}", match["factor"]
     return None
-
-
-def parts_of_stack(path: str, factor: str) -> tuple[str, str, str]:
-    """A 3-D tensor's place: its last name is the parameter."""
-    module, _, parameter = path.rpartition(".")
-    return module, f"stack {parameter}", factor
 
 
 def _modules(halves: Mapping[tuple[str, str], Mapping[str, str]]) -> list[ExpertsKeys]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..layout import ExpertLora, to_flat
-from .base_model import base_model_of, load_config
+from .base_model import load_config
 from .convert import planned_modules
 from .decide import decide
-from .source import open_adapter
+from .source import open_with_model
 from .targets import parse_target
 from .verify import Comparison, Verification
 
@@ -51,12 +51,10 @@ def verify_merged(
     Raises:
         AdapterError: The adapter cannot be read, or has no LoRA on the model's experts.
     """
-    source = open_adapter(adapter)
-    model = model if model is not None else source.config.get("base_model_name_or_path")
-    if not model:
+    if model is None:
         raise AdapterError("The base model's config is needed to build its experts: pass --model (model=...).")
     config = load_config(model)
-    base = base_model_of(source.config, config)
+    source, base = open_with_model(adapter, config)
     decision = decide(
         source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
     )
@@ -110,6 +108,7 @@ def _experts_of(config: Mapping[str, Any]) -> dict[str, nn.Module]:
 def _compare(path: str, on_meta: nn.Module, loras: Mapping[str, ExpertLora]) -> Comparison:
     """One experts module with its LoRA, unmerged and merged."""
     from ..families import dispatches_through_registry
+    from ..patch import is_active
 
     generator = torch.Generator().manual_seed(0)
     experts: Any = copy.deepcopy(on_meta).to(torch.float32).to_empty(device="cpu").eval()
@@ -120,6 +119,7 @@ def _compare(path: str, on_meta: nn.Module, loras: Mapping[str, ExpertLora]) -> 
         if not dispatches_through_registry(type(experts)):
             return _compare_weights(path, holder, experts, loras)
         inputs = _inputs(experts, loras, generator)
+        experts.config._experts_implementation = "grouped_mm" if is_active() else "eager"
         unmerged = holder.base_model.model["experts"](*inputs)
         # transformers' grouped implementations refuse widths that are no multiple of 16 bytes.
         experts.config._experts_implementation = "eager"

@@ -25,14 +25,13 @@ __all__ = ["ModuleOutputs", "Refit", "module_parts", "refit"]
 def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | None, fill_missing: bool) -> list[Part]:
     """The experts' LoRA of the whole file, part by part, in the order of the file."""
     found: list[Part] = []
+    total = base.num_experts if base is not None else None
     for module in source.keys.modules:
         if module.form == "fused":
-            packing = decision.packing.value or "rank_major"
-            found += fused_parts(source, module, decision.readings[module.path], packing)
+            found += fused_parts(source, module, decision.readings[module.path], decision.packing_of)
         elif module.form == "stacked":
-            found += stacked_parts(source, module)
+            found += stacked_parts(source, module, total)
         else:
-            total = base.num_experts if base is not None else None
             found += per_expert_parts(source, module, num_experts=total, fill_missing=fill_missing)
     return found
 

@@ -6,7 +6,7 @@ of it runs on meta tensors too, which is how a conversion knows what it will wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
 
@@ -15,11 +15,9 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..layout import ExpertLora
-from .source import Part
+from .source import Load, Part
 
 __all__ = ["folded", "join", "part_gate_up", "rank_alpha", "zeros_like"]
-
-Load = Callable[[Mapping[str, Tensor]], ExpertLora]
 
 
 def rank_alpha(alpha: float, rank: int, new_rank: int, rslora: bool) -> float:

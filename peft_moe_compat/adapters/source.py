@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,19 @@ from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
 from ..layout import ExpertLora, from_flat
+from .base_model import BaseModel, base_model_of
 from .detect import Reading
 from .files import find_adapter, read_json, show
 from .keys import AdapterKeys, ExpertsKeys, Pair, linear_role, parse_keys, role_of
 from .ranks import lora_alpha, lora_rank, lora_scaling
 from .tensors import AdapterTensors, open_tensors
 
-__all__ = ["AdapterSource", "Part", "fused_parts", "open_adapter", "per_expert_parts"]
+__all__ = ["AdapterSource", "Load", "Part", "fused_parts", "open_adapter", "open_with_model", "per_expert_parts"]
 __all__ += ["plain_parts", "read_fused", "stacked_parts"]
 
 CONFIG_NAME = "adapter_config.json"
 _SIDE_FILES = ("automodel_peft_config.json",)
+_AUTOMODEL_RANK_SCALING = "moe_rank_scaling"  # Source: nemo_automodel 0.7, components/_peft/lora.py
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,34 @@ def open_adapter(source: str | Path, subfolder: str | None = None) -> AdapterSou
     return AdapterSource(folder, config, side, tensors, keys)
 
 
+def open_with_model(
+    adapter: str | Path, model: str | Path | Mapping[str, Any] | BaseModel | None
+) -> tuple[AdapterSource, BaseModel | None]:
+    """An adapter, and the facts on its base model: those given, else those its config leads to.
+
+    Raises:
+        AdapterFileError: See `open_adapter`.
+        AdapterError: The model's config is needed to read this adapter, or describes no routed experts.
+    """
+    source = open_adapter(adapter)
+    base = base_model_of(source.config, model)
+    if not any(side.get(_AUTOMODEL_RANK_SCALING) for side in source.side_files.values()) or source.form != "fused":
+        return source, base
+    if base is None or base.num_experts is None:
+        raise AdapterError(
+            f"{source.folder} was trained with NeMo Automodel's {_AUTOMODEL_RANK_SCALING}: its experts have a rank of "
+            "their own, which adapter_config.json does not say. Pass --model (model=...): its number of experts tells."
+        )
+    rows = {module.path: source.tensors.infos[module.slots[0].lora_A].shape[0] for module in source.keys.modules}
+    ranks = {rf"{path}\.[^.]+": count // base.num_experts for path, count in rows.items()}
+    return replace(
+        source, config={**source.config, "rank_pattern": ranks | (source.config.get("rank_pattern") or {})}
+    ), base
+
+
+Load = Callable[[Mapping[str, Tensor]], ExpertLora]
+
+
 @dataclass(frozen=True)
 class Part:
     """LoRA of one projection of one experts module, not read yet.
@@ -100,7 +130,7 @@ class Part:
     role: str | None
     alpha: float
     reads: tuple[str, ...]
-    load: Callable[[Mapping[str, Tensor]], ExpertLora]
+    load: Load
     notes: tuple[str, ...] = ()
 
 
@@ -108,11 +138,13 @@ def read_fused(
     source: AdapterSource, module: ExpertsKeys, reading: Reading, packing: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, ExpertLora]:
     """A fused module's LoRA: parameter -> factors, views of `tensors`."""
-    return {part.name: part.load(tensors) for part in fused_parts(source, module, reading, packing)}
+    return {part.name: part.load(tensors) for part in fused_parts(source, module, reading, lambda _: packing)}
 
 
-def fused_parts(source: AdapterSource, module: ExpertsKeys, reading: Reading, packing: str) -> list[Part]:
-    """A fused module, slot by slot, innermost first."""
+def fused_parts(
+    source: AdapterSource, module: ExpertsKeys, reading: Reading, packing_of: Callable[[str], str]
+) -> list[Part]:
+    """A fused module, slot by slot, innermost first. `packing_of` says it for each parameter."""
     found = []
     for name, pair in zip(reading.nesting, module.slots, strict=True):
         key = f"{module.path}.{name}"
@@ -123,7 +155,7 @@ def fused_parts(source: AdapterSource, module: ExpertsKeys, reading: Reading, pa
             pair,
             num_experts=rows // rank,
             orientation=reading.orientation,
-            packing="rank_major" if packing == "either" else packing,
+            packing=packing_of(name),
             scaling=lora_scaling(source.config, key, rank),
         )
         alpha = lora_alpha(source.config, key)
@@ -135,18 +167,27 @@ def _from_pair(pair: Pair, tensors: Mapping[str, Tensor], **how: Any) -> ExpertL
     return from_flat(tensors[pair.lora_A], tensors[pair.lora_B], **how)
 
 
-def stacked_parts(source: AdapterSource, module: ExpertsKeys) -> list[Part]:
-    """A module of 3-D factors, "E r in" and "E out r", or "E in r" and "E r out".
+def stacked_parts(source: AdapterSource, module: ExpertsKeys, num_experts: int | None) -> list[Part]:
+    """A module of 3-D factors, "E r in" and "E out r", or "E in r" and "E r out", or of 2-D ones for all experts.
 
     Raises:
         AdapterFileError: The two factors do not belong together, or fit both layouts.
+        AdapterError: All experts share a LoRA, and their number is not known.
     """
     found = []
     for name, pair in module.stacks.items():
         key = f"{module.path}.{name}"
-        transposed, rank = _stack_layout(source, pair, key)
-        scaling = lora_scaling(source.config, key, rank)
-        load = partial(_from_stacks, pair, transposed=transposed, scaling=scaling)
+        A, B = (source.tensors.infos[tensor].shape for tensor in (pair.lora_A, pair.lora_B))
+        if len(A) == len(B) == 2 and A[0] == B[1]:
+            if num_experts is None:
+                raise AdapterError(
+                    f"All experts of {module.path!r} share one LoRA on {name}. Pass --model (model=...) to tell how "
+                    "many experts there are."
+                )
+            load: Load = partial(_from_shared, pair, num_experts, lora_scaling(source.config, key, A[0]))
+        else:
+            transposed, rank = _stack_layout(source, pair, key)
+            load = partial(_from_stacks, pair, transposed=transposed, scaling=lora_scaling(source.config, key, rank))
         role = role_of(module.path, name) or linear_role(name)
         alpha = lora_alpha(source.config, key)
         found.append(Part(module.path, name, role, alpha, (pair.lora_A, pair.lora_B), load))
@@ -166,6 +207,11 @@ def _stack_layout(source: AdapterSource, pair: Pair, key: str) -> tuple[bool, in
         f"{pair.lora_A!r} is {A} and {pair.lora_B!r} {B}; either 'E r in' with 'E out r' or 'E in r' with 'E r out' "
         "was expected, with the rank that adapter_config.json gives. Is it the config of this file?"
     )
+
+
+def _from_shared(pair: Pair, num_experts: int, scaling: float, tensors: Mapping[str, Tensor]) -> ExpertLora:
+    A, B = tensors[pair.lora_A], tensors[pair.lora_B]
+    return ExpertLora(A.expand(num_experts, -1, -1), B.expand(num_experts, -1, -1), scaling)
 
 
 def _from_stacks(pair: Pair, tensors: Mapping[str, Tensor], *, transposed: bool, scaling: float) -> ExpertLora:

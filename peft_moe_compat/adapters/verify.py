@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..layout import ExpertLora
-from .base_model import BaseModel, base_model_of
+from .base_model import BaseModel
 from .decide import decide
 from .modules import module_parts
 from .shaping import part_gate_up
-from .source import AdapterSource, Part, open_adapter, plain_parts
+from .source import AdapterSource, Part, open_with_model, plain_parts
 
 __all__ = ["Comparison", "Verification", "verify_adapters"]
 
@@ -116,8 +116,7 @@ def verify_adapters(
 
 
 def _side(adapter: str | Path, model: str | Path | Mapping[str, Any] | BaseModel | None, **said: Any) -> _Side:
-    source = open_adapter(adapter)
-    base = base_model_of(source.config, model)
+    source, base = open_with_model(adapter, model)
     decision = decide(source, model=base, **said)
     decision.require(str(source.folder))
     parts: dict[tuple[str, str], Part] = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
-from ..layout import PACKINGS
 from ..releases import parse_releases, release_for
+from .base_model import BaseModel
 from .files import show
 from .inspection import Conclusion
 from .source import AdapterSource
@@ -22,6 +23,24 @@ SAID_BY_CALLER = "said by the caller"
 # unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
 UNSLOTH_LAYOUT, UNSLOTH_DETAIL, _UNSLOTH_FINGERPRINT = "lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"
 _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
+
+# Families whose experts Unsloth ran with a forward of its own before it left markers: grouped by expert. All others ran
+# PEFT's. Source: the same file.
+_UNSLOTH_GROUPED = {
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "ernie4_5_vl_moe",
+    "gemma4",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "gpt_oss",
+    "lfm2_moe",
+    "mixtral",
+    "qwen3_5_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_vl_moe",
+}
 
 # NeMo Automodel's own file beside the adapter, its entry for the layout, and the PEFT release whose rule each value
 # names. Without the entry (0.4 to 0.6) it is the older one. Source: nemo_automodel 0.7, components/moe.
@@ -40,20 +59,20 @@ class Writer:
         conclusion: Its name, as far as it is known, and the evidence.
         peft: The PEFT release whose layout rule the file follows; None where nobody says.
         transformers: The transformers release beside it; None where nobody says.
-        packing: `"rank_major"` or `"grouped"` where the writer says or implies it.
+        packings: What the writer says or implies of lora_B's packing: parameter -> packing, under None for all others.
         packing_evidence: Why.
-        marked: Whether the packing comes from a marker made for this purpose.
+        marked: Whether that comes from a marker made for this purpose.
     """
 
     conclusion: Conclusion
     peft: str | None = None
     transformers: str | None = None
-    packing: str | None = None
+    packings: Mapping[str | None, str] = field(default_factory=dict)
     packing_evidence: str = ""
     marked: bool = False
 
 
-def find_writer(source: AdapterSource, stamp: Stamp | None, written_by: str | None) -> Writer:
+def find_writer(source: AdapterSource, stamp: Stamp | None, written_by: str | None, model: BaseModel | None) -> Writer:
     """The writer of an adapter. What the caller says (`written_by`) wins over everything but the library's own stamp.
 
     Raises:
@@ -61,78 +80,95 @@ def find_writer(source: AdapterSource, stamp: Stamp | None, written_by: str | No
         UnsupportedPeftError: `written_by` names no release.
     """
     if stamp is not None:
-        text = f"stamped by peft_moe_compat, PEFT {stamp.peft}, transformers {stamp.transformers}"
+        text = f"stamped by peft_moe_compat, PEFT {stamp.peft}, transformers {stamp.transformers or 'of any release'}"
         conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (text,))
-        return Writer(conclusion, stamp.peft, stamp.transformers, stamp.packing, text, marked=True)
-    packing, packing_evidence, marked = _unsloth_packing(source.config)
+        return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, text, marked=True)
+    if written_by is None and AUTOMODEL_FILE in source.side_files:
+        return _automodel(source.side_files[AUTOMODEL_FILE])
+    unsloth = _unsloth(source.config, model)
+    peft, transformers, conclusion = _release(source.config, written_by)
+    if unsloth is not None:
+        name = f"Unsloth, {conclusion.value}" if conclusion.value else "Unsloth"
+        named = Conclusion(name, "stated", (*conclusion.evidence, unsloth.evidence))
+        return Writer(named, peft, transformers, unsloth.packings, unsloth.evidence, unsloth.marked)
+    if peft is None:
+        return Writer(conclusion)
+    text = f"PEFT {peft} packs lora_B's columns as '(r E)', as every release does"
+    return Writer(conclusion, peft, transformers, {None: "rank_major"}, text)
+
+
+def _release(config: Mapping[str, Any], written_by: str | None) -> tuple[str | None, str | None, Conclusion]:
+    """(PEFT, transformers, conclusion), from what the caller says or the config."""
     if written_by is not None:
         peft, transformers = parse_releases(written_by)
         beside = f", transformers {transformers}" if transformers else ""
-        conclusion = Conclusion(f"PEFT {peft}{beside}", "stated", (SAID_BY_CALLER,))
-        implied = packing or "rank_major"
-        return Writer(conclusion, peft, transformers, implied, packing_evidence or _peft_packs(peft), marked)
-    if AUTOMODEL_FILE in source.side_files:
-        return _automodel(source.side_files[AUTOMODEL_FILE])
-    version = source.config.get("peft_version")
+        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (SAID_BY_CALLER,))
+    version = config.get("peft_version")
     if version is not None:
-        peft, evidence = _checked_version(version), f"peft_version is {version!r} in adapter_config.json"
-    elif _PEFT_0_17_FIELDS <= source.config.keys():
-        peft, evidence = "0.17.0", "adapter_config.json has the fields of PEFT 0.17, and no peft_version, as then"
-    else:
-        reason = "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes"
-        conclusion = Conclusion(None, "none", (reason,), "--written-by peft==VERSION")
-        return Writer(conclusion, packing=packing, packing_evidence=packing_evidence, marked=marked)
-    name = f"PEFT {'0.17' if version is None else peft}"
-    if packing is not None:
-        conclusion = Conclusion(f"Unsloth, {name}", "stated", (evidence, packing_evidence))
-        return Writer(conclusion, peft, None, packing, packing_evidence, marked)
-    confidence = "stated" if version is not None else "likely"
-    return Writer(Conclusion(name, confidence, (evidence,)), peft, None, "rank_major", _peft_packs(peft))
+        try:
+            release_for(str(version))
+        except UnsupportedPeftError as error:
+            raise AdapterFileError(f"adapter_config.json has peft_version {show(version)}: {error}") from None
+        text = f"peft_version is {version!r} in adapter_config.json"
+        return str(version), None, Conclusion(f"PEFT {version}", "stated", (text,))
+    if config.keys() >= _PEFT_0_17_FIELDS:
+        text = "adapter_config.json has the fields of PEFT 0.17, and no peft_version, as then"
+        return "0.17.0", None, Conclusion("PEFT 0.17", "likely", (text,))
+    text = "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes"
+    return None, None, Conclusion(None, "none", (text,), "--written-by peft==VERSION")
 
 
-def _peft_packs(peft: str) -> str:
-    return f"PEFT {peft} packs lora_B's columns as '(r E)', as every release does"
+@dataclass(frozen=True)
+class _Unsloth:
+    """What Unsloth left in a config."""
+
+    packings: Mapping[str | None, str]
+    evidence: str
+    marked: bool
 
 
-def _checked_version(version: Any) -> str:
-    try:
-        release_for(str(version))
-    except UnsupportedPeftError as error:
-        raise AdapterFileError(f"adapter_config.json has peft_version {show(version)}: {error}") from None
-    return str(version)
-
-
-def _unsloth_packing(config: Mapping[str, Any]) -> tuple[str | None, str, bool]:
-    """(packing, evidence, whether a marker says so) as Unsloth leaves it; (None, "", False) where it left nothing.
+def _unsloth(config: Mapping[str, Any], model: BaseModel | None) -> _Unsloth | None:
+    """What Unsloth left in the config, None where it left nothing.
 
     Raises:
         AdapterFileError: Its markers contradict each other or are unknown words.
     """
     auto_mapping = config.get("auto_mapping")
-    places = {"adapter_config.json": config, "its auto_mapping": auto_mapping if isinstance(auto_mapping, dict) else {}}
-    said: dict[str, str] = {}
-    for place, content in places.items():
-        values = [content[UNSLOTH_LAYOUT]] if UNSLOTH_LAYOUT in content else []
-        detail = content.get(UNSLOTH_DETAIL)
-        if isinstance(detail, dict) and isinstance(detail.get("parameters"), dict):
-            entries = detail["parameters"].values()
-            values += [entry.get(UNSLOTH_LAYOUT) for entry in entries if isinstance(entry, dict)]
-        for value in values:
-            if value not in _UNSLOTH_PACKINGS and value not in PACKINGS:
+    auto_mapping = auto_mapping if isinstance(auto_mapping, dict) else {}
+    found: dict[str | None, str] = {}
+    for place in (config, auto_mapping):
+        for parameter, value in _markers(place):
+            if value not in _UNSLOTH_PACKINGS:
                 raise AdapterFileError(
-                    f"{UNSLOTH_LAYOUT} is {show(value)} in {place}; one of {', '.join(_UNSLOTH_PACKINGS)} was "
-                    "expected. An adapter whose parameters are packed differently has to be saved again by Unsloth."
+                    f"Unsloth's {UNSLOTH_LAYOUT} is {show(value)}; one of {', '.join(_UNSLOTH_PACKINGS)} was expected. "
+                    "Was the file written by a newer Unsloth?"
                 )
-            said[_UNSLOTH_PACKINGS.get(value, value)] = f"{UNSLOTH_LAYOUT} is {value!r} in {place}"
-    if len(said) > 1:
-        raise AdapterFileError(f"Unsloth's markers contradict each other: {'; '.join(said.values())}.")
-    if said:
-        ((packing, evidence),) = said.items()
-        return packing, evidence, True
-    if places["its auto_mapping"].get(_UNSLOTH_FINGERPRINT) and config.get("target_parameters"):
-        text = f"auto_mapping has {_UNSLOTH_FINGERPRINT!r} and no marker: Unsloth before 2026-09, grouping by expert"
-        return "grouped", text, False
-    return None, "", False
+            if found.setdefault(parameter, _UNSLOTH_PACKINGS[value]) != _UNSLOTH_PACKINGS[value]:
+                raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} in {show(config)}.")
+    if found:
+        said = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
+        return _Unsloth(found, f"{UNSLOTH_LAYOUT} says {said}", marked=True)
+    if not (auto_mapping.get(_UNSLOTH_FINGERPRINT) and config.get("target_parameters")):
+        return None
+    text = f"auto_mapping has {_UNSLOTH_FINGERPRINT!r} and no marker: Unsloth before 2026-09"
+    library = re.match(r"transformers\.models\.(\w+)\.", str(auto_mapping.get("parent_library")))
+    family = model.model_type if model is not None else library and library[1]
+    if family is None:
+        return _Unsloth({}, f"{text}, whose packing depends on the family of the base model", marked=False)
+    if family in _UNSLOTH_GROUPED:
+        return _Unsloth({None: "grouped"}, f"{text}, which groups the columns of {family} by expert", marked=False)
+    return _Unsloth({None: "rank_major"}, f"{text}, which left {family} to PEFT's own forward", marked=False)
+
+
+def _markers(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:
+    """(parameter or None, word) of every marker at one place."""
+    if UNSLOTH_LAYOUT in place:
+        yield None, place[UNSLOTH_LAYOUT]
+    detail = place.get(UNSLOTH_DETAIL)
+    parameters = detail.get("parameters") if isinstance(detail, dict) else None
+    for parameter, entry in (parameters if isinstance(parameters, dict) else {}).items():
+        if isinstance(entry, dict):
+            yield parameter, entry.get(UNSLOTH_LAYOUT)
 
 
 def _automodel(content: Mapping[str, Any]) -> Writer:
@@ -149,5 +185,5 @@ def _automodel(content: Mapping[str, Any]) -> Writer:
         else ("NeMo Automodel >= 0.7", f"{_AUTOMODEL_KEY} is {layout!r} in {AUTOMODEL_FILE}")
     )
     peft = _AUTOMODEL_LAYOUTS[layout]
-    conclusion = Conclusion(name, "stated", (text,))
-    return Writer(conclusion, peft, None, "rank_major", f"{name} packs as PEFT {peft} does")
+    packs = f"{name} packs as PEFT {peft} does"
+    return Writer(Conclusion(name, "stated", (text,)), peft, None, {None: "rank_major"}, packs)
