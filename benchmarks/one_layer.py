@@ -100,7 +100,7 @@ def measure(name: str, block: torch.nn.ModuleDict, inputs: tuple[torch.Tensor, .
             block["experts"](hidden, index, weights)
 
     row = median_ms(both, args), median_ms(forward, args), peak_mib(both, args.device)
-    print(f"{name:16} {row[0]:10.1f} {row[1]:10.1f} {row[2]:10.1f}", flush=True)  # noqa: T201
+    print(f"{name:16} {row[0]:10.1f} {row[1]:10.1f} {row[2]:10.1f}", flush=True)
 
 
 def main() -> None:
@@ -109,8 +109,8 @@ def main() -> None:
     where = (
         torch.cuda.get_device_name() if args.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
     )
-    print(f"{versions}; {where}; shape {args.shape}, {args.tokens} tokens, r {args.rank}, {args.dtype}")  # noqa: T201
-    print(f"{'':16} {'fwd+bwd ms':>10} {'fwd ms':>10} {'peak MiB':>10}")  # noqa: T201
+    print(f"{versions}; {where}; shape {args.shape}, {args.tokens} tokens, r {args.rank}, {args.dtype}")
+    print(f"{'':16} {'fwd+bwd ms':>10} {'fwd ms':>10} {'peak MiB':>10}")
     block, inputs = build(args)
     measure("frozen base", block, inputs, args)
     config = LoraConfig(r=args.rank, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])

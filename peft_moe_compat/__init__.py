@@ -9,8 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    AdapterError,
+    AdapterFileError,
+    AmbiguousAdapterError,
     CompatWarning,
     LayoutError,
+    LossyConversionError,
     NoExpertParametersError,
     PatchConflictError,
     PeftMoeCompatError,
@@ -19,6 +23,11 @@ from .errors import (
 from .patch import Activation, activate, activate_on_import, deactivate, is_active
 
 if TYPE_CHECKING:
+    from .adapters.convert import Conversion, convert_adapter
+    from .adapters.inspection import Inspection
+    from .adapters.inspector import inspect_adapter
+    from .adapters.merged import verify_merged
+    from .adapters.verify import Verification, verify_adapters
     from .discovery import Report, expert_parameters, report
     from .families import declare_layout
     from .layout import ExpertLora
@@ -29,36 +38,54 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
+    "AdapterError",
+    "AdapterFileError",
+    "AmbiguousAdapterError",
     "CompatWarning",
+    "Conversion",
     "ExpertLora",
+    "Inspection",
     "LayoutError",
     "LayoutRule",
+    "LossyConversionError",
     "NoExpertParametersError",
     "PatchConflictError",
     "PeftMoeCompatError",
     "Report",
     "UnsupportedPeftError",
+    "Verification",
     "__version__",
     "activate",
+    "convert_adapter",
     "deactivate",
     "declare_layout",
     "expert_loras",
     "expert_parameters",
+    "inspect_adapter",
     "is_active",
     "release_for",
     "report",
+    "verify_adapters",
+    "verify_merged",
 ]
 
 # Public names that would slow the import down, most of them by needing torch, and the modules they come from.
 _LAZY = {
+    "Conversion": "adapters.convert",
     "ExpertLora": "layout",
+    "Inspection": "adapters.inspection",
     "LayoutRule": "releases",
     "Report": "discovery",
+    "Verification": "adapters.verify",
+    "convert_adapter": "adapters.convert",
     "declare_layout": "families",
     "expert_loras": "wrappers",
     "expert_parameters": "discovery",
+    "inspect_adapter": "adapters.inspector",
     "release_for": "releases",
     "report": "discovery",
+    "verify_adapters": "adapters.verify",
+    "verify_merged": "adapters.merged",
 }
 
 

@@ -150,8 +150,13 @@ def to_flat(lora: ExpertLora, *, orientation: str, packing: str = "rank_major") 
     else:
         by_row, by_column = lora.B.transpose(1, 2), lora.A.transpose(1, 2)
     lora_A = by_row.flatten(0, 1)  # "E r p -> (E r) p"
-    order = (1, 2, 0) if packing == "rank_major" else (1, 0, 2)
-    lora_B = by_column.permute(order).flatten(1, 2)  # "E q r -> q (r E)", or "q (E r)"
+    if by_column.stride(1) == 1:
+        # q is the fastest axis in memory: whole rows move, and what is left is a plain 2-D transpose, a view.
+        order = (2, 0, 1) if packing == "rank_major" else (0, 2, 1)
+        lora_B = by_column.permute(order).flatten(0, 1).t()  # "E q r -> (r E) q -> q (r E)", or "q (E r)"
+    else:
+        order = (1, 2, 0) if packing == "rank_major" else (1, 0, 2)
+        lora_B = by_column.permute(order).flatten(1, 2)  # "E q r -> q (r E)", or "q (E r)"
     return lora_A, lora_B
 
 

@@ -32,7 +32,7 @@ from .writer import SAID_BY_CALLER, Writer, find_writer
 __all__ = ["Decision", "decide"]
 
 _NOT_FUSED = Conclusion("not applicable", "certain", ("the experts' LoRA is not in PEFT's fused form",))
-_SAMPLED_MATRICES = 16  # of lora_B, read for the test of the packing
+_SAMPLED_MATRICES = 8  # of lora_B, read for the test of the packing
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from .base_model import BaseModel
 from .decide import Decision
 from .detect import parameter_order
 from .outputs import Output, fused, gguf, per_expert
-from .shaping import join, part_gate_up, zeros_like
+from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource, Part, fused_parts, per_expert_parts, stacked_parts
 from .stamp import ModuleStamp, Stamp
-from .targets import Target
+from .targets import SGLANG_WITHOUT_EXPERTS, Target
 
 __all__ = ["ModuleOutputs", "Refit", "module_parts", "refit"]
 
@@ -32,7 +32,8 @@ def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | No
         elif module.form == "stacked":
             found += stacked_parts(source, module, total)
         else:
-            found += per_expert_parts(source, module, num_experts=total, fill_missing=fill_missing)
+            parts = per_expert_parts(source, module, num_experts=total, fill_missing=fill_missing)
+            found += [alternating(part) if base is not None and base.interleaved else part for part in parts]
     return found
 
 
@@ -175,11 +176,15 @@ class Refit:
             if self.form == "gguf":
                 outputs.append(gguf(part, meta, path))
             else:
-                linear = self.model.linear(role)
-                if self.target.name == "sglang" and not self.model.gated and role == "up":
-                    linear = self.model.linear("gate")  # SGLang's name for the up projection of experts without a gate
+                linear = self._linear(role)
                 outputs.append(per_expert(part, meta, self.model.per_expert_path(path), linear))
         return ModuleOutputs(path, tuple(outputs), tuple(steps))
+
+    def _linear(self, role: str) -> str:
+        """Name of an expert's linear. SGLang has one set of names, and calls an up projection without a gate `gate`."""
+        if self.target.name != "sglang":
+            return self.model.linear(role)
+        return "gate_proj" if role == "up" and not self.model.gated else f"{role}_proj"
 
     def _fill(self, parts: dict[str, Part], roles: Sequence[str]) -> list[str]:
         """Adds LoRA of zeros for the roles a reader asks for."""
@@ -194,7 +199,8 @@ class Refit:
         for absent in missing:
             rows = 2 * intermediate if absent == "gate_up" else intermediate
             fan_in, fan_out = (intermediate, hidden) if absent == "down" else (hidden, rows)
-            parts[absent] = zeros_like(part, absent, fan_in, fan_out)
+            zeros = zeros_like(part, absent, fan_in, fan_out)
+            parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
         return [f"LoRA of zeros for {' and '.join(missing)}, which {self.target} asks for"]
 
     def _same_A(self, gate: Part, up: Part) -> bool:
@@ -224,6 +230,8 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
         AmbiguousAdapterError: Nothing tells how the target's model stores its experts.
     """
     how = Refit(source, decision, target, base, "fused")
+    if target.name == "sglang" and how.model.model_type in SGLANG_WITHOUT_EXPERTS:
+        raise AdapterError(f"SGLang takes no LoRA on the experts of {how.model.model_type}.")
     if target.name != "peft":
         return replace(how, form=target.form(how.model.model_type))
     assert target.peft is not None  # noqa: S101

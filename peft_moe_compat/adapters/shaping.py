@@ -17,7 +17,7 @@ from ..errors import AdapterFileError
 from ..layout import ExpertLora
 from .source import Load, Part
 
-__all__ = ["folded", "join", "part_gate_up", "rank_alpha", "zeros_like"]
+__all__ = ["alternating", "folded", "join", "part_gate_up", "rank_alpha", "zeros_like"]
 
 
 def rank_alpha(alpha: float, rank: int, new_rank: int, rslora: bool) -> float:
@@ -29,6 +29,19 @@ def _rows(out_features: int, interleaved: bool) -> tuple[slice, slice]:
     """Of gate and of up, among the rows of gate_up_proj."""
     half = out_features // 2
     return (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, half), slice(half, None))
+
+
+def alternating(part: Part) -> Part:
+    """gate_up with gate and up rows in turn, as gpt_oss has them; per-expert files (ms-swift) have gate, then up."""
+    if part.role != "gate_up":
+        return part
+
+    def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
+        lora = part.load(tensors)
+        gate, up = lora.B.chunk(2, dim=1)
+        return ExpertLora(lora.A, torch.stack((gate, up), dim=2).flatten(1, 2), lora.scaling)
+
+    return replace(part, load=load)
 
 
 def part_gate_up(part: Part, interleaved: bool, joined: tuple[int, int] | None, rslora: bool) -> tuple[Part, Part]:

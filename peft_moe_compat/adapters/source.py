@@ -164,7 +164,8 @@ def fused_parts(
 
 
 def _from_pair(pair: Pair, tensors: Mapping[str, Tensor], **how: Any) -> ExpertLora:
-    return from_flat(tensors[pair.lora_A], tensors[pair.lora_B], **how)
+    # lora_B turned once, by torch's fast 2-D transpose, so that each expert's columns lie in rows from here on.
+    return from_flat(tensors[pair.lora_A], tensors[pair.lora_B].t().contiguous().t(), **how)
 
 
 def stacked_parts(source: AdapterSource, module: ExpertsKeys, num_experts: int | None) -> list[Part]:

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from ..errors import AdapterError
 from ..releases import installed_versions, parse_releases, release_for
 
-__all__ = ["READERS", "Target", "parse_target"]
+__all__ = ["READERS", "SGLANG_WITHOUT_EXPERTS", "VLLM_FUSED", "Target", "parse_target"]
 
 READERS = ("peft", "per-expert", "vllm", "sglang", "llama.cpp")
 
 # Families that vLLM serves from fused 3-D experts; it takes their adapters as PEFT >= 0.19.1 writes them, and those of
 # all others per expert.
 VLLM_FUSED = {"gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
+
+
+# Families whose model class refuses LoRA on experts in SGLang.
+SGLANG_WITHOUT_EXPERTS = {"llama4"}
 
 
 @dataclass(frozen=True)

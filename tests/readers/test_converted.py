@@ -1,0 +1,95 @@
+"""What `convert_adapter` writes, read by the readers' own code: the updates are those of the release that trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peft_moe_compat import AdapterError, convert_adapter
+
+from . import llama_cpp_reader, sglang_reader, vllm_reader
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+READERS = {"vllm": vllm_reader.read, "sglang": sglang_reader.read, "llama.cpp": llama_cpp_reader.read}
+CASES = [
+    "peft/peft0181-tf5230/qwen3_moe",
+    "peft/peft0212-tf5230/qwen3_moe",
+    "peft/peft0212-tf5230/qwen3_moe_patterns",
+    "peft/peft0181-tf5230/qwen3_moe_down",
+    "peft/peft0212-tf5230/qwen3_moe_gate_up",
+    "peft/peft0181-tf5230/mixtral",
+    "peft/peft0190-tf554/gpt_oss",
+    "peft/peft0212-tf5230/qwen3_vl_moe",
+    "peft/peft0181-tf5230/nemotron_h",
+    "peft/peft0181-tf4576/granitemoe",
+    "peft/peft0181-tf4576/qwen3_moe_per_expert_rslora",
+    "handmade/unsloth_legacy_linear",
+    "handmade/veomni_independent",
+    "handmade/nemo_automodel_0_5",
+]
+_ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+_FUSED = {"gate_up_proj": "gate_up", "input_linear.weight": "gate_up", "output_linear.weight": "down"} | _ROLES
+
+
+def expected(folder: Path, model_type: str) -> dict[tuple[int, int, str], Tensor]:
+    """(layer, expert, role) -> update of the release that wrote the fixture, "out in"."""
+    found: dict[tuple[int, int, str], Tensor] = {}
+    for name, update in load_file(folder / "truth.safetensors").items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if layer is None or update.ndim < 2 or ("experts" not in name and "linear" not in name):
+            continue
+        one = re.search(r"\.(\d+)\.(\w+)$", name.partition("experts")[2])
+        if one:
+            found[int(layer[1]), int(one[1]), _ROLES[one[2]]] = update
+            continue
+        role = next(role for end, role in _FUSED.items() if name.endswith(f".{end}"))
+        if role != "gate_up":
+            parts = {role: update}
+        elif model_type == "gpt_oss":
+            parts = {"gate": update[:, ::2], "up": update[:, 1::2]}
+        else:
+            parts = dict(zip(("gate", "up"), update.chunk(2, dim=1), strict=True))
+        for part, stack in parts.items():
+            found.update({(int(layer[1]), expert, part): matrix for expert, matrix in enumerate(stack)})
+    return found
+
+
+def base_config(folder: Path) -> dict[str, Any]:
+    truth = json.loads((folder / "truth.json").read_text())
+    return json.loads((folder / "base_config.json").read_text()) | {"architectures": [truth["model_class"]]}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_reader_applies_the_writers_updates(tmp_path: Path, case: str, reader: str) -> None:
+    folder = FIXTURES / case
+    config = base_config(folder)
+    wanted = expected(folder, config["model_type"])
+    assert wanted
+    convert_adapter(folder, tmp_path / "out", to=reader, model=config)
+    found = READERS[reader](tmp_path / "out", config)
+    assert wanted.keys() <= found.keys()
+    for key, update in found.items():
+        if key in wanted:
+            torch.testing.assert_close(update.float(), wanted[key], rtol=1e-4, atol=1e-5, msg=str(key))
+        else:
+            assert not update.any(), f"{key} is not in the adapter, but {reader} changes it"
+
+
+def test_what_sglang_refuses_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    folder = FIXTURES / "peft/peft0181-tf5230/llama4"
+    with pytest.raises(AdapterError, match="SGLang takes no LoRA on the experts of llama4"):
+        convert_adapter(folder, tmp_path / "out", to="sglang", model=folder / "base_config.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reader", ["llama.cpp"])
+def test_llama4(tmp_path: Path, reader: str) -> None:
+    test_the_reader_applies_the_writers_updates(tmp_path, "peft/peft0181-tf5230/llama4", reader)
