@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .families import declare_layout
     from .layout import ExpertLora
     from .releases import LayoutRule, release_for
+    from .understand import written_by
     from .wrappers import expert_loras
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "report",
     "verify_adapters",
     "verify_merged",
+    "written_by",
 ]
 
 # Public names that would slow the import down, most of them by needing torch, and the modules they come from.
@@ -86,6 +88,7 @@ _LAZY = {
     "report": "discovery",
     "verify_adapters": "adapters.verify",
     "verify_merged": "adapters.merged",
+    "written_by": "understand",
 }
 
 

@@ -1,8 +1,10 @@
 """Activation: the only code that touches somebody else's objects.
 
-Two things are replaced: `ParamWrapper.forward`, and the "grouped_mm" and "batched_mm" entries of transformers' experts
-registry. A wrapper that can run fast hands its factors down as a keyword argument; the registered function consumes
-them. No state is kept on any module. Whatever cannot run fast goes to PEFT's own forward.
+For the forward two things are replaced: `ParamWrapper.forward`, and the "grouped_mm" and "batched_mm" entries of
+transformers' experts registry. A wrapper that can run fast hands its factors down as a keyword argument; the registered
+function consumes them. No state is kept on any module. Whatever cannot run fast goes to PEFT's own forward.
+
+For adapter files, the functions that load and save them: `guard.replacements` lists these.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class Activation:
         self._blocks: list[bool] = []  # of each `with` block entered: whether its end restores
         # key -> (the registry's mapping that holds it, transformers' function, ours)
         self._entries: dict[str, tuple[Any, Any, Any]] = {}
+        # (the class or module that holds it, its name there, what was there, ours)
+        self._loaders: list[tuple[Any, str, Any, Any]] = []
 
     @property
     def active(self) -> bool:
@@ -63,15 +67,17 @@ class Activation:
         with _lock:
             if not self.active:
                 return
-            if displaced := self.displaced():
+            if displaced := self.displaced() or self._displaced_loader():
                 raise PatchConflictError(f"{displaced}, so it cannot be put back. Undo that patch first.")
             self._wrapper_class.forward = self._peft_forward
             for key, (mapping, stock, _) in self._entries.items():
                 mapping[key] = stock
+            for owner, name, stock, _ in self._loaders:
+                setattr(owner, name, stock)
             _current = None
 
     def displaced(self) -> str | None:
-        """Which of the functions put in place is no longer there, and whose is; None while all are."""
+        """Which function of the forward is no longer the one put in place, and whose is; None while all are there."""
         found = [("ParamWrapper.forward", _param_wrapper().__dict__.get("forward"), self._our_forward)]
         found += [
             (f"transformers' experts implementation {key!r}", mapping.get(key), ours)
@@ -82,7 +88,16 @@ class Activation:
                 return f"{what} was replaced by {_owner(there)} after peft_moe_compat was activated"
         return None
 
+    def _displaced_loader(self) -> str | None:
+        """The same for the functions that load and save."""
+        for owner, name, _, ours in self._loaders:
+            there = vars(owner).get(name)
+            if there is not ours:
+                return f"{owner.__name__}.{name} was replaced by {_owner(there)} after peft_moe_compat was activated"
+        return None
+
     def _install(self) -> None:
+        from .guard import replacements
         from .wrappers import TAKEN_IMPLEMENTATIONS
 
         self._wrapper_class = _param_wrapper()
@@ -95,9 +110,15 @@ class Activation:
                 # In the layer that holds the entry, so that whoever registers another later is heard.
                 mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping
                 self._entries[key] = mapping, registry[key], _registered(registry[key])
+        for owner, name, home, make in replacements():
+            stock = vars(owner)[name]
+            _refuse_foreign(f"{owner.__name__}.{name}", stock, home)
+            self._loaders.append((owner, name, stock, make(stock)))
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
         for key, (mapping, _, ours) in self._entries.items():
             mapping[key] = ours
+        for owner, name, _, ours in self._loaders:
+            setattr(owner, name, ours)
         self._our_forward = _wrapper_forward(self._peft_forward, self.rule)
         self._wrapper_class.forward = self._our_forward
 
@@ -115,7 +136,8 @@ class Activation:
 
 
 def _owner(function: Any) -> str:
-    """The module a function was written in; `functools.wraps` does not hide it."""
+    """The module a function or class method was written in; `functools.wraps` does not hide it."""
+    function = getattr(function, "__func__", function)
     code_globals = getattr(function, "__globals__", {})
     return str(code_globals.get("__name__") or getattr(function, "__module__", None) or repr(function))
 
