@@ -190,9 +190,13 @@ def base_model_of(
     if model is not None:
         return load_base_model(model)
     named = adapter_config.get("base_model_name_or_path")
-    if isinstance(named, str) and named and (Path(named) / "config.json").is_file():
-        return load_base_model(named)
-    return None
+    if not isinstance(named, str) or not named:
+        return None
+    try:
+        beside = (Path(named) / "config.json").is_file()
+    except (OSError, ValueError):  # no name of a file at all
+        return None
+    return load_base_model(named) if beside else None
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:

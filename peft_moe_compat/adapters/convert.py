@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,18 +189,28 @@ def _write(folder: Path, source: AdapterSource, plan: _Plan, progress: Progress 
     ]
     total = sum(source.tensors.infos[name].nbytes for item in plan.items for name in item.reads)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
+    def made() -> Iterator[tuple[str, Tensor]]:
         done = 0
         for item in plan.items:
             with source.tensors.reading(item.reads) as get:
                 for name, tensor in get.items():
                     check_finite(name, tensor)
                     done += source.tensors.infos[name].nbytes
-                yield from item.emit(get)
+                for name, tensor in item.emit(get):
+                    yield name, tensor.contiguous()
             if progress is not None:
                 progress(done, total)
 
     metadata = {"format": "pt"} | (plan.stamp.to_metadata() if plan.stamp else {})
-    write_safetensors(folder / SAFETENSORS, layout, tensors(), metadata)
+    write_safetensors(folder / SAFETENSORS, layout, _ahead(made()), metadata)
     text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def _ahead(made: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same, the next one made in another thread while the last one is written."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, made, None)
+        while (tensor := coming.result()) is not None:
+            coming = pool.submit(next, made, None)
+            yield tensor

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError
 from ..layout import ORIENTATIONS, PACKINGS
-from ..releases import orientations
+from ..releases import orientations, release_for
 from .base_model import BaseModel
 from .detect import Reading, SlotShape, nestings, parameter_order, possible_readings, slot_shapes
 from .inspection import Conclusion
@@ -306,7 +306,11 @@ def _orientation(
         flag = f"--written-by peft=={writer.peft} if that was not called before, else --orientation"
         return Conclusion(None, "none", (both, why), flag)
     why = f"what {name} writes for {model.model_type} depends on the transformers release"
-    return Conclusion(None, "none", (both, why), f"--written-by peft=={writer.peft},transformers==VERSION")
+    flag = f"--written-by peft=={writer.peft},transformers==VERSION"
+    if release_for(writer.peft).reads_swap_flag:
+        # Naming a release means what it writes on its own, which that call changes.
+        flag += ", or --orientation if load_adapter() of transformers 5.0 to 5.12 was called before"
+    return Conclusion(None, "none", (both, why), flag)
 
 
 def _orientations_of(writer: Writer, model: BaseModel | None, *, patched: bool) -> frozenset[str]:
@@ -394,7 +398,7 @@ def _packing(
         if not any(lora_B.any() for lora_B, _ in _read(source, pairs)):
             return Conclusion("either", "certain", ("every lora_B is zero, the same under both packings",))
         return Conclusion(None, "none", reasons, either_way)
-    if test.packing not in (None, stated):
+    if test.hint not in (None, stated):
         reasons = (writer.packing_evidence, f"but the data speak against it: {test.evidence}")
         return Conclusion(None, "none", reasons, either_way)
     return Conclusion(stated, "stated", (writer.packing_evidence, test.evidence))

@@ -142,15 +142,17 @@ def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, floa
         The outputs, `r`, `alpha`, and what it took.
     """
     rank = max(output.rank for output in outputs)
+    # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
+    lead = [output for output in outputs if output.scaling] or outputs
     if how == "uniform":
-        scaling = Counter(output.scaling for output in outputs).most_common(1)[0][0]
+        scaling = Counter(output.scaling for output in lead).most_common(1)[0][0]
         alpha = scaling * rank
     else:
-        alpha = Counter(output.scaling * output.rank for output in outputs).most_common(1)[0][0]
+        alpha = Counter(output.scaling * output.rank for output in lead).most_common(1)[0][0]
     found, folds, pads = [], 0, 0
     for output in outputs:
         new_rank = rank if how == "uniform" else output.rank
-        factor = output.scaling / (alpha / new_rank)
+        factor = output.scaling / (alpha / new_rank) if alpha else 1.0
         factor = 1.0 if isclose(factor, 1.0, rel_tol=1e-12) else factor
         folds += factor != 1
         pads += new_rank > output.rank

@@ -12,6 +12,8 @@ from .files import show
 
 __all__ = ["lora_alpha", "lora_rank", "lora_scaling", "pattern_key"]
 
+_MAX_ALPHA = 1e30  # far above any in use; float32 holds it, and its products with ranks
+
 
 def lora_rank(config: Mapping[str, Any], key: str) -> int:
     """Rank of the LoRA on `key`, a parameter's or linear's full name: `rank_pattern` as PEFT matches it, else `r`."""
@@ -26,8 +28,10 @@ def lora_rank(config: Mapping[str, Any], key: str) -> int:
 def lora_alpha(config: Mapping[str, Any], key: str) -> float:
     """alpha of the LoRA on `key`: `alpha_pattern` as PEFT matches it, else `lora_alpha`."""
     alpha = _pattern(config, "alpha_pattern", key, "lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise AdapterFileError(f"adapter_config.json gives {key!r} the lora_alpha {alpha!r}; a number was needed.")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
+        raise AdapterFileError(
+            f"adapter_config.json gives {key!r} the lora_alpha {show(alpha)}; a number below {_MAX_ALPHA:g} was needed."
+        )
     return alpha
 
 

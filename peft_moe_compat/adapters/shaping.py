@@ -91,8 +91,11 @@ def join(
         rslora: Whether scalings are alpha / sqrt(r).
     """
     sides = {name: part for name, part in (("gate", gate), ("up", up)) if part is not None}
-    lead_name, lead = next(iter(sides.items()))
-    ratios = {name: metas[name].scaling / metas[lead_name].scaling for name in sides}
+    # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
+    lead_name = next((name for name in sides if metas[name].scaling), next(iter(sides)))
+    lead = sides[lead_name]
+    ratios = {name: metas[name].scaling / (metas[lead_name].scaling or 1.0) for name in sides}
+    ratios[lead_name] = 1.0
     shared = len(sides) == 1 or (same_A and set(ratios.values()) == {1.0})
     ranks = {name: metas[name].rank for name in sides}
     rank = ranks[lead_name] if shared else sum(ranks.values())
@@ -138,7 +141,7 @@ def folded(part: Part, factor: float, rank: int | None = None) -> Part:
         if rank is not None and rank > lora.rank:
             pad = rank - lora.rank
             A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
-        return ExpertLora(A, B, lora.scaling / factor)
+        return ExpertLora(A, B, lora.scaling / factor if factor else lora.scaling)
 
     return replace(part, load=load)
 

@@ -69,9 +69,8 @@ def open_adapter(source: str | Path, subfolder: str | None = None) -> AdapterSou
     if subfolder is not None:
         folder /= subfolder
     config = read_json(folder / CONFIG_NAME)
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise AdapterFileError(f"{folder / CONFIG_NAME} says peft_type {show(kind)}; 'LORA' is all this package reads.")
+    _check_config(config)
+    _check_fields(config, folder / CONFIG_NAME)
     side = {name: read_json(folder / name) for name in _SIDE_FILES if (folder / name).is_file()}
     tensors = open_tensors(folder)
     keys = parse_keys(tensors.infos, config)
@@ -81,6 +80,50 @@ def open_adapter(source: str | Path, subfolder: str | None = None) -> AdapterSou
             f"{folder} holds LoRA on experts in several forms: {', '.join(forms)}. Were two adapters merged into one?"
         )
     return AdapterSource(folder, config, side, tensors, keys)
+
+
+def _check_fields(config: Mapping[str, Any], file: Path) -> None:
+    """Raises `AdapterFileError` where targets or patterns are not of PEFT's types."""
+
+    def names(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+    for field, wanted, good in (
+        ("target_modules", "a text or a list of texts", lambda value: isinstance(value, str) or names(value)),
+        ("target_parameters", "a list of texts", names),
+        ("rank_pattern", "an object", lambda value: isinstance(value, dict)),
+        ("alpha_pattern", "an object", lambda value: isinstance(value, dict)),
+    ):
+        value = config.get(field)
+        if value is not None and not good(value):
+            raise AdapterFileError(f"{file} has {field} {show(value)}; {wanted} was needed. Is the file damaged?")
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+# Field -> (what PEFT writes there, whether a value is that). None is allowed everywhere.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "peft_type": ("'LORA'", lambda value: value == "LORA"),
+    "target_modules": ("names or a pattern", lambda value: isinstance(value, str) or _names(value)),
+    "target_parameters": ("names", _names),
+    "rank_pattern": ("an object", lambda value: isinstance(value, dict)),
+    "alpha_pattern": ("an object", lambda value: isinstance(value, dict)),
+    "auto_mapping": ("an object", lambda value: isinstance(value, dict)),
+    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
+    "use_dora": ("true or false", lambda value: isinstance(value, bool)),
+}
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raises `AdapterFileError` unless the fields this package reads hold what PEFT writes there."""
+    for name, (expected, fits) in _FIELDS.items():
+        value = config.get(name)
+        if value is not None and not fits(value):
+            raise AdapterFileError(
+                f"{CONFIG_NAME} has {name} {show(value)}; {expected} was expected. Is it the config of a LoRA adapter?"
+            )
 
 
 def open_with_model(
@@ -196,18 +239,36 @@ def stacked_parts(source: AdapterSource, module: ExpertsKeys, num_experts: int |
 
 
 def _stack_layout(source: AdapterSource, pair: Pair, key: str) -> tuple[bool, int]:
-    """(whether stored "E in r" and "E r out", rank), from the one axis the two can share; the config breaks a tie."""
+    """(whether stored "E in r" and "E r out", rank), from the one axis the two can share.
+
+    A tie is broken by the rank in the config, and then by the file's other stacks.
+    """
+    fitting = _fitting_layouts(source, pair, key)
+    if len(fitting) > 1:
+        others = [
+            {transposed for transposed, _ in _fitting_layouts(source, other, f"{module.path}.{name}")}
+            for module in source.keys.modules
+            for name, other in module.stacks.items()
+            if len(source.tensors.infos[other.lora_A].shape) == 3
+        ]
+        allowed = set.intersection(*others)
+        fitting = [layout for layout in fitting if layout[0] in allowed]
+    if len(fitting) == 1:
+        return fitting[0]
     A, B = (source.tensors.infos[tensor].shape for tensor in (pair.lora_A, pair.lora_B))
-    if len(A) == len(B) == 3 and A[0] == B[0]:
-        fitting = [(transposed, a) for transposed, a, b in ((False, A[1], B[2]), (True, A[2], B[1])) if a == b]
-        if len(fitting) > 1:
-            fitting = [layout for layout in fitting if layout[1] == lora_rank(source.config, key)]
-        if len(fitting) == 1:
-            return fitting[0]
     raise AdapterFileError(
         f"{pair.lora_A!r} is {A} and {pair.lora_B!r} {B}; either 'E r in' with 'E out r' or 'E in r' with 'E r out' "
         "was expected, with the rank that adapter_config.json gives. Is it the config of this file?"
     )
+
+
+def _fitting_layouts(source: AdapterSource, pair: Pair, key: str) -> list[tuple[bool, int]]:
+    """(transposed, rank) of each layout the two shapes allow, by the rank in the config where they allow both."""
+    A, B = (source.tensors.infos[tensor].shape for tensor in (pair.lora_A, pair.lora_B))
+    if not (len(A) == len(B) == 3 and A[0] == B[0]):
+        return []
+    fitting = [(transposed, a) for transposed, a, b in ((False, A[1], B[2]), (True, A[2], B[1])) if a == b]
+    return fitting if len(fitting) < 2 else [lay for lay in fitting if lay[1] == lora_rank(source.config, key)]
 
 
 def _from_shared(pair: Pair, num_experts: int, scaling: float, tensors: Mapping[str, Tensor]) -> ExpertLora:
@@ -286,7 +347,9 @@ def _stacked_experts(
     keys = {expert: f"{module.path}.{expert}.{linear}" for expert in experts}
     scalings = {expert: lora_scaling(source.config, keys[expert], ranks[expert]) for expert in experts}
     rank = max(ranks.values())
-    scaling, agreeing = Counter(scalings.values()).most_common(1)[0]
+    # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
+    nonzero = [value for value in scalings.values() if value] or [0.0]
+    scaling, agreeing = Counter(nonzero).most_common(1)[0]
     notes = []
     if min(ranks.values()) < rank:
         notes.append(f"ranks {min(ranks.values())} to {rank} of {linear} padded with zeros to {rank}")

@@ -138,7 +138,7 @@ def _unsloth(config: Mapping[str, Any], model: BaseModel | None) -> _Unsloth | N
     found: dict[str | None, str] = {}
     for place in (config, auto_mapping):
         for parameter, value in _markers(place):
-            if value not in _UNSLOTH_PACKINGS:
+            if not isinstance(value, str) or value not in _UNSLOTH_PACKINGS:
                 raise AdapterFileError(
                     f"Unsloth's {UNSLOTH_LAYOUT} is {show(value)}; one of {', '.join(_UNSLOTH_PACKINGS)} was expected. "
                     "Was the file written by a newer Unsloth?"
@@ -173,7 +173,7 @@ def _markers(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:
 
 def _automodel(content: Mapping[str, Any]) -> Writer:
     layout = content.get(_AUTOMODEL_KEY)
-    if layout not in _AUTOMODEL_LAYOUTS:
+    if not isinstance(layout, str | None) or layout not in _AUTOMODEL_LAYOUTS:
         known = ", ".join(str(name) for name in _AUTOMODEL_LAYOUTS if name)
         raise AdapterFileError(
             f"{AUTOMODEL_FILE} has {_AUTOMODEL_KEY} {show(layout)}; one of {known} was expected. Is the file damaged, "
