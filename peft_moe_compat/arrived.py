@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import families
-from .adapters.source import AdapterSource, Part, fused_parts, per_expert_parts
+from .adapters.parts import Part, fused_parts, per_expert_parts
+from .adapters.source import AdapterSource
 from .errors import LayoutError
 from .layout import ExpertLora
 from .live import UnderstoodFile, chains, counterparts, facts_of, known_of_this_pair

@@ -13,7 +13,8 @@ from . import families, layout
 from .adapters.base_model import BaseModel, load_base_model
 from .adapters.decide import Decision
 from .adapters.keys import PREFIX, ExpertsKeys
-from .adapters.source import AdapterSource, fused_parts
+from .adapters.parts import fused_parts
+from .adapters.source import AdapterSource
 from .adapters.stamp import ModuleStamp, Stamp
 from .errors import AdapterError, LayoutError
 from .releases import known_issues

@@ -158,15 +158,22 @@ def test_inspections_of_the_fixtures_are_as_the_schema_says():
 
 
 BIG = Spec(E=16, H=512, I=256, r=16, layers=tuple(range(30)))
+# VmHWM, not ru_maxrss: that one starts at the parent's own size, across fork and exec, and so may never rise.
 CONVERT = """
-import json, resource, sys
+import json, sys
 import torch
 torch.set_num_threads(1)
 import peft_moe_compat.adapters.convert as c
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def high():
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except OSError:
+        return 0
+before = high()
 c.convert_adapter(sys.argv[1], sys.argv[2], to=sys.argv[3], model=json.loads(sys.argv[4]),
                   progress=lambda done, total: print(done, total, flush=True))
-print("peak", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, flush=True)
+print("peak", (high() - before) // 1024, flush=True)
 """
 
 
@@ -214,7 +221,7 @@ def test_killed_half_way_there_is_no_output_and_the_input_is_whole(tmp_path, to)
     assert len({layer for layer, _ in found}) == 30
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 @pytest.mark.parametrize("to", [TO, "per-expert"])
 def test_memory_stays_that_of_a_few_tensors(tmp_path, to):
     source = big_adapter(tmp_path, 165)
@@ -222,5 +229,5 @@ def test_memory_stays_that_of_a_few_tensors(tmp_path, to):
     started = time.monotonic()
     output, _ = child(source, tmp_path / "out", to).communicate()
     peak = int(output.splitlines()[-1].removeprefix("peak "))
-    assert peak < 100, output[-200:]
+    assert 0 < peak < 100  # 0 would mean that nothing was measured
     assert time.monotonic() - started < 120

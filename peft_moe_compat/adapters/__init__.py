@@ -3,8 +3,8 @@
 files, safetensors_io, tensors   bytes on disk, checked before they are believed; tensors read one at a time
 keys, ranks                      names and numbers of the LoRA in a file
 base_model                       the base model's config
-detect, packing, writer, stamp   what shapes, data, marks and stamps say; `decide` concludes from all of it
-source, shaping, modules         the experts' LoRA part by part, and as another reader takes it
+detect, votes, packing, writer, stamp   what shapes, data, marks and stamps say; `decide` concludes from all of it
+source, parts, shaping, modules  the experts' LoRA part by part, and as another reader takes it
 targets, outputs, config         readers, what is written for them, and its adapter_config.json
 inspector, convert, verify, merged  the public functions
 """

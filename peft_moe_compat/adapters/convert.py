@@ -17,7 +17,8 @@ from .config import evened_config, target_config
 from .decide import Decision, decide
 from .modules import ModuleOutputs, Refit, module_parts, refit
 from .outputs import Item, Output, copied, evened, plain
-from .source import CONFIG_NAME, AdapterSource, open_with_model, plain_parts
+from .parts import plain_parts
+from .source import CONFIG_NAME, AdapterSource, open_with_model
 from .stamp import Stamp
 from .targets import Target, parse_target
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors

@@ -16,17 +16,17 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError
+from ..errors import AdapterError, AmbiguousAdapterError
 from ..layout import ORIENTATIONS, PACKINGS
 from ..releases import orientations, release_for
 from .base_model import BaseModel
-from .detect import Reading, SlotShape, nestings, parameter_order, possible_readings, slot_shapes
+from .detect import Reading, slot_shapes
 from .inspection import Conclusion
 from .keys import ExpertsKeys
 from .packing import test_packing
-from .ranks import lora_rank
 from .source import AdapterSource
 from .stamp import Stamp, read_stamp
+from .votes import Votes, expert_counts, stamped, vote
 from .writer import SAID_BY_CALLER, Writer, find_writer
 
 __all__ = ["Decision", "decide"]
@@ -112,162 +112,17 @@ def decide(
         return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, stamp=stamp, peft=writer.peft)
     modules = source.keys.modules
     shapes = {module.path: slot_shapes(module, source.tensors.infos) for module in modules}
-    votes = _stamped(stamp, modules, shapes) if stamp else _vote(source, modules, shapes, model, nesting)
+    votes = stamped(stamp, modules, shapes) if stamp else vote(source, modules, shapes, model, nesting)
     oriented = _orientation(votes, writer, stamp, model, source, orientation)
     nested, readings = _nesting(votes, oriented, stamp, nesting)
-    counts = _expert_counts(source, votes, shapes)
+    counts = expert_counts(source, votes, shapes)
     packed = _packing(source, modules, counts, writer, packing)
     named = _with_remark(writer, oriented, model)
     return Decision(named, oriented, packed, nested, readings, counts, writer.packings, stamp, writer.peft)
 
 
-@dataclass(frozen=True)
-class _Votes:
-    """What the shapes allow.
-
-    Attributes:
-        readings: Path -> possible readings; those of modules with the same candidates are already intersected.
-        evidence: In words.
-        likely: Whether a size from elsewhere in the file was needed, which is no proof.
-    """
-
-    readings: Mapping[str, tuple[Reading, ...]]
-    evidence: str
-    likely: bool = False
-
-    @property
-    def orientations(self) -> set[str]:
-        """Those that every module allows."""
-        sets = [{reading.orientation for reading in readings} for readings in self.readings.values()]
-        return set.intersection(*sets) if sets else set(ORIENTATIONS)
-
-
-def _vote(
-    source: AdapterSource,
-    modules: Sequence[ExpertsKeys],
-    shapes: Mapping[str, tuple[SlotShape, ...]],
-    model: BaseModel | None,
-    nesting: Sequence[str] | None,
-) -> _Votes:
-    """All modules together. Modules with the same candidates share one nesting."""
-    candidates = {module.path: _candidates(source, module, model, nesting) for module in modules}
-
-    def possible(hidden_size: int | None) -> dict[str, tuple[Reading, ...]]:
-        by_path = {
-            module.path: possible_readings(
-                module,
-                shapes[module.path],
-                source.config,
-                candidates[module.path],
-                model=model,
-                hidden_size=hidden_size,
-            )
-            for module in modules
-        }
-        shared: dict[tuple[tuple[str, ...], ...], set[Reading]] = {}
-        for path, readings in by_path.items():
-            kind = tuple(candidates[path])
-            shared[kind] = shared.get(kind, set(readings)) & set(readings)
-        return {p: tuple(r for r in by_path[p] if r in shared[tuple(candidates[p])]) for p in by_path}
-
-    votes = _Votes(possible(None), f"shapes of {len(modules)} module{'s' * (len(modules) > 1)}")
-    if not votes.orientations:
-        raise AdapterFileError(_no_reading(source, modules, shapes, candidates, model))
-    if model is None and len(votes.orientations) > 1 and (hidden := _hidden_size(source)) is not None:
-        narrowed = _Votes(possible(hidden), f"{votes.evidence} and hidden size {hidden} of the attention LoRA", True)
-        if narrowed.orientations:
-            return narrowed
-    return votes
-
-
-def _candidates(
-    source: AdapterSource, module: ExpertsKeys, model: BaseModel | None, nesting: Sequence[str] | None
-) -> list[tuple[str, ...]]:
-    found = nestings(module, source.config, tuple(model.parameters.values()) if model else ())
-    if nesting is None or len(module.slots) == 1:
-        return found
-    if tuple(nesting) not in found:
-        options = " or ".join(",".join(candidate) for candidate in found)
-        raise AdapterError(f"nesting is {','.join(nesting)}; {options} was expected for {module.path!r}.")
-    return [tuple(nesting)]
-
-
-def _no_reading(
-    source: AdapterSource,
-    modules: Sequence[ExpertsKeys],
-    shapes: Mapping[str, tuple[SlotShape, ...]],
-    candidates: Mapping[str, list[tuple[str, ...]]],
-    model: BaseModel | None,
-) -> str:
-    """The message for shapes that no reading explains."""
-    alone = {
-        module.path: possible_readings(module, shapes[module.path], source.config, candidates[module.path], model=model)
-        for module in modules
-    }
-    stuck = [path for path, readings in alone.items() if not readings]
-    if not stuck:
-        first, *others = alone
-        apart = next(
-            (path for path in others if not set(alone[first]) & set(alone[path])), others[-1] if others else first
-        )
-        return (
-            f"The layers of {source.folder} disagree: the shapes of {first!r} fit {_names(alone[first])}, those of "
-            f"{apart!r} {_names(alone[apart])}. Was the file put together from two adapters?"
-        )
-    path = stuck[0]
-    sizes = ", ".join(f"lora_A {s.rows} x {s.p} and lora_B {s.q} x {s.rows}" for s in shapes[path])
-    ranks = sorted({lora_rank(source.config, f"{path}.{name}") for name in candidates[path][0]})
-    expected = f"no stack of {model.name} ({_described(model)})" if model else "no experts module"
-    return (
-        f"The LoRA of {path!r} ({sizes}, rank {', '.join(map(str, ranks))}) fits {expected} in any orientation or "
-        "nesting. Was the adapter trained with another num_experts or rank, or for another model?"
-    )
-
-
-def _described(model: BaseModel) -> str:
-    if model.stacks:
-        return f"{len(model.stacks)} expert parameters"
-    scope = model.scopes[0]
-    sizes = zip(("E", "H", "I"), (scope.num_experts, scope.hidden, scope.intermediate), strict=True)
-    return ", ".join(f"{letter} {' or '.join(map(str, sorted(values)))}" for letter, values in sizes)
-
-
-def _names(readings: Sequence[Reading]) -> str:
-    return " or ".join(sorted({reading.orientation for reading in readings}))
-
-
-def _hidden_size(source: AdapterSource) -> int | None:
-    """H as the LoRA on attention projections shows it; None where there is none, or several."""
-    found = set()
-    for name in source.keys.other:
-        shape = source.tensors.infos[name].shape
-        if "vision" in name or "visual" in name or len(shape) != 2:
-            continue
-        if name.endswith(tuple(f".{p}_proj.lora_A.weight" for p in "qkv")):
-            found.add(shape[1])
-        elif name.endswith(".o_proj.lora_B.weight"):
-            found.add(shape[0])
-    return found.pop() if len(found) == 1 else None
-
-
-def _stamped(stamp: Stamp, modules: Sequence[ExpertsKeys], shapes: Mapping[str, tuple[SlotShape, ...]]) -> _Votes:
-    """What the stamp says of each module, once it is known to speak of this file."""
-    readings = {}
-    for module in modules:
-        said = stamp.modules.get(module.path)
-        sizes = () if said is None else tuple(shape.features(said.orientation) for shape in shapes[module.path])
-        if said is None or sizes != said.features:
-            raise AdapterFileError(
-                f"The stamp of peft_moe_compat in this file does not describe the LoRA of {module.path!r}: it says "
-                f"{said.features if said else 'nothing'} (in, out), the tensors {sizes}. Was the file edited?"
-            )
-        in_order = said.nesting == parameter_order(module.path, said.nesting)
-        readings[module.path] = (Reading(said.orientation, said.nesting, in_order),)
-    return _Votes(readings, "the stamp of peft_moe_compat")
-
-
 def _orientation(
-    votes: _Votes,
+    votes: Votes,
     writer: Writer,
     stamp: Stamp | None,
     model: BaseModel | None,
@@ -320,7 +175,7 @@ def _orientations_of(writer: Writer, model: BaseModel | None, *, patched: bool) 
 
 
 def _nesting(
-    votes: _Votes, orientation: Conclusion, stamp: Stamp | None, nesting: Sequence[str] | None
+    votes: Votes, orientation: Conclusion, stamp: Stamp | None, nesting: Sequence[str] | None
 ) -> tuple[Conclusion, dict[str, Reading]]:
     """The conclusion, and every module's reading where it and the orientation are decided."""
     if not orientation.decided:
@@ -352,21 +207,6 @@ def _nesting(
 
 def _nested(names: tuple[str, ...], confidence: str, evidence: str) -> Conclusion:
     return Conclusion(",".join(names), confidence, (evidence,))
-
-
-def _expert_counts(
-    source: AdapterSource, votes: _Votes, shapes: Mapping[str, tuple[SlotShape, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Path -> E of each slot, where every possible reading gives the same."""
-    found = {}
-    for path, readings in votes.readings.items():
-        options = set()
-        for reading in readings:
-            ranks = [lora_rank(source.config, f"{path}.{name}") for name in reading.nesting]
-            options.add(tuple(shape.rows // rank for shape, rank in zip(shapes[path], ranks, strict=True)))
-        if len(options) == 1:
-            found[path] = options.pop()
-    return found
 
 
 def _packing(

@@ -11,8 +11,9 @@ from .base_model import BaseModel
 from .decide import Decision, decide
 from .inspection import ExpertsSummary, Inspection, ProjectionSummary
 from .keys import ExpertsKeys
+from .parts import fused_parts, per_expert_parts, stacked_parts
 from .readers import reader_verdicts
-from .source import AdapterSource, fused_parts, open_with_model, per_expert_parts, stacked_parts
+from .source import AdapterSource, open_with_model
 
 __all__ = ["inspect_adapter"]
 

@@ -14,8 +14,9 @@ from .base_model import BaseModel
 from .decide import Decision
 from .detect import parameter_order
 from .outputs import Output, fused, gguf, per_expert
+from .parts import Part, fused_parts, per_expert_parts, stacked_parts
 from .shaping import alternating, join, part_gate_up, zeros_like
-from .source import AdapterSource, Part, fused_parts, per_expert_parts, stacked_parts
+from .source import AdapterSource
 from .stamp import ModuleStamp, Stamp
 from .targets import SGLANG_WITHOUT_EXPERTS, Target
 

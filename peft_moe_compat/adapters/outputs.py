@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import AdapterError
 from ..layout import ExpertLora, to_flat
 from .keys import PREFIX
+from .parts import Part
 from .shaping import folded
-from .source import Part
 
 __all__ = ["Item", "Named", "Output", "copied", "evened", "fused", "gguf", "per_expert", "plain"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..layout import ExpertLora
-from .source import Load, Part
+from .parts import Load, Part
 
 __all__ = ["alternating", "folded", "join", "part_gate_up", "rank_alpha", "zeros_like"]
 

@@ -16,8 +16,9 @@ from ..layout import ExpertLora
 from .base_model import BaseModel
 from .decide import decide
 from .modules import module_parts
+from .parts import Part, plain_parts
 from .shaping import part_gate_up
-from .source import AdapterSource, Part, open_with_model, plain_parts
+from .source import AdapterSource, open_with_model
 
 __all__ = ["Comparison", "Verification", "verify_adapters"]
 
