@@ -22,6 +22,7 @@ __all__ = [
     "KnownIssue",
     "LayoutRule",
     "expert_parameter",
+    "has_separate_experts",
     "known_issues",
     "orientations",
     "orientations_after",
@@ -131,6 +132,11 @@ RENAMED_EXPERTS: dict[str, RenamedExperts] = {
     "granitemoehybrid": _GRANITE,
     "granitemoeshared": _GRANITE,
 }
+# Families whose experts are fused stacks in transformers 4 already; it holds all others as one linear per projection.
+# Source: the experts classes of transformers 4.57.6.
+FUSED_IN_TRANSFORMERS_4 = frozenset(
+    {"aria", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "jetmoe", "llama4", "qwen3_vl_moe"}
+)
 # The first PEFT release that writes its own version into adapter_config.json.
 _FIRST_PEFT_WITH_STAMP = Version("0.18.0")
 # The first PEFT release that imports beside transformers 5.
@@ -324,6 +330,18 @@ def orientations_after(written_by: str, orientation: str, read_by: str) -> froze
 
 def _orientation_of(rule: LayoutRule, stored_transposed: bool, declared: bool) -> str:
     return "linear" if rule.lora_A_axis(declared) == (1 if stored_transposed else 2) else "reversed"
+
+
+def has_separate_experts(model_type: str, peft: str, transformers: str | None) -> bool:
+    """Whether a pair holds the experts of a family as one linear per projection, as transformers 4 does most.
+
+    Without a transformers release, the newest that works beside the PEFT is meant.
+    """
+    if transformers is not None:
+        old = _base(parse_version(transformers)) < parse_version("5.0.0")
+    else:
+        old = _base(parse_version(peft)) < _FIRST_PEFT_FOR_TRANSFORMERS_5
+    return old and model_type not in FUSED_IN_TRANSFORMERS_4
 
 
 def stamps_its_version(peft: str) -> bool:

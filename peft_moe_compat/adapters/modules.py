@@ -9,7 +9,7 @@ import torch
 
 from ..errors import AdapterError, AmbiguousAdapterError
 from ..layout import ExpertLora
-from ..releases import NEWEST_TESTED, expert_parameter, orientations, orientations_after
+from ..releases import NEWEST_TESTED, expert_parameter, has_separate_experts, orientations, orientations_after
 from .base_model import BaseModel
 from .decide import Decision
 from .detect import parameter_order
@@ -236,6 +236,8 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
     if target.name != "peft":
         return replace(how, form=target.form(how.model.model_type))
     assert target.peft is not None  # noqa: S101
+    if base is not None and has_separate_experts(base.model_type, target.peft, target.transformers):
+        return replace(how, form="per_expert")
     if base is not None:
         possible = orientations(target.peft, target.transformers, base.model_type)
         flag = f"--to peft=={target.peft},transformers==VERSION"
