@@ -1,4 +1,4 @@
-"""`convert --to peft`: what is written for the installed pair, stock PEFT of that pair merges into the right weights."""
+"""`convert --to peft`: stock PEFT of the installed pair merges what is written for it into the right weights."""
 
 from __future__ import annotations
 

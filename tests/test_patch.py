@@ -281,7 +281,8 @@ def test_the_import_is_light_and_waits_for_peft():
 
 
 def test_the_import_takes_well_under_100_ms():
-    code = "import time; s = time.perf_counter(); import peft_moe_compat; print(time.perf_counter() - s)"
+    # Processor time, so that what else runs on the machine does not count.
+    code = "import time; s = time.process_time(); import peft_moe_compat; print(time.process_time() - s)"
     # Without coverage's tracing, which would be most of it.
     untraced = {name: "" for name in os.environ if name.startswith("COVERAGE_")}
     fastest = min(float(run(code, **untraced)) for _ in range(5))
