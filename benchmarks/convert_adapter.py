@@ -60,7 +60,10 @@ def write(folder: Path, layers: int, rank: int) -> int:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak MB resident) of a command, its output flushed to disk."""
+    """(seconds, peak MB resident) of a command, its output flushed to disk.
+
+    The peak is never below this script's own, which a child starts from.
+    """
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

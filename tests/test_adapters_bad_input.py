@@ -151,6 +151,13 @@ def test_the_output_must_be_new_and_apart(tmp_path):
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b"], ids=["too long", "null byte"])
+def test_paths_that_are_none(tmp_path, path):
+    source, model = adapter(tmp_path), base(tmp_path)
+    for arguments in ((path, tmp_path / "out", model), (source, path, model), (source, tmp_path / "out", path)):
+        assert_refused(run_convert(*arguments), tmp_path, {"in", "config.json"})
+
+
 def try_all(source: Path, folder: Path) -> None:
     """Whatever happens, happens as an error of this package; and after one there is no output."""
     model = SPEC.model()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
-from .files import download, is_hub_id, read_json
+from .files import download, is_hub_id, read_json, usable_path
 
 __all__ = ["BaseModel", "Features", "base_model_of", "load_base_model", "load_config"]
 
@@ -175,7 +175,7 @@ def load_config(model: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     """A base model's config: see `load_base_model`."""
     if isinstance(model, Mapping):
         return model
-    path = Path(model)
+    path = usable_path(model)
     if path.is_dir():
         path = path / "config.json"
     elif not path.exists() and is_hub_id(str(model)):

@@ -15,6 +15,7 @@ from ..errors import AdapterError, LossyConversionError
 from .base_model import BaseModel
 from .config import evened_config, target_config
 from .decide import Decision, decide
+from .files import usable_path
 from .modules import ModuleOutputs, Refit, module_parts, refit
 from .outputs import Item, Output, copied, evened, plain
 from .parts import plain_parts
@@ -125,7 +126,7 @@ def convert_adapter(
         raise LossyConversionError(
             f"{target} cannot take {'; '.join(plan.dropped)}. Pass --allow-lossy (allow_lossy=True) to leave that out."
         )
-    with atomic_folder(Path(out), source=source.folder) as folder:
+    with atomic_folder(usable_path(out), source=source.folder) as folder:
         _write(folder, source, plan, progress)
     steps = (*plan.steps, *(f"left out: {what}" for what in plan.dropped))
     return Conversion(Path(out), str(target), plan.exactness, steps, decision)

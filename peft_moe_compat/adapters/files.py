@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from ..errors import AdapterError, AdapterFileError
 
-__all__ = ["atomic_folder", "download", "find_adapter", "is_hub_id", "parse_json", "read_json", "show"]
+__all__ = ["atomic_folder", "download", "find_adapter", "is_hub_id", "parse_json", "read_json", "show", "usable_path"]
 
 _MAX_JSON_BYTES = 64 * 2**20
 _HUB_ID = re.compile(r"(?:\w[\w.\-]{0,95}/)?\w[\w.\-]{0,95}", re.ASCII)
@@ -33,6 +33,23 @@ def show(value: object) -> str:
     return _repr.repr(value)
 
 
+def usable_path(text: str | Path) -> Path:
+    """A path the file system can be asked about, whether anything is there or not.
+
+    Raises:
+        AdapterFileError: It is too long, or has characters no path has.
+    """
+    try:
+        Path(text).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return Path(text)  # nothing is there yet
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{show(str(text))} is no usable path: {error}. Check its spelling and rights."
+        ) from None
+    return Path(text)
+
+
 def find_adapter(source: str | Path) -> Path:
     """The folder of an adapter: an existing folder, or one the Hugging Face Hub has under the id `name` or `org/name`.
 
@@ -41,7 +58,7 @@ def find_adapter(source: str | Path) -> Path:
     Raises:
         AdapterFileError: A file instead of a folder, nothing at all, or the Hub refused or could not be reached.
     """
-    path = Path(source)
+    path = usable_path(source)
     if path.is_dir():
         return path
     if os.path.lexists(path):
