@@ -285,7 +285,7 @@ def test_the_import_takes_well_under_100_ms():
     code = "import time; s = time.process_time(); import peft_moe_compat; print(time.process_time() - s)"
     # Without coverage's tracing, which would be most of it.
     untraced = {name: "" for name in os.environ if name.startswith("COVERAGE_")}
-    fastest = min(float(run(code, **untraced)) for _ in range(5))
+    fastest = min(float(run(code, **untraced)) for _ in range(10))
     assert fastest < 0.1
 
 
