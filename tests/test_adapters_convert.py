@@ -28,6 +28,8 @@ from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.verify import verify_adapters
 from peft_moe_compat.errors import AdapterError, LossyConversionError
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
 NEW, OLD = "peft==0.21.2,transformers==5.23.0", "peft==0.18.1,transformers==5.0.0"
 TARGETS = (NEW, OLD, "peft==0.19.0,transformers==5.5.4", "per-expert", "vllm", "llama.cpp")
 
@@ -219,3 +221,21 @@ def test_an_alpha_of_zero_changes_nothing_and_breaks_nothing(tmp_path, to, alpha
     convert_adapter(source, tmp_path / "out", to=to, model=spec.model())
     how = {"orientation": "linear", "nesting": QWEN.parameters} if to == NEW else {"alpha_only": to == "llama.cpp"}
     assert_updates(read_adapter(tmp_path / "out", QWEN, 4, **how).experts, spec.updates(factors))
+
+
+@pytest.mark.parametrize("case", ["granitemoe", "aria"])
+def test_experts_that_were_renamed_get_the_names_of_the_release_asked_for(tmp_path, case):
+    """Two modules with a `weight` each in older releases of transformers, one with two parameters in newer ones."""
+    old = FIXTURES / "peft/peft0181-tf4576" / case
+    model = old / "base_config.json"
+    convert_adapter(old, tmp_path / "new", to="peft==0.21.2,transformers==5.23.0", model=model)
+    assert {name.rpartition("experts")[2] for name in load(tmp_path / "new")} == {
+        ".base_layer.lora_A.weight",
+        ".base_layer.lora_B.weight",
+        ".lora_A.weight",
+        ".lora_B.weight",
+    }
+    targets = read_config(tmp_path / "new")["target_parameters"]
+    assert {target.rpartition(".")[2] for target in targets} == {"gate_up_proj", "down_proj"}
+    convert_adapter(tmp_path / "new", tmp_path / "back", to="peft==0.18.1,transformers==4.57.6", model=model)
+    assert_identical(load(tmp_path / "back"), load(old))

@@ -1,0 +1,71 @@
+"""`verify_merged`: what `merge_and_unload` of the installed PEFT makes of an adapter, per experts module."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import zoo
+from peft.tuners.lora.layer import ParamWrapper
+from typer.testing import CliRunner
+
+from peft_moe_compat import AdapterError, cli, convert_adapter, verify_merged
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FAMILIES = [family for family in zoo.FAMILIES if family in ("qwen3_moe", "gpt_oss", "nemotron_h")]
+
+
+def saved(folder, family):
+    """An adapter of a tiny model, and the model's config."""
+    model = zoo.tiny_model(family)
+    config = model.config.to_dict()
+    zoo.peft_model(model).save_pretrained(folder)
+    return config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_changes_nothing(tmp_path, family):
+    config = saved(tmp_path / "adapter", family)
+    done = []
+    found = verify_merged(tmp_path / "adapter", model=config, progress=lambda now, total: done.append((now, total)))
+    assert found.same, found.rows
+    assert 0 < len(found.rows) == len(done) == done[-1][1]
+    assert all(row.name.endswith("experts") for row in found.rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:1])
+def test_a_merge_that_loses_the_update_is_seen(tmp_path, monkeypatch, family):
+    config = saved(tmp_path / "adapter", family)
+    monkeypatch.setattr(ParamWrapper, "merge", lambda self, *args, **kwargs: None)
+    found = verify_merged(tmp_path / "adapter", model=config)
+    assert not found.same
+    assert found.worst > 1e-3
+
+
+def test_the_command(tmp_path):
+    config = saved(tmp_path / "adapter", FAMILIES[0])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["verify", str(tmp_path / "adapter"), "--merged", "--model", str(tmp_path / "config.json")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["same"] is True
+    assert "the same" in CliRunner().invoke(cli.app, arguments).output
+    assert CliRunner().invoke(cli.app, arguments[:3]).exit_code == 2  # without --model
+
+
+def test_another_model_is_refused(tmp_path):
+    config = saved(tmp_path / "adapter", FAMILIES[0])
+    convert_adapter(tmp_path / "adapter", tmp_path / "same", to="peft", model=config)
+    with pytest.raises(AdapterError, match="config is needed to build its experts"):
+        verify_merged(tmp_path / "same")
+    with pytest.raises(AdapterError, match="knows no model of type 'nobody'"):
+        verify_merged(tmp_path / "same", model=config | {"model_type": "nobody"})
+
+
+def test_experts_whose_forward_takes_other_arguments_are_compared_by_weight():
+    """llama4: stacks in every transformers, undecorated."""
+    folder = FIXTURES / "peft/peft0170-tf4576/llama4"
+    found = verify_merged(folder, model=folder / "base_config.json")
+    assert found.same, found.rows
+    assert {row.projection for row in found.rows} == {"weights"}
