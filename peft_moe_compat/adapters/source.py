@@ -53,15 +53,13 @@ class AdapterSource:
         return {name: torch.empty(infos[name].shape, dtype=infos[name].dtype, device="meta") for name in names}
 
 
-def open_adapter(source: str | Path, subfolder: str | None = None) -> AdapterSource:
+def open_adapter(source: str | Path) -> AdapterSource:
     """Opens an adapter folder, or the one behind a hub id.
 
     Raises:
         AdapterFileError: A file is missing or damaged, or this is no LoRA adapter.
     """
     folder = find_adapter(source)
-    if subfolder is not None:
-        folder /= subfolder
     config = read_json(folder / CONFIG_NAME)
     _check_config(config)
     side = {name: read_json(folder / name) for name in _SIDE_FILES if (folder / name).is_file()}
