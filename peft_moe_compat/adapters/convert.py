@@ -138,21 +138,17 @@ def _plan(
     how = refit(source, decision, target, base)
     done = _modules(how, source, decision, base, fill_missing)
     outputs = [output for module in done for output in module.outputs]
-    others, dropped = _others(source, target)
+    linears, rest, dropped = _others(source, target)
     steps = list(dict.fromkeys(step for module in done for step in module.steps))
     loras = [named for output in outputs if (named := output.item().lora) is not None]
-    plain_paths = [output.part.path for output in others if isinstance(output, Output)]
-    config = target_config(source.config, target, how.form, loras, plain_paths, keep_targets=how.keeps_names(done))
+    paths = [output.part.path for output in linears]
+    config = target_config(source.config, target, how.form, loras, paths, keep_targets=how.keeps_names(done))
+    outputs += linears
     if target.scaling != "config":
-        every = [*outputs, *(output for output in others if isinstance(output, Output))]
-        changed, rank, alpha, said = evened(every, target.scaling)
-        outputs, others = (
-            changed[: len(outputs)],
-            [*changed[len(outputs) :], *(o for o in others if isinstance(o, Item))],
-        )
+        outputs, rank, alpha, said = evened(outputs, target.scaling)
         config = evened_config(config, rank, alpha)
         steps += said
-    items = [*(output.item() for output in outputs), *(o.item() if isinstance(o, Output) else o for o in others)]
+    items = [*(output.item() for output in outputs), *rest]
     folded = any("folded" in step for step in steps)
     return _Plan(items, config, how.stamp(done), steps, folded, dropped)
 
@@ -171,16 +167,16 @@ def _modules(
     return [outputs for group in groups for outputs in how.outputs(group)]
 
 
-def _others(source: AdapterSource, target: Target) -> tuple[list[Output | Item], list[str]]:
-    """Everything but the experts' LoRA: LoRA pairs, and other tensors; and what the reader cannot take of it."""
+def _others(source: AdapterSource, target: Target) -> tuple[list[Output], list[Item], list[str]]:
+    """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     pairs, rest = plain_parts(source)
-    found: list[Output | Item] = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
+    linears = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
     if target.takes_all_peft or not rest:
-        return [*found, *(copied(name) for name in rest)], []
+        return linears, [copied(name) for name in rest], []
     if source.config.get("use_dora"):
         raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
     shown = ", ".join(rest[:3]) + (", ..." if len(rest) > 3 else "")
-    return found, [f"{len(rest)} tensors that are no LoRA of linears ({shown})"]
+    return linears, [], [f"{len(rest)} tensors that are no LoRA of linears ({shown})"]
 
 
 def _write(folder: Path, source: AdapterSource, plan: _Plan, progress: Progress | None) -> None:

@@ -135,7 +135,7 @@ def _orientation(
             raise AdapterError(
                 f"orientation is {said!r}, but {votes.evidence} fit {' or '.join(sorted(possible))} alone."
             )
-        return Conclusion(said, "stated", ("said by the caller",))
+        return Conclusion(said, "stated", (SAID_BY_CALLER,))
     if len(possible) == 1:
         (value,) = possible
         text = f"{votes.evidence} fit {value} alone" if stamp is None else votes.evidence
@@ -181,7 +181,7 @@ def _nesting(
     if not orientation.decided:
         names = {r.nesting for readings in votes.readings.values() for r in readings}
         if len(names) == 1:
-            return _nested(names.pop(), "certain", "only one parameter order is possible"), {}
+            return Conclusion(",".join(names.pop()), "certain", ("only one parameter order is possible",)), {}
         evidence = ("it follows from the orientation, which is not settled",)
         return Conclusion(None, "none", evidence, orientation.settle), {}
     found: dict[str, Reading] = {}
@@ -205,10 +205,6 @@ def _nesting(
     return Conclusion(value, "certain" if stamp else confidence, (text,)), found
 
 
-def _nested(names: tuple[str, ...], confidence: str, evidence: str) -> Conclusion:
-    return Conclusion(",".join(names), confidence, (evidence,))
-
-
 def _packing(
     source: AdapterSource,
     modules: Sequence[ExpertsKeys],
@@ -217,7 +213,7 @@ def _packing(
     said: str | None,
 ) -> Conclusion:
     if said is not None:
-        return Conclusion(said, "stated", ("said by the caller",))
+        return Conclusion(said, "stated", (SAID_BY_CALLER,))
     stated = " | ".join(sorted(set(writer.packings.values()))) or None
     if writer.marked:
         return Conclusion(stated, "certain", (writer.packing_evidence,))

@@ -123,9 +123,14 @@ def targeted_parameters(config: Mapping[str, Any], path: str) -> tuple[str, ...]
     found = []
     for target in config.get("target_parameters") or ():
         module, _, parameter = str(target).rpartition(".")
-        if not module or path == module or path.endswith(f".{module}") or module.endswith(f".{path}"):
+        if not module or _reaches(module, path):
             found.append(parameter)
     return tuple(dict.fromkeys(found))
+
+
+def _reaches(target: str, path: str) -> bool:
+    """Whether a targeted module's name and a module's path can mean the same: one ends with the other."""
+    return path == target or path.endswith(f".{target}") or target.endswith(f".{path}")
 
 
 def parse_keys(tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> AdapterKeys:
@@ -202,7 +207,7 @@ def _place(name: str, ndim: int, config: Mapping[str, Any]) -> tuple[str, str, s
     if expert and expert["projection"] in LINEAR_NAMES and "expert" in expert["path"].rpartition(".")[2]:
         return expert["path"], f"expert {int(expert['expert'])} {expert['projection']}", match["factor"]
     modules = [str(t).rpartition(".")[0] for t in config.get("target_parameters") or ()]
-    targeted = any(m and (path == m or path.endswith(f".{m}") or m.endswith(f".{path}")) for m in modules)
+    targeted = any(module and _reaches(module, path) for module in modules)
     if ndim == 2 and (targeted or depth or parts[-1] == "experts"):
         return path, f"slot {depth}", match["factor"]
     return None

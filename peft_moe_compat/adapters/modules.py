@@ -108,7 +108,7 @@ class Refit:
 
     def _fused(self, group: Mapping[str, Part]) -> list[ModuleOutputs]:
         parts, steps, joined = dict(group), [], None
-        if {"gate", "up"} & parts.keys() and (self.model.gated):
+        if {"gate", "up"} & parts.keys() and self.model.gated:
             gate, up = parts.pop("gate", None), parts.pop("up", None)
             lead = gate or up
             assert lead is not None  # noqa: S101
@@ -177,8 +177,7 @@ class Refit:
             if self.form == "gguf":
                 outputs.append(gguf(part, meta, path))
             else:
-                linear = self._linear(role)
-                outputs.append(per_expert(part, meta, self.model.per_expert_path(path), linear))
+                outputs.append(per_expert(part, meta, self.model.per_expert_path(path), self._linear(role)))
         return ModuleOutputs(path, tuple(outputs), tuple(steps))
 
     def _linear(self, role: str) -> str:
@@ -236,9 +235,9 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
     if target.name != "peft":
         return replace(how, form=target.form(how.model.model_type))
     assert target.peft is not None  # noqa: S101
-    if base is not None and has_separate_experts(base.model_type, target.peft, target.transformers):
-        return replace(how, form="per_expert")
     if base is not None:
+        if has_separate_experts(base.model_type, target.peft, target.transformers):
+            return replace(how, form="per_expert")
         possible = orientations(target.peft, target.transformers, base.model_type)
         flag = f"--to peft=={target.peft},transformers==VERSION"
     else:

@@ -36,14 +36,14 @@ def reader_verdicts(
     found["vLLM"] = _by_vllm(source, decision, base)
     found["SGLang"] = _by_sglang(source)
     found["llama.cpp"] = _by_llama_cpp(source)
+    if source.form == "none":
+        return dict.fromkeys(found, ReaderVerdict("reads", "there is no LoRA on routed experts"))
     return found
 
 
 def _by_peft(
     source: AdapterSource, decision: Decision, base: BaseModel | None, release: str, transformers: str | None
 ) -> ReaderVerdict:
-    if source.form == "none":
-        return ReaderVerdict("reads", "there is no LoRA on routed experts")
     if source.form == "stacked":
         return ReaderVerdict("fails", f"3-D factors are not PEFT's; {_CONVERT.format('peft')}")
     if source.form == "per_expert":
@@ -100,8 +100,6 @@ def _per_expert_by_peft(source: AdapterSource) -> ReaderVerdict:
 
 def _by_vllm(source: AdapterSource, decision: Decision, base: BaseModel | None) -> ReaderVerdict:
     help_ = _CONVERT.format("vllm")
-    if source.form == "none":
-        return ReaderVerdict("reads", "there is no LoRA on routed experts")
     if base is None:
         return ReaderVerdict("unknown", "depends on the base model")
     if source.form == "stacked":
@@ -126,8 +124,6 @@ def _by_vllm(source: AdapterSource, decision: Decision, base: BaseModel | None) 
 
 def _by_sglang(source: AdapterSource) -> ReaderVerdict:
     help_ = _CONVERT.format("sglang")
-    if source.form == "none":
-        return ReaderVerdict("reads", "there is no LoRA on routed experts")
     if source.form == "fused":
         return ReaderVerdict("fails", f"it takes experts one by one; {help_}")
     if _ignored(source):
@@ -137,8 +133,6 @@ def _by_sglang(source: AdapterSource) -> ReaderVerdict:
 
 def _by_llama_cpp(source: AdapterSource) -> ReaderVerdict:
     help_ = _CONVERT.format("llama.cpp")
-    if source.form == "none":
-        return ReaderVerdict("reads", "there is no LoRA on routed experts")
     if source.form != "per_expert":
         return ReaderVerdict("fails", f"its converter takes experts one by one, or under names of its own; {help_}")
     if source.config.get("use_rslora") or source.config.get("alpha_pattern"):
