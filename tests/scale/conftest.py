@@ -1,4 +1,4 @@
-"""Engines and formats: several processes, quantised weights, offloading. Run by `tox -e scale`, which sets the variable."""
+"""Engines and formats: several processes, quantised weights, offloading, torch.compile. `tox -e scale` runs these."""
 
 from __future__ import annotations
 
