@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .adapters.inspector import inspect_adapter
     from .adapters.merged import verify_merged
     from .adapters.verify import Verification, verify_adapters
+    from .backends import set_backend
     from .discovery import Report, expert_parameters, report
     from .families import declare_layout
     from .layout import ExpertLora
@@ -66,6 +67,7 @@ __all__ = [
     "is_active",
     "release_for",
     "report",
+    "set_backend",
     "verify_adapters",
     "verify_merged",
     "written_by",
@@ -86,6 +88,7 @@ _LAZY = {
     "inspect_adapter": "adapters.inspector",
     "release_for": "releases",
     "report": "discovery",
+    "set_backend": "backends",
     "verify_adapters": "adapters.verify",
     "verify_merged": "adapters.merged",
     "written_by": "understand",

@@ -1,4 +1,4 @@
-"""The command line: `peft-moe-compat check`, `demo`, and the commands of `cli_adapters`.
+"""The command line: `peft-moe-compat check`, `demo`, `bench`, and the commands of `cli_adapters`.
 
 torch, PEFT and transformers are imported inside the commands, so that `--help` answers at once.
 """
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 cli_adapters.register(app)
 
-_BACKENDS = {"torch": "torch's grouped_mm", "loop": "one product per expert"}
+_BACKENDS = {"triton": "fused kernels", "torch": "torch's grouped_mm", "loop": "one product per expert"}
 
 
 @dataclass
@@ -119,7 +119,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
 
     import torch
 
-    from .grouped_mm import device_backend
+    from .backends import fastest
     from .wrappers import TAKEN_IMPLEMENTATIONS
 
     found.rule = handle.rule
@@ -132,7 +132,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
     registry = patch.experts_registry()
     found.taken = None if registry is None else [name for name in TAKEN_IMPLEMENTATIONS if name in registry]
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    found.backends = {str(device): device_backend(device) for device in devices}
+    found.backends = {str(device): fastest(device) for device in devices}
 
 
 def _show(found: Findings, console: Console) -> None:
@@ -224,3 +224,37 @@ def demo(
     for problem in problems:
         Console(stderr=True).print(f"error: {problem}", style="red", markup=False, highlight=False)
     raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="E,k,H,I: experts, experts per token, hidden, intermediate.")] = "",
+    model: Annotated[str, typer.Option(help="Take the shape of this transformers config instead.")] = "",
+    tokens: Annotated[str, typer.Option(help="Tokens per step, comma-separated.")] = "512,2048,8192",
+    rank: Annotated[int, typer.Option(help="LoRA rank of one expert.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default cuda where there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(help="Runs of which the median is taken.")] = 9,
+    backend: Annotated[str, typer.Option(help="auto, triton, torch or loop, of this package.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-output"),
+) -> None:
+    """Times one experts layer on this machine: the frozen base, stock PEFT and this package, forward and backward."""
+    import torch
+
+    from . import bench as layer_bench
+
+    try:
+        sizes = layer_bench.shape_of_config(model) if model else layer_bench.Shape.parse(shape or "128,8,2048,768")
+        settings = layer_bench.Settings(
+            shape=sizes,
+            tokens=tuple(int(n) for n in tokens.split(",")),
+            rank=rank,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=dtype,
+            repeats=repeats,
+            backend=backend,
+        )
+        layer_bench.run(settings, out, Console())
+    except PeftMoeCompatError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from None

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import families
 from .errors import CompatWarning, NoExpertParametersError
+from .fused import backend_of
 from .patch import inactive_reason
 from .wrappers import is_param_wrapper, native_reason
 
@@ -142,6 +143,7 @@ class ParameterRow:
     """One expert parameter: its stored shape, and the path its forward takes.
 
     `path` is "grouped_mm" (this library), "peft" (PEFT's own forward, for `reason`) or "base" (not wrapped).
+    `backend`, where `path` is "grouped_mm", is what computes it on the device it is on: "triton", "torch" or "loop".
     """
 
     name: str
@@ -150,6 +152,7 @@ class ParameterRow:
     path: str
     reason: str
     adapters: tuple[AdapterRow, ...] = ()
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,8 @@ class Report:
                 f"{a.name} r={a.rank} s={a.scaling:g}{'' if a.active else ' (inactive)'}" for a in parameter.adapters
             )
             shape = " x ".join(map(str, parameter.shape))
-            table.add_row(modules, parameter.name, shape, adapters or "-", parameter.path, parameter.reason)
+            reason = ": ".join(filter(None, (parameter.backend, parameter.reason)))
+            table.add_row(modules, parameter.name, shape, adapters or "-", parameter.path, reason)
         console = Console(width=max(120, get_terminal_size().columns), file=StringIO(), color_system=None)
         console.print(table)
         for warning in self.warnings:
@@ -242,7 +246,10 @@ def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> Parame
         reason = "adapters are disabled" if wrapper.disable_adapters else "adapters are merged into the weight"
         return ParameterRow(name, shape, True, "base", reason, adapters)
     reason = inactive_reason() or native_reason(wrapper) or ""
-    return ParameterRow(name, shape, True, "peft" if reason else "grouped_mm", reason, adapters)
+    if reason:
+        return ParameterRow(name, shape, True, "peft", reason, adapters)
+    backend, reason = backend_of(experts)
+    return ParameterRow(name, shape, True, "grouped_mm", reason, adapters, backend)
 
 
 def report(model: nn.Module) -> Report:

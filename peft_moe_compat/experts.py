@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import families
 from .errors import LayoutError
+from .fused import run_fused, runs_fused
 from .grouped_mm import alignment, grouped_mm
 from .layout import ExpertLora
 
@@ -28,32 +29,43 @@ def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor) ->
     return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
 
 
+def _weight(module: Any, name: str, in_features: int, lora: ExpertLora | None) -> Tensor:
+    """A base weight as "E in out", checked against the rows it will meet and the factors it will be added to."""
+    weight: Tensor = getattr(module, name)  # read once: a parametrised weight is computed at each access
+    transposed = families.is_transposed(module)
+    if not transposed:
+        weight = weight.transpose(1, 2)  # "E out in -> E in out"
+    if in_features != weight.shape[1]:
+        raise LayoutError(
+            f"{type(module).__name__}.{name} is read as '{'E in out' if transposed else 'E out in'}' and then takes "
+            f"{weight.shape[1]} in-features, but gets rows of {in_features}. Its orientation comes from "
+            "peft_moe_compat.declare_layout or from the module's is_transposed: correct the one that is wrong."
+        )
+    if lora is not None:
+        lora.check(weight.shape[0], weight.shape[2], weight.shape[1], f"{type(module).__name__}.{name}")
+    return weight
+
+
 def _project(
-    x: Tensor, module: Any, name: str, lora: ExpertLora | None, offs: Tensor, expert_ids: Tensor, widen: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: ExpertLora | None,
+    offs: Tensor,
+    expert_ids: Tensor,
+    widen: bool,
 ) -> Tensor:
     """One projection of every routed row, LoRA and bias included: "S in" -> "S out".
 
     With `widen` the sum of base and LoRA is kept in float32 where the weight is of lower precision.
     """
-    weight = getattr(module, name)  # read once: a parametrised weight is computed at each access
-    transposed = families.is_transposed(module)
-    if not transposed:
-        weight = weight.transpose(1, 2)  # "E out in -> E in out"
-    if x.shape[1] != weight.shape[1]:
-        raise LayoutError(
-            f"{type(module).__name__}.{name} is read as '{'E in out' if transposed else 'E out in'}' and then takes "
-            f"{weight.shape[1]} in-features, but gets rows of {x.shape[1]}. Its orientation comes from "
-            "peft_moe_compat.declare_layout or from the module's is_transposed: correct the one that is wrong."
-        )
     y = grouped_mm(x, weight, offs)
     if lora is not None:
-        E, in_features, out_features = weight.shape
-        lora.check(E, out_features, in_features, f"{type(module).__name__}.{name}")
         if widen and y.dtype.itemsize < 4:
             y = y.float()
         y += _lora_term(x, lora, weight.dtype, offs)
-    if module.has_bias:
-        y += getattr(module, f"{name}_bias")[expert_ids]
+    if bias is not None:
+        y += bias[expert_ids]
     return y
 
 
@@ -83,23 +95,33 @@ def experts_forward(
     """
     T, k = top_k_index.shape
     up_name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # 5.0 knows gated experts only
-    E = module.num_experts  # not read off a weight, whose every access may dequantise it
+    E = module.num_experts
+    up_lora, down_lora = expert_lora.get(up_name), expert_lora.get("down_proj")
+    if top_k_weights.shape != top_k_index.shape:
+        top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
+    up_weight = _weight(module, up_name, hidden_states.shape[1], up_lora)
+    intermediate = up_weight.shape[2] // (2 if up_name == "gate_up_proj" else 1)
+    if runs_fused(module, expert_lora, hidden_states, top_k_index):
+        down_weight = _weight(module, "down_proj", intermediate, down_lora)
+        fused = run_fused(module, expert_lora, up_weight, down_weight, hidden_states, top_k_index, top_k_weights)
+        if fused is not None:
+            return fused
+
+    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up_name, "down_proj"))
     expert_ids, order = torch.sort(top_k_index.reshape(-1))
     offs = _group_ends(expert_ids, E)
     # Sentinel rows sort to the tail, past offs[-1], where the grouped products leave results undefined.
     elsewhere = (expert_ids >= E).unsqueeze(-1) if getattr(module, "_is_expert_parallel", True) else None
     expert_ids = expert_ids.clamp(max=E - 1)
-    if top_k_weights.shape != top_k_index.shape:
-        top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
     row_weights = top_k_weights.reshape(-1)[order].unsqueeze(-1)
 
     x = _without(hidden_states[order // k], elsewhere)  # its backward keeps undefined gradients out of hidden_states
     # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
     # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
-    up = _without(_project(x, module, up_name, expert_lora.get(up_name), offs, expert_ids, widen=True), elsewhere)
+    up = _without(_project(x, up_weight, up_bias, up_lora, offs, expert_ids, widen=True), elsewhere)
     h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
-    down_lora = expert_lora.get("down_proj")
-    down = _without(_project(h, module, "down_proj", down_lora, offs, expert_ids, widen=False), elsewhere)
+    down_weight = _weight(module, "down_proj", h.shape[1], down_lora)
+    down = _without(_project(h, down_weight, down_bias, down_lora, offs, expert_ids, widen=False), elsewhere)
     if getattr(module, "has_post_expert_norm", False):
         down = module.post_expert_norm(down)
     weighted = down * row_weights

@@ -78,7 +78,8 @@ def _is_transformers_class(cls: type) -> bool:
 
 def is_transposed(module: nn.Module) -> bool | None:
     """Whether the module's expert weights are "E in out" (True) or "E out in" (False); None where nobody said."""
-    declared = getattr(module, _DECLARED_ATTRIBUTE, None)
+    # Not through nn.Module's own lookup, which is slow where there is nothing: this is asked at every forward.
+    declared = vars(module).get(_DECLARED_ATTRIBUTE, getattr(type(module), _DECLARED_ATTRIBUTE, None))
     if declared is not None:
         return bool(declared)
     own = getattr(module, "is_transposed", None)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import chosen
+
 __all__ = ["alignment", "backend_for", "device_backend", "grouped_mm"]
 
 _ALIGNMENT_BYTES = 16
@@ -29,7 +31,7 @@ def alignment(dtype: torch.dtype) -> int:
 
 def device_backend(device: torch.device) -> str:
     """`"torch"` where `torch.nn.functional.grouped_mm` serves the device, else `"loop"`."""
-    if _torch_grouped_mm is None:
+    if _torch_grouped_mm is None or chosen() == "loop":
         return "loop"
     if device.type == "cuda":
         return "torch" if torch.cuda.get_device_capability(device) >= (8, 0) else "loop"

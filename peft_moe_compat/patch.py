@@ -185,9 +185,12 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """`ParamWrapper.forward` with peft_moe_compat active: hands the factors down, or falls back to PEFT's own."""
-        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None or native_reason(self):
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return peft_forward(self, x, *args, **kwargs)
-        lora = active_lora(self, bool(is_transposed(self.get_base_layer())), rule)
+        experts = self.get_base_layer()
+        if native_reason(self, experts):
+            return peft_forward(self, x, *args, **kwargs)
+        lora = active_lora(self, bool(is_transposed(experts)), rule)
         if lora is None:
             return peft_forward(self, x, *args, **kwargs)
         kwargs.pop("adapter_names", None)

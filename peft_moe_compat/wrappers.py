@@ -163,12 +163,15 @@ def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None
     return found
 
 
-def native_reason(wrapper: Any) -> str | None:
+def native_reason(wrapper: Any, experts: Any = None) -> str | None:
     """Why a ParamWrapper runs PEFT's own forward, or None where it can run the grouped-mm forward.
 
     About the module alone: a wrapper whose adapters are disabled or merged goes through PEFT's forward as well.
+
+    Args:
+        experts: `wrapper.get_base_layer()`, for a caller that has it already.
     """
-    experts, name = wrapper.get_base_layer(), wrapper.parameter_name
+    experts, name = wrapper.get_base_layer() if experts is None else experts, wrapper.parameter_name
     cls = type(experts)
     if not families.dispatches_through_registry(cls):
         return f"{cls.__name__} does not dispatch through transformers' experts registry"

@@ -157,7 +157,7 @@ def test_every_cuda_device_gets_its_backend(check, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index else (7, 5))
     backends = json.loads(check("--json").stdout)["backends"]
     assert backends["cuda:0"] == "loop"
-    assert backends["cuda:1"] == backends["cpu"]
+    assert backends["cuda:1"] in ("triton", backends["cpu"])  # triton where it is installed
 
 
 def test_help_imports_no_torch():

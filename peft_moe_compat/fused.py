@@ -1,0 +1,161 @@
+"""From an experts module to the fused kernels: which layers they can run, and the hand-over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, families
+from .grouped_mm import device_backend
+from .layout import ExpertLora
+
+__all__ = ["Activation", "backend_of", "fused_reason", "run_fused", "runs_fused"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Activations by their class; a plain function is known by its own name.
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "silu": "silu",
+}
+# Classes of transformers whose own `_apply_gate` is gpt-oss's clamped GLU -> whether gate and up are interleaved.
+_CLAMPED = {"GptOssExperts": True, "OpenAIPrivacyFilterExperts": False}
+
+
+def _up_name(module: Any) -> str:
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+
+
+def fused_reason(module: Any, device: torch.device) -> str | None:
+    """Why a module's forward does not run in the fused kernels, None where it does; sizes of batches aside."""
+    choice = backends.chosen()
+    if choice not in ("auto", "triton"):
+        return f"the backend is set to {choice!r}"
+    if reason := backends.device_reason(device):
+        return str(reason)
+    if getattr(module, "has_post_expert_norm", False):
+        return "a norm follows the experts"
+    names = [_up_name(module), "down_proj"]
+    for name in names + ([f"{n}_bias" for n in names] if module.has_bias else []):
+        weight = module._parameters.get(name)
+        if weight is None:
+            return f"{name} is computed at each access"
+        if weight.requires_grad:
+            return f"{name} is trained too"
+    weight = module._parameters[names[0]]
+    if weight.dtype not in _DTYPES:
+        return f"the weights are {weight.dtype}"
+    if weight.dtype == torch.float32 and choice == "auto":
+        return "the weights are float32, which the kernels are no faster for"
+    if any(size % 8 for name in names for size in module._parameters[name].shape[1:]):
+        return "a width is no multiple of 8"
+    if device.type == "cuda" and weight.dtype.itemsize == 2 and (r := backends.trial_reason(device, weight.dtype)):
+        return str(r)
+    return None
+
+
+def backend_of(module: Any) -> tuple[str, str]:
+    """(backend, why it is not a faster one) of a module's forward, where its parameters are now."""
+    device = next(module.parameters()).device
+    reason = fused_reason(module, device)
+    if reason is None:
+        return "triton", ""
+    return device_backend(device), "" if device.type == "cpu" else f"no fused kernels: {reason}"
+
+
+class Activation(NamedTuple):
+    """What stands between the up and the down projection, where the kernels know it.
+
+    Attributes:
+        name: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "clamped": gpt-oss's GLU of (alpha, limit).
+        gated: h = act(gate) * up rather than h = act(up).
+        interleaved: The up projection's columns are gate, up, gate, up, ... rather than all gates, then all ups.
+        alpha, limit: Of "clamped" alone.
+    """
+
+    name: str
+    gated: bool
+    interleaved: bool = False
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
+    """What the kernels know by name, or the module's own function of the up projection's rows."""
+    act: Any = getattr(module, "act_fn", None)
+    name = _ACTIVATIONS.get(getattr(act, "__name__", type(act).__name__))
+    if isinstance(act, torch.nn.GELU):
+        name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    if not getattr(module, "has_gate", True):
+        return Activation(name, False) if name else act
+    cls: Any = type(module)
+    home = cls._apply_gate.__module__
+    if cls.__name__ in _CLAMPED and home.startswith("transformers.models."):
+        return Activation("clamped", True, _CLAMPED[cls.__name__], float(module.alpha), float(module.limit))
+    if name and home == families.REGISTRY_MODULE:
+        return Activation(name, True)
+    own: Callable[[Tensor], Tensor] = module._apply_gate
+    return own
+
+
+def runs_fused(module: Any, expert_lora: Mapping[str, ExpertLora], hidden_states: Tensor, index: Tensor) -> bool:
+    """Whether this forward goes to the fused kernels.
+
+    Under torch.compile a forward without gradients does, as one operator; training keeps to torch's own operators
+    there, which inductor fuses in its way.
+    """
+    if not index.numel() or fused_reason(module, hidden_states.device):
+        return False
+    if not torch.compiler.is_compiling():
+        return True
+    factors = [factor for lora in expert_lora.values() for factor in (lora.A, lora.B)]
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, *factors))
+    return not trains and isinstance(_activation(module), Activation)
+
+
+def run_fused(
+    module: Any,
+    expert_lora: Mapping[str, ExpertLora],
+    up_weight: Tensor,
+    down_weight: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor | None:
+    """The layer's output from the fused kernels, or None where one of them does not compile for the device.
+
+    Args:
+        up_weight, down_weight: "E in out", checked against the factors.
+        hidden_states: "T H".
+        top_k_index, top_k_weights: "T k".
+    """
+    up_name = _up_name(module)
+    up, down = expert_lora.get(up_name), expert_lora.get("down_proj")
+    scalings = (up.scaling if up else 1.0, down.scaling if down else 1.0)
+    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up_name, "down_proj"))
+    base = (up_weight, up_bias, down_weight, down_bias)
+    loras = (up.A if up else None, up.B if up else None, down.A if down else None, down.B if down else None)
+    routed = (hidden_states, top_k_index, top_k_weights)
+    activation = _activation(module)
+    if torch.compiler.is_compiling() and isinstance(activation, Activation):
+        from .inference_op import experts_inference
+
+        out: Tensor = experts_inference(*routed, *base, *loras, *scalings, *activation)
+        return out
+    from .kernels.layer import Layer, Loras, Weights, fused_experts
+
+    try:
+        with backends.on_device(hidden_states.device):
+            return fused_experts(Layer(activation, *scalings), *routed, Weights(*base), Loras(*loras))
+    except backends.triton_errors() as error:
+        backends.give_up(hidden_states.device, error)
+        return None

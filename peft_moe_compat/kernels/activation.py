@@ -1,0 +1,226 @@
+"""Gate and activation, forward with h A^T on the way out, backward in place; formulas in float32."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..fused import Activation
+from .common import Config, Factor, dot_precision, factor_tile, for_rank, padded_rank, tile_rows
+from .launch import kernel
+from .routing import Route
+
+__all__ = ["activate", "activate_backward"]
+
+
+FORWARD = BACKWARD = Config(64, 8, 3)
+
+
+@triton.jit
+def _act(x, NAME: tl.constexpr):
+    """act(x) and act'(x).
+
+    Callers put a `tl.where` between this and a product: through plain elementwise code triton would move the product's
+    layout up to the loads, and compute everything once for the product and once more for the store.
+    """
+    if NAME == "silu":
+        s = tl.sigmoid(x)
+        return x * s, s * (1 + x * (1 - s))
+    if NAME == "gelu":
+        below = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        return x * below, below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    if NAME == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    if NAME == "relu":
+        return tl.maximum(x, 0.0), (x > 0).to(tl.float32)
+    kept = tl.maximum(x, 0.0)
+    return kept * kept, 2 * kept
+
+
+@triton.jit
+def _gate(g, u, alpha, limit, NAME: tl.constexpr):
+    """h, dh/dg and dh/du of a gated activation."""
+    if NAME == "clamped":
+        inside_g = (g <= limit).to(tl.float32)
+        inside_u = ((u >= -limit) & (u <= limit)).to(tl.float32)
+        g = tl.minimum(g, limit)
+        u = tl.minimum(tl.maximum(u, -limit), limit) + 1
+        s = tl.sigmoid(alpha * g)
+        return g * s * u, inside_g * u * s * (1 + alpha * g * (1 - s)), inside_u * g * s
+    a, slope = _act(g, NAME)
+    return a * u, slope * u, a
+
+
+@triton.jit
+def _load_up(
+    row, here, start, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """The gate's and the up projection's tile in float32; twice the same where there is no gate."""
+    i = start + tl.arange(0, WIDE)
+    mask = here[:, None] & (i[None, :] < I)
+    if INTERLEAVED:
+        j = 2 * start + tl.arange(0, 2 * WIDE)
+        both = tl.load(row + j[None, :], mask=here[:, None] & (j[None, :] < 2 * I), other=0.0)
+        g, u = tl.split(tl.reshape(both, [BLOCK, WIDE, 2]))
+    else:
+        g = tl.load(row + i[None, :], mask=mask, other=0.0)
+        if GATED:
+            u = tl.load(row + I + i[None, :], mask=mask, other=0.0)
+        else:
+            u = g
+    return g.to(tl.float32), u.to(tl.float32), i, mask
+
+
+@kernel()
+def _activate(
+    up, h, low, offs, tiles, I, alpha, limit,
+    factor, rank, stride_e, stride_r, stride_d, scaling,
+    R: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows: h from up, and low = h @ factor^T."""
+    expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK)
+    if expert < 0:
+        return
+    dtype = h.dtype.element_ty
+    up_row = up + s.to(tl.int64)[:, None] * (2 * I if GATED else I)
+    h_row = h + s.to(tl.int64)[:, None] * I
+    product = tl.zeros([BLOCK, max(R, 1)], tl.float32)
+    for start in range(0, I, BLOCK_I):
+        g, u, i, mask = _load_up(up_row, here, start, I, GATED, INTERLEAVED, BLOCK, BLOCK_I)
+        if GATED:
+            value, _, _ = _gate(g, u, alpha, limit, NAME)
+        else:
+            value, _ = _act(g, NAME)
+        value = tl.where(mask, value, 0.0).to(dtype)  # see `_act`
+        tl.store(h_row + i[None, :], value, mask=mask)
+        if R:
+            f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, i, I, R, dtype)
+            product = tl.dot(value, f.trans(), product, input_precision=PRECISION)
+    if R:
+        at = low + s.to(tl.int64)[:, None] * R + tl.arange(0, R)[None, :]
+        tl.store(at, product.to(dtype), mask=here[:, None])
+
+
+def activate(up: Tensor, activation: Activation, route: Route, factor: Factor | None) -> tuple[Tensor, Tensor | None]:
+    """The activation of every row, and its product with the expert's factor.
+
+    Args:
+        up: "S (2 I)", or "S I" where not gated.
+        factor: "E r I", lora_A of the down projection.
+
+    Returns:
+        h "S I" and h @ factor^T "S R" (None without a factor).
+    """
+    S, I = up.shape[0], up.shape[1] // (2 if activation.gated else 1)
+    h = up.new_empty(S, I)
+    R = padded_rank(factor.rank) if factor else 0
+    low = up.new_empty(S, R) if factor else None
+    tiles, config = route.small, for_rank(FORWARD, R)
+    _activate(
+        (tiles.limit, 1, 1), up, h, low if factor else h, route.offs, tiles.table, I,
+        activation.alpha, activation.limit,
+        *(factor.arguments() if factor else (h, 0, 0, 0, 0, 1.0)),
+        R=R, NAME=activation.name, GATED=activation.gated, INTERLEAVED=activation.interleaved,
+        BLOCK=tiles.block, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return h, low
+
+
+@kernel()
+def _backward(
+    up, dh, low, dweights, dots, weights, order, offs, tiles, I, alpha, limit,
+    factor, rank, stride_e, stride_r, stride_d, scaling,
+    R: tl.constexpr, DOTS: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows: up becomes its own gradient, dh (of an unweighted output) becomes weight * h."""
+    expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK)
+    if expert < 0:
+        return
+    dtype = up.dtype.element_ty
+    flat = tl.load(order + s, mask=here, other=0)
+    weight = tl.load(weights + flat, mask=here, other=0.0).to(tl.float32)
+    width = 2 * I if GATED else I
+    up_row, dh_row = up + s.to(tl.int64)[:, None] * width, dh + s.to(tl.int64)[:, None] * I
+    product = tl.zeros([BLOCK, max(R, 1)], tl.float32)
+    dot = tl.zeros([BLOCK], tl.float32)
+    if DOTS:
+        dot += tl.load(dots + s, mask=here, other=0.0)
+    for start in range(0, I, BLOCK_I):
+        g, u, i, mask = _load_up(up_row, here, start, I, GATED, INTERLEAVED, BLOCK, BLOCK_I)
+        gradient = tl.load(dh_row + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # a small tile is loaded by several warps: none may store before all have read
+        if GATED:
+            value, dg, du = _gate(g, u, alpha, limit, NAME)
+        else:
+            value, dg = _act(g, NAME)
+            du = dg
+        dot += tl.sum(value * gradient, 1)
+        gradient *= weight[:, None]
+        tl.store(dh_row + i[None, :], (value * weight[:, None]).to(dtype), mask=mask)
+        dg = tl.where(mask, dg * gradient, 0.0).to(dtype)  # see `_act`
+        at_g = 2 * i if INTERLEAVED else i
+        if R:
+            f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, at_g, width, R, dtype)
+            product = tl.dot(dg, f.trans(), product, input_precision=PRECISION)
+        if GATED:
+            du = tl.where(mask, du * gradient, 0.0).to(dtype)
+            at_u = 2 * i + 1 if INTERLEAVED else I + i
+            if R:
+                f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, at_u, width, R, dtype)
+                product = tl.dot(du, f.trans(), product, input_precision=PRECISION)
+            if INTERLEAVED:
+                j = 2 * start + tl.arange(0, 2 * BLOCK_I)
+                both = tl.reshape(tl.join(dg, du), [BLOCK, 2 * BLOCK_I])
+                tl.store(up_row + j[None, :], both, mask=here[:, None] & (j[None, :] < width))
+            else:
+                tl.store(up_row + i[None, :], dg, mask=mask)
+                tl.store(up_row + I + i[None, :], du, mask=mask)
+        else:
+            tl.store(up_row + i[None, :], dg, mask=mask)
+    if R:
+        at = low + s.to(tl.int64)[:, None] * R + tl.arange(0, R)[None, :]
+        tl.store(at, product.to(dtype), mask=here[:, None])
+    tl.store(dweights + flat, dot, mask=here)
+
+
+def activate_backward(
+    up: Tensor,
+    dh: Tensor,
+    activation: Activation,
+    route: Route,
+    weights: Tensor,
+    factor: Factor | None,
+    dots: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """The activation's backward, in place.
+
+    Args:
+        up: "S (2 I)", overwritten with the gradient of itself.
+        dh: "S I", the gradient of h for an output that is not weighted; overwritten with weight * h.
+        weights: "T k", the routing weights.
+        factor: "E r (2 I)", lora_B of the up projection, transposed.
+        dots: "S" float32, what the router's gradient has beside <h, dh>.
+
+    Returns:
+        d up @ factor^T "S R" (None without a factor), and the gradient of the routing weights, "T k" float32.
+    """
+    S, I = dh.shape
+    R = padded_rank(factor.rank) if factor else 0
+    low = up.new_empty(S, R) if factor else None
+    dweights = torch.zeros(weights.shape, dtype=torch.float32, device=up.device)  # zero where no expert here computes
+    tiles, config = route.small, for_rank(BACKWARD, R)
+    _backward(
+        (tiles.limit, 1, 1), up, dh, low if factor else up, dweights, dots if dots is not None else dweights, weights,
+        route.order, route.offs, tiles.table, I, activation.alpha, activation.limit,
+        *(factor.arguments() if factor else (up, 0, 0, 0, 0, 1.0)),
+        R=R, DOTS=dots is not None, NAME=activation.name, GATED=activation.gated, INTERLEAVED=activation.interleaved,
+        BLOCK=tiles.block, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return low, dweights

@@ -1,0 +1,104 @@
+"""What the kernels share: tiles, LoRA factors, sizes. Letters as in `layout`; R is the rank padded to 16, 32, ..."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "Config",
+    "Factor",
+    "cdiv",
+    "dot_precision",
+    "factor_tile",
+    "for_rank",
+    "next_power",
+    "padded_rank",
+    "tile_rows",
+]
+
+
+class Config(NamedTuple):
+    """How a kernel is launched, found by benchmarks/tune.py: columns a step, warps, and loads in flight.
+
+    Fixed rather than autotuned: nothing is compiled or timed when token counts vary from step to step.
+    """
+
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def for_rank(config: Config, R: int) -> Config:
+    """The configuration, or a narrow one where a large rank leaves few registers."""
+    return config if R <= 64 else Config(32, 8, 2)
+
+
+class Factor(NamedTuple):
+    """One LoRA factor as the kernels read it: any strides, any float dtype, the scaling applied on the way.
+
+    Attributes:
+        tensor: "E r d", a view of lora_A or of lora_B; d runs over features.
+        scaling: Multiplied in float32, before any rounding.
+    """
+
+    tensor: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.tensor.shape[1]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What a kernel takes after its own arguments: pointer, rank, strides, scaling."""
+        return (self.tensor, self.rank, *self.tensor.stride(), self.scaling)
+
+
+def cdiv(n: int, unit: int) -> int:
+    return -(-n // unit)
+
+
+def next_power(n: int, least: int = 1) -> int:
+    """The next power of two."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def padded_rank(rank: int) -> int:
+    """R: what the matrix units want of a contracted or a produced axis."""
+    return next_power(rank, 16)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """No tf32 where the caller asked for float32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def tile_rows(tiles, offs, tile, BLOCK: tl.constexpr):
+    """(expert, rows, which of them belong to it); expert -1 for a tile past the last one used."""
+    expert = tl.load(tiles + 2 * tile)
+    first = tl.load(tiles + 2 * tile + 1)
+    rows = first + tl.arange(0, BLOCK)
+    end = tl.load(offs + tl.maximum(expert, 0))
+    return expert, rows, rows < end
+
+
+@triton.jit
+def factor_tile(
+    factor, rank, stride_e, stride_r, stride_d, scaling, expert, d, D, R: tl.constexpr, dtype: tl.constexpr,
+    FIRST=0,
+):  # fmt: skip
+    """The "R d" tile of one expert's factor, scaled in float32, rounded to `dtype`, zero past the rank and past D."""
+    r = FIRST + tl.arange(0, R)
+    at = (
+        factor
+        + expert.to(tl.int64) * stride_e
+        + r[:, None].to(tl.int64) * stride_r
+        + d[None, :].to(tl.int64) * stride_d
+    )
+    tile = tl.load(at, mask=(r[:, None] < rank) & (d[None, :] < D), other=0.0)
+    return (tile.to(tl.float32) * scaling).to(dtype)

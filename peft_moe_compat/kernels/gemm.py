@@ -1,0 +1,170 @@
+"""The grouped product with everything that is added to it before the one rounding: y = x W + low @ factor + bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..grouped_mm import grouped_mm
+from .common import Config, Factor, cdiv, dot_precision, factor_tile, tile_rows
+from .launch import kernel
+from .routing import Route
+
+__all__ = ["grouped_linear"]
+
+PRODUCT, BLOCK_K, PER_SM, GROUP_TILES = Config(256, 8, 4), 64, 1, 8
+
+
+@kernel()
+def _add(
+    y, low, bias, offs, tiles, N, factor, rank, stride_e, stride_r, stride_d, scaling,
+    R: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of y += low @ factor + bias, in place, added in float32."""
+    expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK)
+    if expert < 0:
+        return
+    dtype = y.dtype.element_ty
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = here[:, None] & (n[None, :] < N)
+    at = y + s.to(tl.int64)[:, None] * N + n[None, :]
+    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # a small tile is loaded by several warps: none may store before all have read
+    STEP: tl.constexpr = 32 if R > 32 else R
+    for first in tl.static_range(0, R, STEP if R else 1):
+        part = low + s.to(tl.int64)[:, None] * R + first + tl.arange(0, STEP)[None, :]
+        u = tl.load(part, mask=here[:, None], other=0.0)
+        f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, STEP, dtype, first)
+        total = tl.dot(u, f, total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(at, total.to(dtype), mask=mask)
+
+
+@kernel("limit")
+def _product(
+    x, weight, y, low, bias, offs, tiles, limit, N, K,
+    factor, rank, stride_e, stride_r, stride_d, scaling,
+    R: tl.constexpr, BIAS: tl.constexpr, ALONG_K: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of y, several a program. `weight` is "(E N) K" where ALONG_K, else "(E K) N"; x and it by descriptor."""
+    dtype = y.dtype.element_ty
+    across = tl.cdiv(N, BLOCK_N)
+    count = tl.load(tiles + 2 * limit)
+    for i in range(tl.program_id(0), count * across, tl.num_programs(0)):
+        band = i // (GROUP * across)  # GROUP row tiles take turns over the columns, so that L2 serves both operands
+        height = tl.minimum(count - band * GROUP, GROUP)
+        inside = i - band * GROUP * across
+        tile = band * GROUP + inside % height
+        expert, first_s = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+        end, first_n = tl.load(offs + expert), (inside // height) * BLOCK_N
+        s, n = first_s + tl.arange(0, BLOCK), first_n + tl.arange(0, BLOCK_N)
+        here = s < end
+        low_row = low + s.to(tl.int64)[:, None] * R
+        if R and R <= EARLY:  # read before the loop, for use after it
+            u = tl.load(low_row + tl.arange(0, R)[None, :], mask=here[:, None], other=0.0)
+            f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, R, dtype)
+        total = tl.zeros([BLOCK, BLOCK_N], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            a = x.load([first_s, k])
+            if ALONG_K:
+                b = weight.load([expert * N + first_n, k]).T
+            else:
+                b = weight.load([expert * K + k, first_n])
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        if R and R <= EARLY:
+            total = tl.dot(u, f, total, input_precision=PRECISION)
+        if R > EARLY:
+            for first in tl.static_range(0, R, 32):
+                u = tl.load(low_row + first + tl.arange(0, 32)[None, :], mask=here[:, None], other=0.0)
+                f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, 32, dtype, first)
+                total = tl.dot(u, f, total, input_precision=PRECISION)
+        if BIAS:
+            total += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        at = y + s.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(at, total.to(dtype), mask=here[:, None] & (n[None, :] < N))
+
+
+def _low_rank(
+    y: Tensor, low: Tensor | None, factor: Factor | None, bias: Tensor | None
+) -> tuple[Tensor, Any, Any, int]:
+    """(low, bias, the factor's arguments, R) with stand-ins for what is not there."""
+    if low is None or factor is None:
+        return y, y if bias is None else bias, (y, 0, 0, 0, 0, 1.0), 0
+    return low, y if bias is None else bias, factor.arguments(), low.shape[1]
+
+
+def descriptor_fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the tiled product can read both: packed stacks on 16 bytes, and K in whole tiles."""
+    E, K, N = weight.shape
+    along_k = weight.stride(1) == 1
+    packed = weight.stride() == ((K * N, 1, K) if along_k else (K * N, N, 1))
+    unit = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == weight.data_ptr() % 16 == 0 and K % unit == N % unit == 0
+    return packed and aligned and K % BLOCK_K == 0 and E * max(K, N) < 2**31
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None = None
+) -> Tensor:
+    """y = x W + low @ factor + bias of each row's expert, rounded once where the tiled product runs.
+
+    Args:
+        x: "S in".
+        weight: "E in out", any strides; the dtype of the result.
+        low: "S R".
+        factor: "E r out".
+        bias: "E out".
+
+    Returns:
+        "S out"; rows past `offs[-1]` are undefined.
+    """
+    if TILED and route.large.block >= 64 and descriptor_fits(x, weight):
+        return _tiled(x, weight, route, low, factor, bias)
+    return _add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias)
+
+
+def _add_to(y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None) -> Tensor:
+    """y += low @ factor + bias in place."""
+    if low is not None or bias is not None:
+        u, b, arguments, R = _low_rank(y, low, factor, bias)
+        tiles, block = route.small, 128 if R <= 64 else 64
+        _add(
+            (tiles.limit, cdiv(y.shape[1], block), 1), y, u, b, route.offs, tiles.table, y.shape[1], *arguments,
+            R=R, BIAS=bias is not None, BLOCK=tiles.block, BLOCK_N=block, PRECISION=dot_precision(y.dtype), num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+TILED = True
+
+
+def _tiled(
+    x: Tensor, weight: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
+) -> Tensor:
+    (S, K), (E, _, N) = x.shape, weight.shape
+    y = x.new_empty(S, N, dtype=weight.dtype)
+    u, b, arguments, R = _low_rank(y, low, factor, bias)
+    tiles, along_k = route.large, weight.stride(1) == 1
+    (columns, num_warps, num_stages), depth = (PRODUCT, BLOCK_K) if x.element_size() == 2 else (Config(64, 4, 2), 32)
+    if along_k:
+        w = TensorDescriptor(weight, [E * N, K], [K, 1], [columns, depth])
+    else:
+        w = TensorDescriptor(weight, [E * K, N], [N, 1], [depth, columns])
+    grid = tiles.limit * cdiv(N, columns)
+    if PER_SM:
+        grid = min(grid, torch.cuda.get_device_properties(x.device).multi_processor_count * PER_SM if x.is_cuda else 4)
+    _product(
+        (grid, 1, 1),
+        TensorDescriptor(x, [S, K], [K, 1], [tiles.block, depth]), w, y, u, b, route.offs, tiles.table,
+        tiles.limit, N, K, *arguments,
+        R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=depth,
+        GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,88 @@
+"""Gradients of the LoRA factors: per expert, low^T @ rows, in the factor's own strides."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .common import Config, Factor, cdiv, dot_precision, for_rank
+from .factors import unpacked, wants_packing
+from .launch import kernel
+from .routing import Route
+
+__all__ = ["factor_gradient"]
+
+
+GRADIENT = Config(64, 4, 3)
+
+
+@kernel()
+def _factor_gradient(
+    low, rows, order, weights, offs, D, k,
+    grad, rank, stride_e, stride_r, stride_d, scaling,
+    R: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One expert and BLOCK_D features: the sum over the expert's rows, in their order."""
+    expert = tl.program_id(1)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    r = tl.arange(0, R)
+    begin = tl.load(offs + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offs + expert)
+    total = tl.zeros([R, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK):
+        s = start + tl.arange(0, BLOCK)
+        here = s < end
+        u = tl.load(low + s.to(tl.int64)[:, None] * R + r[None, :], mask=here[:, None], other=0.0)
+        row = s
+        if GATHER or WEIGHTED:
+            flat = tl.load(order + s, mask=here, other=0)
+            if WEIGHTED:
+                w = tl.load(weights + flat, mask=here, other=0.0).to(tl.float32)
+                u = (u.to(tl.float32) * w[:, None]).to(low.dtype.element_ty)
+            if GATHER:
+                row = flat // k
+        at = rows + row.to(tl.int64)[:, None] * D + d[None, :]
+        x = tl.load(at, mask=here[:, None] & (d[None, :] < D), other=0.0).to(low.dtype.element_ty)
+        total = tl.dot(u.trans(), x, total, input_precision=PRECISION)
+    at = grad + expert.to(tl.int64) * stride_e + r[:, None].to(tl.int64) * stride_r + d[None, :].to(tl.int64) * stride_d
+    tl.store(at, (total * scaling).to(grad.dtype.element_ty), mask=(r[:, None] < rank) & (d[None, :] < D))
+
+
+def factor_gradient(
+    low: Tensor | None,
+    rows: Tensor,
+    route: Route,
+    factor: Factor | None,
+    *,
+    gather_k: int | None = None,
+    weights: Tensor | None = None,
+) -> Tensor | None:
+    """scaling * sum over an expert's rows of low^T rows: "E r d", with the strides and dtype of the factor.
+
+    Args:
+        low: "S R".
+        rows: "S d" in the order of the experts, or, with `gather_k`, "T d".
+        factor: What the gradient is of, and the scaling to multiply by; None where nobody wants it.
+        gather_k: k, where each row is to be gathered from its token.
+        weights: "T k", multiplied to the rows of `low` where given.
+    """
+    if factor is None or low is None:
+        return None
+    D, R, E = rows.shape[1], low.shape[1], route.offs.shape[0]
+    apart = wants_packing(factor, low.shape[0])
+    if apart:
+        grad = factor.tensor.new_empty(E, D, factor.rank).transpose(1, 2)
+    else:
+        grad = torch.empty_like(factor.tensor)
+    config = for_rank(GRADIENT, R)
+    _factor_gradient(
+        (cdiv(D, config.columns), E, 1), low, rows.contiguous(), route.order,
+        weights if weights is not None else low, route.offs, D, gather_k or 1,
+        *factor._replace(tensor=grad).arguments(),
+        R=R, GATHER=gather_k is not None, WEIGHTED=weights is not None,
+        BLOCK=route.large.block, BLOCK_D=config.columns, PRECISION=dot_precision(low.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return unpacked(grad, factor.tensor) if apart else grad

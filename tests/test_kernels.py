@@ -1,0 +1,326 @@
+"""The fused kernels against a float64 loop: through triton's interpreter on CPU, and natively where there is a GPU.
+
+TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py      (tox -e kernels)
+python -m pytest tests/test_kernels.py -m gpu
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is on no CPU-only install but the tox environment `kernels`")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_experts import Experts, compare, loop
+from torch import nn
+
+import peft_moe_compat
+from peft_moe_compat import CompatWarning, ExpertLora, backends, fused
+from peft_moe_compat.experts import experts_forward
+from peft_moe_compat.kernels import gemm, layer
+from peft_moe_compat.kernels.common import Config, Factor
+from peft_moe_compat.kernels.factors import packed, unpacked
+from peft_moe_compat.kernels.routing import route
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+EXAMPLES = 12 if INTERPRETED else 24
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with peft_moe_compat.set_backend("triton"):
+        yield
+
+
+def clamped(module):
+    """The experts as gpt-oss has them, by class name and home, which is how the kernels know its gate."""
+
+    def _apply_gate(self, rows):
+        gate, up = rows[..., ::2], rows[..., 1::2]
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+    _apply_gate.__module__ = "transformers.models.gpt_oss.modeling_gpt_oss"
+    module.__class__ = type("GptOssExperts", (type(module),), {"_apply_gate": _apply_gate})
+    module.alpha, module.limit = 1.7, 1.2
+    return module
+
+
+def concatenated(module):
+    """The experts with transformers' default gate."""
+
+    def _apply_gate(self, rows):
+        gate, up = rows.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    _apply_gate.__module__ = fused.families.REGISTRY_MODULE
+    module.__class__ = type("Concatenated", (type(module),), {"_apply_gate": _apply_gate})
+    return module
+
+
+GATES = {"default": concatenated, "clamped": clamped, "own": lambda module: module, "none": lambda module: module}
+ACTIVATIONS = {
+    "silu": nn.SiLU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU(),
+}
+
+
+@st.composite
+def cases(draw, kinks=True):
+    """`kinks`: activations whose slope jumps, where a rounded argument may fall on the other side."""
+    E, k = draw(st.sampled_from([(1, 1), (3, 1), (5, 2), (8, 3)]))
+    T = draw(st.sampled_from([1, 3, 17, 70]))
+    kind = draw(st.sampled_from(["any", "one expert takes all", "sentinels"]))
+    high = E if kind == "sentinels" else E - 1
+    seed = draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, high + 1, (T, k), generator=generator)
+    if kind == "one expert takes all":
+        index[:] = draw(st.integers(0, E - 1))
+    ranks = draw(st.sampled_from([(4, 4), (3, 5), (16, None), (None, 9), (40, 17)]))
+    H, I = draw(st.sampled_from([(16, 8), (24, 40), (64, 64)]))
+    flags = {name: draw(st.booleans()) for name in ("transposed", "biased")}
+    gate = draw(st.sampled_from(sorted(set(GATES) - (set() if kinks else {"clamped"}))))
+    act = draw(st.sampled_from(sorted(set(ACTIVATIONS) - (set() if kinks else {"relu"}))))
+    return E, H, I, index, flags, gate, act, ranks, seed
+
+
+def build(case, dtype):
+    E, H, I, index, flags, gate, act, ranks, seed = case
+    torch.manual_seed(seed)
+    experts = GATES[gate](Experts(E, H, I, gated=gate != "none", dtype=dtype, **flags))
+    experts.act_fn = ACTIVATIONS[act]
+    for parameter in experts.parameters():
+        parameter.requires_grad_(False)
+    up = (1 if gate == "none" else 2) * I
+    loras = {}
+    for (name, out, into), r in zip(((experts.up_name, up, H), ("down_proj", H, I)), ranks, strict=True):
+        if r is not None:  # lora_B as PEFT packs it
+            A = (torch.randn(E, r, into) / into**0.5).requires_grad_()
+            B = (torch.randn(out, r, E) / r**0.5).permute(2, 0, 1).requires_grad_()
+            loras[name] = ExpertLora(A, B, 0.7)
+    hidden = torch.randn(index.shape[0], H).to(dtype).requires_grad_()
+    weights = torch.rand(index.shape).to(dtype).requires_grad_()
+    return experts, loras, hidden, index, weights
+
+
+def moved(experts, loras):
+    return experts.to(DEVICE), {n: ExpertLora(x.A.to(DEVICE), x.B.to(DEVICE), x.scaling) for n, x in loras.items()}
+
+
+def check(case, dtype, tolerance):
+    experts, loras, hidden, index, weights = build(case, dtype)
+    leaves = [hidden, weights, *(t for lora in loras.values() for t in (lora.A, lora.B))]
+    exact = loop(experts, loras, hidden, index, weights)
+    grad = torch.randn_like(exact)
+    if exact.requires_grad:
+        theirs = torch.autograd.grad(exact, leaves, grad)
+    else:  # no row is computed here
+        theirs = [torch.zeros_like(leaf) for leaf in leaves]
+
+    experts, there = moved(experts, loras)
+    arguments = hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
+    assert fused.runs_fused(experts, there, *arguments[:2])
+    ours = experts_forward(experts, there, *arguments)
+    compare(ours.cpu(), exact, tolerance)
+    assert ours.dtype == dtype
+    mine = torch.autograd.grad(ours, leaves, grad.to(dtype).to(DEVICE), retain_graph=True)
+    again = torch.autograd.grad(ours, leaves, grad.to(dtype).to(DEVICE))
+    for a, b, c in zip(mine, theirs, again, strict=True):
+        compare(a, b, 10 * tolerance)
+        compare(c, b, 10 * tolerance)
+    with torch.no_grad():
+        compare(experts_forward(experts, there, *arguments).cpu(), exact, tolerance)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(cases())
+def test_forward_and_gradients_equal_a_float64_loop(case):
+    check(case, torch.float32, 2e-5)
+
+
+@settings(max_examples=EXAMPLES // 2, deadline=None)
+@given(cases(kinks=False))
+def test_in_half_precision(case):
+    check(case, torch.float16, 1e-2)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="triton's interpreter keeps bfloat16 as integers and multiplies those")
+@settings(max_examples=EXAMPLES // 2, deadline=None)
+@given(cases(kinks=False))
+def test_in_bfloat16(case):
+    check(case, torch.bfloat16, 4e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ranks", [(4, 8), (70, 33)], ids=str)
+def test_the_tiled_product(monkeypatch, transposed, ranks):
+    """Its tiles are too large for the cases above, so here they are made small."""
+    if INTERPRETED:
+        monkeypatch.setattr(layer, "_tile_sizes", lambda S, E: (16, 64))
+        monkeypatch.setattr(gemm, "PRODUCT", Config(32, 4, 2))
+        monkeypatch.setattr(gemm, "BLOCK_K", 32)
+    torch.manual_seed(0)
+    index = torch.randint(0, 3, (75 if INTERPRETED else 400, 2))
+    flags = {"transposed": transposed, "biased": True}
+    check((3, 64, 128, index, flags, "default", "silu", ranks, 0), torch.float32, 2e-5)
+
+
+@pytest.mark.parametrize("E", [1, 5, 130])
+@pytest.mark.parametrize("S", [1, 63, 1000])
+def test_routing_is_a_stable_sort_with_tiles_that_never_cross_an_expert(E, S):
+    index = torch.randint(0, E + 1, (S, 1)).clamp(max=E)  # E itself is computed elsewhere
+    found = route(index.to(DEVICE), E, 16, 64)
+    flat = index.reshape(-1)
+    here = int((flat < E).sum())
+    expected = torch.sort(flat, stable=True).indices
+    assert torch.equal(found.order[:here].cpu().long(), expected[:here])
+    ends = torch.stack([(flat <= e).sum() for e in range(E)])
+    assert torch.equal(found.offs.cpu().long(), ends)
+    position = found.position[:S].cpu().long()
+    assert torch.equal(position >= 0, flat < E)
+    assert torch.equal(expected[position[position >= 0]], torch.arange(S)[flat < E])
+    for tiles in (found.small, found.large):
+        table = tiles.table[: 2 * tiles.limit].view(-1, 2).cpu().tolist()
+        wanted, start = [], 0
+        for expert, end in enumerate(ends.tolist()):
+            wanted += [[expert, row] for row in range(start, end, tiles.block)]
+            start = end
+        assert table[: len(wanted)] == wanted
+        assert all(expert == -1 for expert, _ in table[len(wanted) :])
+        assert int(tiles.table[2 * tiles.limit]) == len(wanted)
+
+
+def test_packing_and_back():
+    B = torch.randn(10, 3, 6, device=DEVICE).permute(2, 1, 0)  # "(d r) E", seen as "E r d"
+    apart = packed(Factor(B, 2.0), torch.float32, 100)
+    assert torch.equal(apart.tensor, 2.0 * B)
+    assert apart.scaling == 1.0
+    assert apart.tensor.stride() == (30, 1, 3)
+    back = unpacked(apart.tensor, B)
+    assert torch.equal(back, 2.0 * B)
+    assert back.stride() == B.stride()
+
+
+def test_what_the_backward_keeps():
+    """Token-level tensors, the up projection's output and the routing; no gathered rows and no activation."""
+    torch.manual_seed(0)
+    case = (
+        4,
+        48,
+        24,
+        torch.randint(0, 4, (40, 2)),
+        {"transposed": False, "biased": False},
+        "default",
+        "silu",
+        (4, 4),
+        0,
+    )
+    experts, loras, hidden, index, weights = build(case, torch.float32)
+    experts, loras = moved(experts, loras)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        experts_forward(experts, loras, hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE))
+    by_row = [tuple(t.shape) for t in kept if t.ndim == 2 and t.shape[0] == 80]
+    assert sorted(by_row) == [(80, 16), (80, 16), (80, 48)]
+
+
+@zoo.each(zoo.DECORATED)
+def test_every_experts_class_that_the_kernels_run(found):
+    """And that what they do not run goes to torch with a reason, without a word."""
+    experts = zoo.build(found, 16)
+    names = [f"experts.{n}" for n in peft_moe_compat.families.projections(experts)]
+    holder = zoo.wrap(experts, names).to(DEVICE)
+    index, weights = zoo.routing()
+    given = {"hidden_states": torch.randn(zoo.T, zoo.H), "top_k_index": index, "top_k_weights": weights}
+    given = {n: v.to(DEVICE) for n, v in given.items()}
+    reason = fused.fused_reason(experts, DEVICE)
+    assert reason in (None, "a norm follows the experts"), reason
+    ours = zoo.gradients(holder["experts"], given, {})
+    with peft_moe_compat.set_backend("torch"):
+        assert "set to 'torch'" in fused.fused_reason(experts, DEVICE)
+        zoo.assert_same(ours, zoo.gradients(holder["experts"], given, {}), 2e-5)
+
+
+def test_a_kernel_that_does_not_compile_is_given_up_once(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    case = (3, 16, 8, torch.randint(0, 3, (5, 2)), {"transposed": False, "biased": False}, "default", "silu", (4, 4), 0)
+    experts, loras, hidden, index, weights = build(case, torch.float32)
+    experts, loras = moved(experts, loras)
+    arguments = hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
+    expected = experts_forward(experts, loras, *arguments)
+
+    def fails(*_args, **_kwargs):
+        raise OutOfResources(2**20, 2**17, "shared memory")
+
+    monkeypatch.setattr(layer, "fused_experts", fails)
+    monkeypatch.setattr(backends, "_given_up", {})
+    with pytest.warns(CompatWarning, match="shared memory"):
+        found = experts_forward(experts, loras, *arguments)
+    compare(found.cpu(), expected.cpu(), 2e-5)
+    assert "a kernel failed" in fused.fused_reason(experts, hidden.to(DEVICE).device)
+    experts_forward(experts, loras, *arguments)  # no second warning: it would be an error
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_are_tried_once(monkeypatch, dtype):
+    tries = []
+    monkeypatch.setattr(backends, "_tried", set())
+    monkeypatch.setattr(backends, "_trial", lambda *key, trial=backends._trial: tries.append(trial(*key)) or tries[-1])
+    device = torch.zeros(0, device=DEVICE).device
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype):  # of no effect on the trial
+        assert backends.trial_reason(device, dtype) is None
+        assert backends.trial_reason(device, dtype) is None
+    assert len(tries) == 1
+    assert tries[0] < 0.015
+
+
+@pytest.mark.parametrize("wrong", [1.0, float("nan")])
+def test_kernels_that_give_other_numbers_are_given_up(monkeypatch, wrong):
+    monkeypatch.setattr(backends, "_tried", set())
+    monkeypatch.setattr(backends, "_given_up", {})
+    monkeypatch.setattr(backends, "_trial", lambda *_: wrong)
+    with pytest.warns(CompatWarning, match="are off by"):
+        assert "are off by" in backends.trial_reason(DEVICE, torch.float16)
+    assert "are off by" in backends.trial_reason(DEVICE, torch.float16)  # no second warning: it would be an error
+
+
+@pytest.mark.parametrize(("rows", "E"), [(6, 5), (40, 2), (300, 2)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
+def test_equal_inputs_give_equal_bits(dtype, biased, rows, E):
+    """Of tiles of all three sizes, and of a second backward; the kernels that work in place must not race."""
+    index = torch.randint(0, E, (rows // 2, 2), generator=torch.Generator().manual_seed(0))
+    flags = {"transposed": False, "biased": biased}
+    experts, loras, hidden, index, weights = build((E, 16, 8, index, flags, "default", "gelu_tanh", (4, 4), 0), dtype)
+    leaves = [hidden, weights, *(t for lora in loras.values() for t in (lora.A, lora.B))]
+    experts, loras = moved(experts, loras)
+    first = None
+    for _ in range(1 if INTERPRETED else 20):
+        out = experts_forward(experts, loras, hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE))
+        once = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+        found = [out.detach(), *once]
+        first = first or found
+        for again in (found, [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]):
+            for a, b in zip(first, again, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_auto_takes_the_kernels_in_half_precision():
+    with peft_moe_compat.set_backend("auto"):
+        for dtype, reason in ((torch.float16, None), (torch.float32, "no faster")):
+            experts = Experts(3, 16, 8, gated=True, transposed=False, biased=False, dtype=dtype)
+            found = fused.fused_reason(experts.requires_grad_(False).to(DEVICE), DEVICE)
+            assert found is None if reason is None else reason in found
+        assert backends.fastest(DEVICE) == "triton"
