@@ -16,6 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
+import test_models
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -250,6 +251,18 @@ def test_every_experts_class_that_the_kernels_run(found):
     with peft_moe_compat.set_backend("torch"):
         assert "set to 'torch'" in fused.fused_reason(experts, DEVICE)
         zoo.assert_same(ours, zoo.gradients(holder["experts"], given, {}), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
+@zoo.each(test_models.LOW)
+def test_as_near_to_float64_as_stock(found, dtype, stock, monkeypatch):
+    """Of the output, and of what the adapter adds to it."""
+    ran = []
+    monkeypatch.setattr(layer, "fused_experts", lambda *a, run=layer.fused_experts: ran.append(1) or run(*a))
+    (output, effect), (stock_output, stock_effect) = test_models.low_precision(dtype, 1e-2, found, stock, device=DEVICE)
+    assert ran
+    assert output <= 1.05 * stock_output
+    assert effect <= 1.05 * stock_effect
 
 
 def test_a_kernel_that_does_not_compile_is_given_up_once(monkeypatch):

@@ -237,7 +237,7 @@ def test_autocast_gives_stocks_numbers(stock):
     zoo.assert_same(run(), stock(run), 2e-2)
 
 
-def low_precision(dtype, lora_std, found, stock, projections=slice(None)):
+def low_precision(dtype, lora_std, found, stock, projections=slice(None), device="cpu"):
     """(output error, effect error) against float64, ours and stock: norms relative to the exact ones."""
     E, T, H, I, r = 8, 256, 256, 128, 16
     experts = resized(found, E, H, I).to(dtype)
@@ -249,7 +249,8 @@ def low_precision(dtype, lora_std, found, stock, projections=slice(None)):
             nn.init.normal_(parameter, std=lora_std if "lora_B" in name else H**-0.5)
     index, weights = zoo.routing(E, T, 2)
     given = {"hidden_states": torch.randn(T, H), "top_k_index": index, "top_k_weights": weights}
-    given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in given.items()}
+    given = {n: (v.to(dtype) if v.is_floating_point() else v).to(device) for n, v in given.items()}
+    holder.to(device)
 
     def run(module, values):
         return module(*values.values()).detach().double()
