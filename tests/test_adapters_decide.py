@@ -56,6 +56,13 @@ def test_what_the_caller_says_wins_over_the_version_in_the_file(tmp_path):
     assert inspect_adapter(source, model=model, written_by="peft==0.18.1").orientation.value == "reversed"
 
 
+def test_naming_the_release_settles_a_square_file_of_unsloth_too(tmp_path):
+    source, model = square_down(tmp_path, peft_version="0.19.0", lora_B_layout="grouped_by_expert")
+    assert inspect_adapter(source, model=model).orientation.value is None
+    found = inspect_adapter(source, model=model, written_by="peft==0.19.0")
+    assert (found.orientation.value, found.packing.value) == ("reversed", "grouped")
+
+
 def test_the_flag_for_gpt_oss_names_transformers_and_what_it_cannot_know(tmp_path):
     source, model = square_down(tmp_path, GPT_OSS, peft_version="0.21.2")
     settle = inspect_adapter(source, model=model).orientation.settle

@@ -145,8 +145,7 @@ def _orientation(
         flag = "--written-by peft==VERSION" if model else "--model BASE, or --written-by peft==VERSION, or both"
         return Conclusion(None, "none", (both, "no PEFT release is known to have written the file"), flag)
     # A caller who names the release means what it writes on its own.
-    by_caller = writer.conclusion.evidence == (SAID_BY_CALLER,)
-    stated = _orientations_of(writer, model, patched=not by_caller)
+    stated = _orientations_of(writer, model, patched=not writer.by_caller)
     name = writer.conclusion.value
     if len(stated) == 1:
         (value,) = stated

@@ -62,6 +62,7 @@ class Writer:
         packings: What the writer says or implies of lora_B's packing: parameter -> packing, under None for all others.
         packing_evidence: Why.
         marked: Whether that comes from a marker made for this purpose.
+        by_caller: Whether the caller named the release.
     """
 
     conclusion: Conclusion
@@ -70,6 +71,7 @@ class Writer:
     packings: Mapping[str | None, str] = field(default_factory=dict)
     packing_evidence: str = ""
     marked: bool = False
+    by_caller: bool = False
 
 
 def find_writer(source: AdapterSource, stamp: Stamp | None, written_by: str | None, model: BaseModel | None) -> Writer:
@@ -87,14 +89,15 @@ def find_writer(source: AdapterSource, stamp: Stamp | None, written_by: str | No
         return _automodel(source.side_files[AUTOMODEL_FILE])
     unsloth = _unsloth(source.config, model)
     peft, transformers, conclusion = _release(source.config, written_by)
+    by_caller = written_by is not None
     if unsloth is not None:
         name = f"Unsloth, {conclusion.value}" if conclusion.value else "Unsloth"
         named = Conclusion(name, "stated", (*conclusion.evidence, unsloth.evidence))
-        return Writer(named, peft, transformers, unsloth.packings, unsloth.evidence, unsloth.marked)
+        return Writer(named, peft, transformers, unsloth.packings, unsloth.evidence, unsloth.marked, by_caller)
     if peft is None:
         return Writer(conclusion)
     text = f"PEFT {peft} packs lora_B's columns as '(r E)', as every release does"
-    return Writer(conclusion, peft, transformers, {None: "rank_major"}, text)
+    return Writer(conclusion, peft, transformers, {None: "rank_major"}, text, by_caller=by_caller)
 
 
 def _release(config: Mapping[str, Any], written_by: str | None) -> tuple[str | None, str | None, Conclusion]:
