@@ -101,7 +101,7 @@ def experts_forward(
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
     up_weight = _weight(module, up_name, hidden_states.shape[1], up_lora)
     intermediate = up_weight.shape[2] // (2 if up_name == "gate_up_proj" else 1)
-    if runs_fused(module, expert_lora, hidden_states, top_k_index):
+    if runs_fused(module, hidden_states, top_k_index):
         down_weight = _weight(module, "down_proj", intermediate, down_lora)
         fused = run_fused(module, expert_lora, up_weight, down_weight, hidden_states, top_k_index, top_k_weights)
         if fused is not None:

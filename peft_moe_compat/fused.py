@@ -107,19 +107,11 @@ def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
     return own
 
 
-def runs_fused(module: Any, expert_lora: Mapping[str, ExpertLora], hidden_states: Tensor, index: Tensor) -> bool:
-    """Whether this forward goes to the fused kernels.
-
-    Under torch.compile a forward without gradients does, as one operator; training keeps to torch's own operators
-    there, which inductor fuses in its way.
-    """
+def runs_fused(module: Any, hidden_states: Tensor, index: Tensor) -> bool:
+    """Whether this forward goes to the fused kernels. Under torch.compile a gate they do not know goes to torch."""
     if not index.numel() or fused_reason(module, hidden_states.device):
         return False
-    if not torch.compiler.is_compiling():
-        return True
-    factors = [factor for lora in expert_lora.values() for factor in (lora.A, lora.B)]
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, *factors))
-    return not trains and isinstance(_activation(module), Activation)
+    return not torch.compiler.is_compiling() or isinstance(_activation(module), Activation)
 
 
 def run_fused(
@@ -147,10 +139,12 @@ def run_fused(
     routed = (hidden_states, top_k_index, top_k_weights)
     activation = _activation(module)
     if torch.compiler.is_compiling() and isinstance(activation, Activation):
-        from .inference_op import experts_inference
+        from .operators import experts
 
-        out: Tensor = experts_inference(*routed, *base, *loras, *scalings, *activation)
-        return out
+        trains = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *loras)
+        )
+        return experts(trains, *routed, *base, *loras, *scalings, *activation)
     from .kernels.layer import Layer, Loras, Weights, fused_experts
 
     try:

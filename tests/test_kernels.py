@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_experts import Experts, compare, loop
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import peft_moe_compat
 from peft_moe_compat import CompatWarning, ExpertLora, backends, fused
@@ -131,7 +132,7 @@ def check(case, dtype, tolerance):
 
     experts, there = moved(experts, loras)
     arguments = hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
-    assert fused.runs_fused(experts, there, *arguments[:2])
+    assert fused.runs_fused(experts, *arguments[:2])
     ours = experts_forward(experts, there, *arguments)
     compare(ours.cpu(), exact, tolerance)
     assert ours.dtype == dtype
@@ -211,6 +212,47 @@ def test_packing_and_back():
     back = unpacked(apart.tensor, B)
     assert torch.equal(back, 2.0 * B)
     assert back.stride() == B.stride()
+
+
+@pytest.mark.parametrize("ranks", [(4, 5), (None, 4)], ids=str)
+def test_one_graph_trains_as_eager_does(ranks):
+    """With other numbers of tokens from step to step, and without keeping a row that was gathered."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    flags = {"transposed": False, "biased": True}
+    kept, frames = [], 0
+
+    def forward(hidden, index, weights):
+        return experts_forward(experts, loras, hidden, index, weights)
+
+    def backend(graph, inputs):
+        nonlocal frames
+        frames += 1
+        return graph
+
+    compiled = torch.compile(forward, backend=aot_autograd(fw_compiler=backend), fullgraph=True, dynamic=True)
+    case = 4, 48, 16, torch.randint(0, 5, (40, 2)), flags, "default", "silu", ranks, 0
+    experts, loras, *_ = build(case, torch.float32)
+    experts, loras = moved(experts, loras)
+    loras = {n: ExpertLora(x.A.detach().requires_grad_(), x.B.detach().requires_grad_(), 0.7) for n, x in loras.items()}
+    for T in (40, 17, 64):
+        hidden = torch.randn(T, 48, device=DEVICE, requires_grad=True)
+        weights = torch.rand(T, 2, device=DEVICE, requires_grad=True)
+        index = torch.randint(0, 5, (T, 2), device=DEVICE)
+        leaves = [hidden, weights, *(t for lora in loras.values() for t in (lora.A, lora.B))]
+        expected = forward(hidden, index, weights)
+        gradient = torch.randn_like(expected)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            found = compiled(hidden, index, weights)
+        compare(found, expected, 1e-6)
+        mine, theirs = (torch.autograd.grad(out, leaves, gradient) for out in (found, expected))
+        for a, b in zip(mine, theirs, strict=True):
+            compare(a, b, 1e-6)
+        assert (2 * T, 32) in {t.shape for t in kept}
+        assert (2 * T, 48) not in {t.shape for t in kept}
+    assert frames == 2  # forward and backward, once for all three
+    torch._dynamo.reset()
 
 
 def test_what_the_backward_keeps():
