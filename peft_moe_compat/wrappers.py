@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import families, layout
-from .errors import LayoutError, UnsupportedPeftError
+from .errors import LayoutError, PeftMoeCompatError, UnsupportedPeftError
 from .layout import ExpertLora
 from .releases import LayoutRule, parse_version, release_for, verified_rule
 
@@ -105,11 +105,25 @@ def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> ExpertLo
 
     Raises:
         LayoutError: See `read_adapter`.
+        PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
     """
     names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if not names:
         return None
+    for name in names:
+        for factor, linear in (("lora_A", wrapper.lora_A[name]), ("lora_B", wrapper.lora_B[name])):
+            if _is_dtensor(linear.weight):
+                raise PeftMoeCompatError(
+                    f"{factor} of {wrapper.parameter_name!r}, adapter {name!r}, is a DTensor in the forward: it is read "
+                    "without calling the module that holds it, so its own fully_shard never gathers it. Give "
+                    "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
+                )
     return layout.concat([read_adapter(wrapper, name, is_transposed, rule) for name in names])
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has made one before it is imported
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None) -> dict[str, ExpertLora]:
