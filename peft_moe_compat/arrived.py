@@ -17,7 +17,7 @@ from .adapters.source import AdapterSource
 from .errors import LayoutError
 from .layout import ExpertLora
 from .live import UnderstoodFile, chains, counterparts, facts_of, known_of_this_pair
-from .wrappers import installed_rule, read_adapter
+from .wrappers import installed_rule, is_dtensor, read_adapter
 
 __all__ = ["check_fused", "check_per_expert"]
 
@@ -35,8 +35,8 @@ def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
     held = _held(chains(model).get(file.paths[module.path], []), adapter_name)
     for part in fused_parts(file.source, module, file.decision.readings[module.path], file.decision.packing_of):
         lora = held.get(part.name)
-        if lora is not None and (lora.A.is_meta or 0 in (lora.A.numel(), lora.B.numel())):
-            continue  # offloaded, or partitioned over processes
+        if lora is not None and _elsewhere(lora):
+            continue
         with file.source.tensors.reading(part.reads) as tensors:
             expected = _applied(replace(part.load(tensors), scaling=1.0))
         found = torch.zeros_like(expected) if lora is None else _applied(replace(lora, scaling=1.0))
@@ -68,6 +68,8 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
                 continue
             rows = [_rows(source, parts.get(branch), (E, fan_out // len(branches))) for branch in branches]
             expected = torch.stack(rows, dim=2).flatten(1) if facts.interleaved else torch.cat(rows, dim=1)
+            if parameter in held and _elsewhere(held[parameter]):
+                continue
             found = _applied(held[parameter]) if parameter in held else torch.zeros_like(expected)
             distance = _distance(found, expected)
             if distance > _TOLERANCE:
@@ -87,6 +89,11 @@ def _held(chain: list[Any], adapter_name: str) -> dict[str, ExpertLora]:
         for w in chain
         if adapter_name in w.lora_A
     }
+
+
+def _elsewhere(lora: ExpertLora) -> bool:
+    """Whether the values are not to be had in this process alone: offloaded, or partitioned or sharded over several."""
+    return any(t.is_meta or t.numel() == 0 or is_dtensor(t) for t in (lora.A, lora.B))
 
 
 def _rows(source: AdapterSource, part: Part | None, shape: tuple[int, int]) -> Tensor:

@@ -112,16 +112,17 @@ def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> ExpertLo
         return None
     for name in names:
         for factor, linear in (("lora_A", wrapper.lora_A[name]), ("lora_B", wrapper.lora_B[name])):
-            if _is_dtensor(linear.weight):
+            if is_dtensor(linear.weight):
                 raise PeftMoeCompatError(
-                    f"{factor} of {wrapper.parameter_name!r}, adapter {name!r}, is a DTensor in the forward: it is read "
-                    "without calling the module that holds it, so its own fully_shard never gathers it. Give "
+                    f"{factor} of {wrapper.parameter_name!r}, adapter {name!r}, is a DTensor in the forward: it is "
+                    "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
                     "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
                 )
     return layout.concat([read_adapter(wrapper, name, is_transposed, rule) for name in names])
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded or replicated over the processes of a mesh."""
     module = sys.modules.get("torch.distributed.tensor")  # nobody has made one before it is imported
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import peft_moe_compat
+from peft_moe_compat.errors import PeftMoeCompatError
 
 from . import models
 from .ranks import run
@@ -197,3 +201,178 @@ def test_training_on_two_ranks(on_two, single, arrangement, family):
 @pytest.mark.parametrize("arrangement", FEW)
 def test_training_on_one_and_four_ranks(on_others, single, arrangement, family):
     _check(on_others[family, arrangement], single[family], family, 1)
+
+
+def _others(folder: str) -> dict[str, Any]:
+    """On every rank: low precision, files, refusals, and accelerate."""
+    calls, found = models.Calls(), {}
+    for family in models.FAMILIES:
+        model = models.lora_model(family)
+        _shard(model, **_bfloat16(units="experts"))
+        found["bfloat16", family] = models.train(model, models.batches(1)), calls.taken()
+        found["files", family] = _files(family, Path(folder, family))
+    found["refused"] = _refusal(_sharded_by("lora"))
+    found["unsharded factors"] = _save_without_gathering(Path(folder, "ungathered"))
+    for name, options in ACCELERATE.items():
+        calls.taken()
+        found["accelerate", name] = _accelerate(Path(folder, name), **options), calls.taken()
+    return found
+
+
+def _sharded_by(units: str) -> Any:
+    model = models.lora_model("qwen3_moe")
+    _shard(model, units=units)
+    return model
+
+
+def _gathered(model: Any) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _files(family: str, folder: Path) -> dict[str, Any]:
+    """An adapter saved by a sharded model; loaded and then sharded; and loaded over a sharded one."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    model = _sharded(family, "checkpoint-wrapper-experts-apart")
+    state_dict = _gathered(model)
+    by_peft = get_peft_model_state_dict(model, state_dict=state_dict) if state_dict else {}
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state_dict)
+    dist.barrier()
+    loaded = PeftModel.from_pretrained(models.base_model(family), folder, is_trainable=True)
+    _shard(loaded, units="experts")
+    over = models.lora_model(family)
+    for parameter in _lora(over):
+        nn.init.zeros_(parameter)
+    _shard(over, units="experts")
+    over.load_adapter(folder, "default", is_trainable=True)
+    return {
+        "by PEFT": by_peft,
+        "loaded": models.train(loaded, models.batches()),
+        "loaded over": models.train(over, models.batches()),
+    }
+
+
+def _refusal(model: Any) -> str:
+    with pytest.raises(PeftMoeCompatError) as error:
+        model(input_ids=models.batches()[0])
+    return str(error.value)
+
+
+def _save_without_gathering(folder: Path) -> str:
+    with pytest.raises(RuntimeError) as error:
+        _sharded("qwen3_moe", "layers").save_pretrained(folder / str(dist.get_rank()))
+    return str(error.value)
+
+
+ACCELERATE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "activation-checkpointing": {"activation_checkpointing": True},
+    "ram-efficient": {"cpu_ram_efficient_loading": True},
+}
+
+
+def _accelerate(folder: Path, **options: Any) -> dict[str, Any]:
+    """accelerate turns FSDP on for accelerators alone; on the CPU this says it for it."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # asked for, not used: the group is there already
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    found_type = accelerator.distributed_type
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = models.lora_model("qwen3_moe")
+    optimizer = torch.optim.SGD(list(_lora(model)), lr=0.3)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    tensors = models.train(model, models.batches(), optimizer=optimizer, backward=accelerator.backward)
+    state_dict = {name: models.full(tensor) for name, tensor in accelerator.get_state_dict(model).items()}
+    if accelerator.is_main_process:
+        model.save_pretrained(folder, state_dict=state_dict)
+    layer = type(models.decoder_layers(model)[0]).__name__
+    return {"type": str(found_type), "tensors": tensors, "layer": layer, "report": _facts(model)}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return folder, run(2, _others, str(folder))[0]
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
+
+
+def _bfloat16_gradients(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of one process whose parameters are rounded for the forward, as MixedPrecisionPolicy does it."""
+    model, ids = models.lora_model(family), models.batches(1)[0]
+    rounded = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+    torch.func.functional_call(model, rounded, kwargs={"input_ids": ids, "labels": ids}).loss.backward()
+    return {f"0.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    flat = [torch.cat([t[name].double().flatten() for name in expected]) for t in (found, expected)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_mixed_precision(others, stock, family):
+    """As far from float32 as stock PEFT in bfloat16 in one process is, and much nearer to our own."""
+    tensors, calls = others[1]["bfloat16", family]
+    exact = stock(_bfloat16_gradients, family, torch.float32)
+    assert calls == models.LAYERS
+    assert all(tensors[name].dtype == torch.float32 for name in exact)
+    assert _relative(tensors, exact) <= 1.05 * _relative(stock(_bfloat16_gradients, family, torch.bfloat16), exact)
+    ours = _bfloat16_gradients(family, torch.bfloat16)
+    assert 0 < _relative(tensors, ours) <= 0.3 * _relative(ours, exact)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_saved_file_is_that_of_one_process(others, tmp_path, family):
+    folder, found = others
+    models.lora_model(family).save_pretrained(tmp_path)
+    (expected, stamp), (written, metadata) = _read(tmp_path), _read(folder / family)
+    assert metadata == stamp
+    assert "peft_moe_compat" in stamp
+    for tensors in (written, found["files", family]["by PEFT"]):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    one, other = ((f / "adapter_config.json").read_text() for f in (tmp_path, folder / family))
+    assert one == other
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("how", ["loaded", "loaded over"])
+def test_loaded_adapter_trains_as_in_one_process(others, single, how, family):
+    zoo.assert_same(others[1]["files", family][how], single[family], TOLERANCE)
+
+
+def test_a_factor_sharded_by_itself_is_refused(others):
+    assert "Give fully_shard the wrapped experts module or its decoder layer" in others[1]["refused"]
+
+
+def test_saving_without_gathering_fails_in_safetensors(others):
+    """Upstream (safetensors with torch 2.13): PEFT's save_pretrained gathers nothing. A gathered state_dict goes in."""
+    assert "invalid python storage" in others[1]["unsharded factors"]
+
+
+@pytest.mark.parametrize("options", ACCELERATE)
+def test_accelerate(others, single, tmp_path, options):
+    folder, everything = others
+    found, calls = everything["accelerate", options]
+    assert found["type"] == "DistributedType.MULTI_CPU"
+    assert found["layer"].startswith("FSDP")
+    _check(found | {"calls": calls}, single["qwen3_moe"], "qwen3_moe", 2 if options.startswith("activation") else 1)
+    written, metadata = _read(folder / options)
+    models.lora_model("qwen3_moe").save_pretrained(tmp_path)
+    expected, stamp = _read(tmp_path)
+    assert metadata == stamp
+    assert written.keys() == expected.keys()
+    trained = {n.replace(".default", "").removeprefix("after."): t for n, t in single["qwen3_moe"].items()}
+    zoo.assert_same(written, {name: trained[name] for name in written}, TOLERANCE)
