@@ -69,8 +69,8 @@ def _train(folder: str, family: str, kill: bool = False) -> None:
 
 
 def _command(folder: Path, family: str, processes: int) -> subprocess.CompletedProcess[str]:
-    """The script with a killed worker; of several, torchrun starts them all again."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=1"]
+    """The script in processes of its own; the first time one of them is killed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0"]
     tests = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(
@@ -100,8 +100,13 @@ def test_resumes_after_a_kill(tmp_path, family, processes):
         assert sorted(p.name for p in broken.iterdir()) == ["checkpoint-2", "checkpoint-4"]
         _train(str(broken), family)
     else:
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        # Started anew by hand: torchrun's own restart leaves the dead group's addresses in the store, where gloo 2.13
+        # finds them ("connectFullMesh failed").
+        assert ended.returncode == 1, ended.stderr[-3000:]
         assert "exitcode: -9" in ended.stderr
+        assert not (broken / "found.json").exists()
+        ended = _command(broken, family, processes)
+        assert ended.returncode == 0, ended.stderr[-3000:]
 
     found, expected = (json.loads((f / "found.json").read_text(encoding="utf-8")) for f in (broken, whole))
     first = KILLED_AFTER // SAVED_EVERY * SAVED_EVERY
