@@ -29,6 +29,7 @@ from .arrived import check_fused, check_per_expert
 from .errors import AdapterError
 from .live import UnderstoodFile, convert, differences, facts_of, live_wrappers, stamp_of
 from .understand import understand, written_by
+from .wrappers import is_param_wrapper
 
 __all__ = ["Replacement", "facts_of", "replacements", "stamp_of", "written_by"]
 
@@ -247,6 +248,12 @@ def _safe_save_file(stock: Any) -> Any:
     def safe_save_file(tensors: Any, filename: Any, metadata: Any = None) -> Any:
         model = _saving.get()
         if model is not None and Path(filename).name.startswith("adapter_model"):
+            if not tensors and any(map(is_param_wrapper, model.modules())):
+                raise AdapterError(
+                    f"PEFT found none of the model's LoRA to save in {filename}, by the names it expects: torch's "
+                    "checkpoint_wrapper (accelerate's FSDP activation_checkpointing too) gives modules other names. "
+                    "Use model.gradient_checkpointing_enable() instead, which does not."
+                )
             stamp = stamp_of(model, tensors)
             if stamp is not None:
                 metadata = {**(metadata or {}), **stamp.to_metadata()}
