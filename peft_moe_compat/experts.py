@@ -14,18 +14,18 @@ from torch import Tensor
 from . import families
 from .errors import LayoutError
 from .fused import run_fused, runs_fused
-from .grouped_mm import alignment, grouped_mm
+from .grouped_mm import Gather, alignment, grouped_mm
 from .layout import ExpertLora
 
 __all__ = ["experts_forward"]
 
 
-def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor) -> Tensor:
+def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor, gather: Gather | None) -> Tensor:
     """scaling * (x A^T) B^T of each row's own expert: "S in" -> "S out", computed in `dtype`."""
     A, B = lora.A, lora.B * lora.scaling  # scaled before any rounding to `dtype`
     if pad := -lora.rank % alignment(dtype):
         A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
-    low_rank = grouped_mm(x, A.to(dtype).transpose(1, 2), offs)
+    low_rank = grouped_mm(x, A.to(dtype).transpose(1, 2), offs, gather)
     return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
 
 
@@ -54,16 +54,18 @@ def _project(
     offs: Tensor,
     expert_ids: Tensor,
     widen: bool,
+    gather: Gather | None = None,
 ) -> Tensor:
     """One projection of every routed row, LoRA and bias included: "S in" -> "S out".
 
-    With `widen` the sum of base and LoRA is kept in float32 where the weight is of lower precision.
+    With `widen` the sum of base and LoRA is kept in float32 where the weight is of lower precision. With `gather`, x is
+    "T in", and its rows are taken from it.
     """
-    y = grouped_mm(x, weight, offs)
+    y = grouped_mm(x, weight, offs, gather)
     if lora is not None:
         if widen and y.dtype.itemsize < 4:
             y = y.float()
-        y += _lora_term(x, lora, weight.dtype, offs)
+        y += _lora_term(x, lora, weight.dtype, offs, gather)
     if bias is not None:
         y += bias[expert_ids]
     return y
@@ -115,10 +117,14 @@ def experts_forward(
     expert_ids = expert_ids.clamp(max=E - 1)
     row_weights = top_k_weights.reshape(-1)[order].unsqueeze(-1)
 
-    x = _without(hidden_states[order // k], elsewhere)  # its backward keeps undefined gradients out of hidden_states
+    if torch.compiler.is_compiling():
+        x, gather = hidden_states, Gather(order, k)  # in the product, or the graph keeps the rows for its backward
+    else:
+        # Its backward keeps undefined gradients out of hidden_states.
+        x, gather = _without(hidden_states[order // k], elsewhere), None
     # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
     # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
-    up = _without(_project(x, up_weight, up_bias, up_lora, offs, expert_ids, widen=True), elsewhere)
+    up = _without(_project(x, up_weight, up_bias, up_lora, offs, expert_ids, True, gather), elsewhere)
     h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
     down_weight = _weight(module, "down_proj", h.shape[1], down_lora)
     down = _without(_project(h, down_weight, down_bias, down_lora, offs, expert_ids, widen=False), elsewhere)

@@ -8,14 +8,14 @@ gradient of x, is undefined, and callers mask them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import chosen
 
-__all__ = ["alignment", "backend_for", "device_backend", "grouped_mm"]
+__all__ = ["Gather", "alignment", "backend_for", "device_backend", "grouped_mm"]
 
 _ALIGNMENT_BYTES = 16
 # Public, and promised for more than bfloat16, from torch 2.10 on.
@@ -131,16 +131,89 @@ class _GroupedMM(torch.autograd.Function):
         return dx, dw, None
 
 
-def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+class Gather(NamedTuple):
+    """Which token each routed row comes from.
+
+    Attributes:
+        order: "S", the place in the flat "(T k)" of the row at each sorted place; a permutation.
+        k: Rows of a token, one behind the other before they were sorted.
+    """
+
+    order: Tensor
+    k: int
+
+
+# The gather is inside the operator: outside it, the partitioner of AOT autograd keeps the gathered rows, k times the
+# hidden states, from forward to backward. An autograd function that gathers again does not help, the two are merged.
+@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm", mutates_args=())
+def _gathered_multiply_op(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
+    return _multiply(x[order // k], weight, offs)
+
+
+@_gathered_multiply_op.register_fake
+def _(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(order.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm_gradient", mutates_args=())
+def _gathered_gradient_op(dy: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
+    rows = _multiply(dy, weight.transpose(1, 2), offs)
+    here = torch.arange(order.shape[0], device=order.device) < offs[-1]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    return rows.where(here.unsqueeze(1), 0.0)[back].view(-1, k, rows.shape[1]).sum(1)
+
+
+@_gathered_gradient_op.register_fake
+def _(dy: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
+    return dy.new_empty(order.shape[0] // k, weight.shape[1])
+
+
+@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm_weight_gradient", mutates_args=())
+def _gathered_weight_gradient_op(x: Tensor, order: Tensor, k: int, dy: Tensor, offs: Tensor) -> Tensor:
+    return _weight_gradient(x[order // k], dy, offs)
+
+
+@_gathered_weight_gradient_op.register_fake
+def _(x: Tensor, order: Tensor, k: int, dy: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(offs.shape[0], x.shape[1], dy.shape[1])
+
+
+class _GatheredGroupedMM(torch.autograd.Function):
+    """For compiled graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
+        needs_x, _, _, needs_weight = ctx.needs_input_grad[:4]
+        ctx.k = k
+        ctx.save_for_backward(x if needs_weight else None, order, weight if needs_x else None, offs)
+        return _gathered_multiply_op(x, order, k, weight, offs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        x, order, weight, offs = ctx.saved_tensors
+        dx = None if weight is None else _gathered_gradient_op(grads[0], order, ctx.k, weight, offs)
+        dw = None if x is None else _gathered_weight_gradient_op(x, order, ctx.k, grads[0], offs)
+        return dx, None, None, dw, None
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, gather: Gather | None = None) -> Tensor:
     """Multiplies each group of rows with its own matrix; differentiable in `x` and `weight`.
 
     Args:
         x: "S in", rows sorted by group; cast to the dtype of `weight`, since the product is not autocast-enabled.
         weight: "E in out", any strides.
         offs: "E", int32, where each group ends.
+        gather: For compiled graphs: x is then "T in", and its gathered rows are neither kept for the backward nor, past
+            `offs[-1]`, part of its gradient.
 
     Returns:
         "S out" in the dtype of `weight`. No host synchronisation on the torch backend.
     """
-    out: Tensor = _GroupedMM.apply(x.to(weight.dtype), weight, offs)  # type: ignore[no-untyped-call]
+    x = x.to(weight.dtype)
+    out: Tensor
+    if gather is None:
+        out = _GroupedMM.apply(x, weight, offs)  # type: ignore[no-untyped-call]
+    else:
+        out = _GatheredGroupedMM.apply(x, *gather, weight, offs)  # type: ignore[no-untyped-call]
     return out
