@@ -231,7 +231,8 @@ def _ranges(numbers: list[str]) -> str:
 
 
 def _adapter_row(wrapper: Any, name: str) -> AdapterRow:
-    trainable = [linear[name].weight.requires_grad for linear in (wrapper.lora_A, wrapper.lora_B)]
+    weights = [linear[name].weight for linear in (wrapper.lora_A, wrapper.lora_B)]
+    trainable = [weight.requires_grad and weight.device.type != "meta" for weight in weights]
     gradient = "yes" if all(trainable) else "partly" if any(trainable) else "no"
     active = name in wrapper.active_adapters and not wrapper.disable_adapters
     return AdapterRow(name, wrapper.r[name], float(wrapper.scaling[name]), active, gradient)
@@ -256,8 +257,8 @@ def report(model: nn.Module) -> Report:
     """Which of a model's routed experts are adapted, and the path and reason of each.
 
     Warns (`CompatWarning`) of what silently trains less than it seems to: expert parameters left unwrapped in a model
-    that PEFT has wrapped, a parameter wrapped twice, adapters missing on some parameters, and active adapters whose
-    lora_A or lora_B gets no gradient while another does.
+    that PEFT has wrapped, a parameter wrapped twice, adapters missing on some parameters, active adapters whose
+    lora_A or lora_B gets no gradient while another does, and trainable adapters that are offloaded.
 
     Args:
         model: The model, wrapped by PEFT or not.
@@ -287,6 +288,13 @@ def report(model: nn.Module) -> Report:
         found.append(
             f"PEFT wrapped {len(twice)} expert parameters twice, {twice[0]} among them: get_peft_model ran twice on "
             "the same model. The two updates add up; build the model afresh if that is not what you want."
+        )
+    lora = [layers[adapter].weight for w in found_wrappers for layers in (w.lora_A, w.lora_B) for adapter in layers]
+    offloaded = sum(weight.device.type == "meta" for weight in lora)
+    if offloaded and any(weight.requires_grad for weight in lora):
+        found.append(
+            f"{offloaded} of {len(lora)} LoRA weights of experts are on the meta device: offloaded, so they get no "
+            "gradient, or without data. To train, offload the modules called base_layer alone."
         )
     for complaint in found:
         warnings.warn(complaint, CompatWarning, stacklevel=2)

@@ -187,7 +187,8 @@ class _GatheredGroupedMM(torch.autograd.Function):
         needs_x, _, _, needs_weight = ctx.needs_input_grad[:4]
         ctx.k = k
         ctx.save_for_backward(x if needs_weight else None, order, weight if needs_x else None, offs)
-        return _gathered_multiply_op(x, order, k, weight, offs)
+        y: Tensor = _gathered_multiply_op(x, order, k, weight, offs)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, Tensor | None, None]:
@@ -211,9 +212,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, gather: Gather | None = 
         "S out" in the dtype of `weight`. No host synchronisation on the torch backend.
     """
     x = x.to(weight.dtype)
-    out: Tensor
-    if gather is None:
-        out = _GroupedMM.apply(x, weight, offs)  # type: ignore[no-untyped-call]
-    else:
-        out = _GatheredGroupedMM.apply(x, *gather, weight, offs)  # type: ignore[no-untyped-call]
+    if gather is not None:
+        gathered: Tensor = _GatheredGroupedMM.apply(x, *gather, weight, offs)  # type: ignore[no-untyped-call]
+        return gathered
+    out: Tensor = _GroupedMM.apply(x, weight, offs)  # type: ignore[no-untyped-call]
     return out

@@ -27,6 +27,12 @@ KEYWORD = "expert_lora"
 # Other names the experts classes' own forwards use for their arguments (gpt_oss, openai_privacy_filter).
 _ARGUMENT_ALIASES = {"router_indices": "top_k_index", "routing_weights": "top_k_weights"}
 
+_LORA_WITHOUT_DATA = (
+    "lora_A or lora_B of {!r} is on the meta device and holds no numbers. PEFT puts a new adapter where the weight is, "
+    "so on an offloaded model it is lost: call get_peft_model before the model is offloaded, or give each of these "
+    "layers data, with to_empty(device=...) and then reset_lora_parameters or set_peft_model_state_dict."
+)
+
 _lock = threading.RLock()
 _current: Activation | None = None
 
@@ -193,6 +199,8 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         lora = active_lora(self, bool(is_transposed(experts)), rule)
         if lora is None:
             return peft_forward(self, x, *args, **kwargs)
+        if "meta" in (lora.A.device.type, lora.B.device.type) and x.device.type != "meta":
+            raise PeftMoeCompatError(_LORA_WITHOUT_DATA.format(self.parameter_name))
         kwargs.pop("adapter_names", None)
         outermost = KEYWORD not in kwargs
         handover = kwargs.setdefault(KEYWORD, Handover())

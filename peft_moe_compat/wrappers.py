@@ -71,6 +71,31 @@ def live_orientation(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> str
     return "linear" if _spans_last_axis(wrapper, rule) == in_is_last else "reversed"
 
 
+def _loaded(linear: Any) -> torch.Tensor:
+    """The weight of lora_A or lora_B, fetched by the hook of accelerate that keeps it elsewhere, if there is one.
+
+    A ParamWrapper reads these weights without calling the layers, so that their hooks do not run by themselves.
+    """
+    weight: torch.Tensor = linear.weight
+    hook = getattr(linear, "_hf_hook", None)
+    if weight.device.type != "meta" or hook is None:
+        return weight
+    hook.pre_forward(linear)
+    loaded: torch.Tensor = linear.weight
+    hook.post_forward(linear, None)
+    if loaded.requires_grad:
+        loaded.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
+    return loaded
+
+
+def _refuse_gradient(_gradient: torch.Tensor) -> None:
+    raise PeftMoeCompatError(
+        "lora_A or lora_B of expert weights is offloaded by accelerate, which drops the gradient of whatever it loads "
+        "for one forward. To train, leave the adapter out of the offloading: offload only the modules called "
+        "base_layer, or freeze the adapter."
+    )
+
+
 def read_adapter(wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule) -> ExpertLora:
     """One adapter of one wrapper in canonical form. Views of the live parameters: gradients reach them.
 
@@ -83,7 +108,7 @@ def read_adapter(wrapper: Any, adapter_name: str, is_transposed: bool, rule: Lay
     Raises:
         LayoutError: The factors cannot belong to `wrapper.num_experts` experts of the adapter's rank.
     """
-    lora_A, lora_B = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
+    lora_A, lora_B = _loaded(wrapper.lora_A[adapter_name]), _loaded(wrapper.lora_B[adapter_name])
     lora = layout.from_flat(
         lora_A,
         lora_B,
