@@ -160,6 +160,22 @@ def test_upstream_input_gradients_break_the_graph_of_a_whole_model():
         torch.compile(model, fullgraph=True, backend="eager")(input_ids=zoo.token_ids())
 
 
+@pytest.mark.parametrize("package", ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"])
+def test_rows_computed_elsewhere_contribute_nothing_to_a_training_graph(package):
+    """Of expert parallelism; gated, biased, without a gate, and with a norm after the experts, which keeps its rows."""
+    experts = zoo.build(next(found for found in zoo.DECORATED if found.package == package))
+    experts._is_expert_parallel = True
+    layer = zoo.wrap(experts, [f"experts.{name}" for name in peft_moe_compat.families.projections(experts)])["experts"]
+    index, weights = zoo.routing(tokens=20)
+    index[::3, 0] = zoo.E
+    given = {"hidden_states": torch.randn(20, zoo.H), "top_k_index": index, "top_k_weights": weights}
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with Saved(layer) as saved:
+        found = same_names(zoo.gradients(compiled, given, {}))
+    zoo.assert_same(found, zoo.gradients(layer, given, {}), TOLERANCE)
+    assert ((20 * zoo.TOP_K, zoo.H) in saved.shapes) == (package == "muse_spark")
+
+
 @pytest.mark.parametrize("package", FAMILIES)
 def test_in_bfloat16_a_training_graph_is_as_near_to_float64_as_stock(package, stock):
     """The routing weights go in before the down projection there, which rounds elsewhere than eager does."""
