@@ -1,7 +1,7 @@
 """torch.compile in training: whole models and single layers against eager.
 
-Whole models go through "aot_eager" where the statement is about graphs and autograd, which inductor shares: it needs
-no C++ compiler and a third of the time. One whole model and single layers go through inductor.
+Whole models go through "aot_eager", since the statements are about graphs and autograd, which inductor shares, and it
+takes a third of the time; a decoder layer goes through inductor, which needs a C++ compiler.
 """
 
 from __future__ import annotations
