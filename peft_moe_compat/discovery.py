@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from . import families
+from . import families, quantised
 from .errors import CompatWarning, NoExpertParametersError
 from .fused import backend_of
 from .patch import inactive_reason
@@ -102,6 +102,9 @@ def _runnable(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...
 
 
 def _refuse_unrunnable(name: str, module: nn.Module) -> None:
+    if type(module).__name__ in quantised.PACKED_CLASSES:
+        reason = quantised.unreadable_reason(module, "")
+        raise NoExpertParametersError(f"{name} ({type(module).__name__}): {reason}.")
     if type(module).__name__ in families.FLAT_CLASSES:
         raise NoExpertParametersError(
             f"{name} ({type(module).__name__}) keeps its experts as flat 2-D weights that the block around it reads "
@@ -144,6 +147,7 @@ class ParameterRow:
 
     `path` is "grouped_mm" (this library), "peft" (PEFT's own forward, for `reason`) or "base" (not wrapped).
     `backend`, where `path` is "grouped_mm", is what computes it on the device it is on: "triton", "torch" or "loop".
+    `format` is what the weight is quantised to, such as "bnb nf4"; empty for a plain one.
     """
 
     name: str
@@ -153,6 +157,7 @@ class ParameterRow:
     reason: str
     adapters: tuple[AdapterRow, ...] = ()
     backend: str = ""
+    format: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,9 +197,9 @@ class Report:
             adapters = ", ".join(
                 f"{a.name} r={a.rank} s={a.scaling:g}{'' if a.active else ' (inactive)'}" for a in parameter.adapters
             )
-            shape = " x ".join(map(str, parameter.shape))
+            stored = f"{' x '.join(map(str, parameter.shape))} {parameter.format}".strip()
             reason = ": ".join(filter(None, (parameter.backend, parameter.reason)))
-            table.add_row(modules, parameter.name, shape, adapters or "-", parameter.path, reason)
+            table.add_row(modules, parameter.name, stored, adapters or "-", parameter.path, reason)
         console = Console(width=max(120, get_terminal_size().columns), file=StringIO(), color_system=None)
         console.print(table)
         for warning in self.warnings:
@@ -240,17 +245,23 @@ def _adapter_row(wrapper: Any, name: str) -> AdapterRow:
 
 def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> ParameterRow:
     shape = families.stored_shape(experts, name) or ()
+    stored = quantised.stored_format(experts, name)
     if wrapper is None:
-        return ParameterRow(name, shape, False, "base", "not wrapped by PEFT")
+        packed = type(experts).__name__ in quantised.PACKED_CLASSES
+        reason = quantised.unreadable_reason(experts, name) if packed else "not wrapped by PEFT"
+        return ParameterRow(name, shape, False, "base", reason, format=stored)
     adapters = tuple(_adapter_row(wrapper, adapter) for adapter in wrapper.lora_A)
     if wrapper.disable_adapters or wrapper.merged:
-        reason = "adapters are disabled" if wrapper.disable_adapters else "adapters are merged into the weight"
-        return ParameterRow(name, shape, True, "base", reason, adapters)
+        merged = "adapters are merged, but a merge into a quantised weight is lost; unmerge them"
+        merged = merged if stored else "adapters are merged into the weight"
+        reason = "adapters are disabled" if wrapper.disable_adapters else merged
+        return ParameterRow(name, shape, True, "base", reason, adapters, format=stored)
     reason = inactive_reason() or native_reason(wrapper) or ""
     if reason:
-        return ParameterRow(name, shape, True, "peft", reason, adapters)
+        reason = "; ".join(filter(None, (reason, quantised.peft_caveat(stored))))
+        return ParameterRow(name, shape, True, "peft", reason, adapters, format=stored)
     backend, reason = backend_of(experts)
-    return ParameterRow(name, shape, True, "grouped_mm", reason, adapters, backend)
+    return ParameterRow(name, shape, True, "grouped_mm", reason, adapters, backend, stored)
 
 
 def report(model: nn.Module) -> Report:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import families
+from . import families, quantised
 from .errors import LayoutError
 from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
@@ -29,9 +29,12 @@ def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor, ga
     return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
 
 
-def _weight(module: Any, name: str, in_features: int, lora: ExpertLora | None) -> Tensor:
-    """A base weight as "E in out", checked against the rows it will meet and the factors it will be added to."""
-    weight: Tensor = getattr(module, name)  # read once: a parametrised weight is computed at each access
+def _weight(module: Any, name: str, in_features: int, lora: ExpertLora | None, dtype: torch.dtype) -> Tensor:
+    """A base weight as "E in out", checked against the rows it will meet and the factors it will be added to.
+
+    `dtype` is that of a quantised weight which has none of its own.
+    """
+    weight = quantised.read(module, name, dtype)  # once: a quantised weight is computed at each access
     transposed = families.is_transposed(module)
     if not transposed:
         weight = weight.transpose(1, 2)  # "E out in -> E in out"
@@ -43,11 +46,14 @@ def _weight(module: Any, name: str, in_features: int, lora: ExpertLora | None) -
         )
     if lora is not None:
         lora.check(weight.shape[0], weight.shape[2], weight.shape[1], f"{type(module).__name__}.{name}")
+        quantised.refuse_leftovers(module, name)
     return weight
 
 
 def _project(
     x: Tensor,
+    module: Any,
+    name: str,
     weight: Tensor,
     bias: Tensor | None,
     lora: ExpertLora | None,
@@ -61,7 +67,7 @@ def _project(
     With `widen` the sum of base and LoRA is kept in float32 where the weight is of lower precision. With `gather`, x is
     "T in", and its rows are taken from it.
     """
-    y = grouped_mm(x, weight, offs, gather)
+    y = quantised.grouped_mm_of(x, weight, offs, gather, module, name, bool(families.is_transposed(module)))
     if lora is not None:
         if widen and y.dtype.itemsize < 4:
             y = y.float()
@@ -101,10 +107,11 @@ def experts_forward(
     up_lora, down_lora = expert_lora.get(up_name), expert_lora.get("down_proj")
     if top_k_weights.shape != top_k_index.shape:
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
-    up_weight = _weight(module, up_name, hidden_states.shape[1], up_lora)
+    dtype = _compute_dtype(hidden_states)
+    up_weight = _weight(module, up_name, hidden_states.shape[1], up_lora, dtype)
     intermediate = up_weight.shape[2] // (2 if up_name == "gate_up_proj" else 1)
     if runs_fused(module, hidden_states, top_k_index):
-        down_weight = _weight(module, "down_proj", intermediate, down_lora)
+        down_weight = _weight(module, "down_proj", intermediate, down_lora, dtype)
         fused = run_fused(module, expert_lora, up_weight, down_weight, hidden_states, top_k_index, top_k_weights)
         if fused is not None:
             return fused
@@ -124,10 +131,13 @@ def experts_forward(
         x, gather = _without(hidden_states[order // k], elsewhere), None
     # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
     # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
-    up = _without(_project(x, up_weight, up_bias, up_lora, offs, expert_ids, True, gather), elsewhere)
+    up = _project(x, module, up_name, up_weight, up_bias, up_lora, offs, expert_ids, True, gather)
+    up = _without(up, elsewhere)
+    del up_weight
     h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
-    down_weight = _weight(module, "down_proj", h.shape[1], down_lora)
-    down = _without(_project(h, down_weight, down_bias, down_lora, offs, expert_ids, widen=False), elsewhere)
+    down_weight = _weight(module, "down_proj", h.shape[1], down_lora, dtype)
+    down = _project(h, module, "down_proj", down_weight, down_bias, down_lora, offs, expert_ids, widen=False)
+    down = _without(down, elsewhere)
     if getattr(module, "has_post_expert_norm", False):
         down = module.post_expert_norm(down)
     weighted = down * row_weights
@@ -136,6 +146,14 @@ def experts_forward(
     back[order] = torch.arange(order.shape[0], device=order.device)
     # Not index_add: the sum over k has a fixed order, and runs in float32 inside.
     return weighted[back].view(T, k, weighted.shape[1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _compute_dtype(hidden_states: Tensor) -> torch.dtype:
+    """For a weight that has none of its own: autocast's, where it is on."""
+    device = hidden_states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden_states.dtype
 
 
 def _group_ends(sorted_ids: Tensor, num_experts: int) -> Tensor:

@@ -7,17 +7,19 @@ transformers classes that hold `(E, in, out)` without saying so. It is never inf
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import quantised
 from .errors import LayoutError
 
 __all__ = [
     "declare_layout",
-    "dispatches_through_registry",
+    "dispatching_registry",
     "is_transposed",
     "projections",
     "routed_experts",
@@ -25,6 +27,8 @@ __all__ = [
 ]
 
 REGISTRY_MODULE = "transformers.integrations.moe"
+# The modules of transformers that hold a registry of experts forwards -> its name there.
+REGISTRIES = {REGISTRY_MODULE: "ALL_EXPERTS_FUNCTIONS", quantised.FP8_MODULE: "ALL_FP8_EXPERTS_FUNCTIONS"}
 
 # Undecorated transformers classes -> whether their weights are (E, in, out). Source: the shapes in their __init__ and
 # the products in their forward, transformers 4.57.6 to 5.23.0. Where a release decorates the class, its own attribute
@@ -91,18 +95,20 @@ def is_transposed(module: nn.Module) -> bool | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def dispatches_through_registry(cls: type[nn.Module]) -> bool:
-    """Whether `cls.forward` is the one `@use_experts_implementation` made, looking up transformers' own registry.
+def dispatching_registry(cls: type[nn.Module]) -> str | None:
+    """The module of the registry in which `cls.forward`, made by `@use_experts_implementation`, looks its function up.
 
-    A subclass with a forward of its own, and classes on another registry (finegrained FP8), do not.
+    None for a class with a forward of its own, a subclass included, and for one on a registry not in `REGISTRIES`.
     """
     forward: Any = cls.forward
     if getattr(forward, "__globals__", {}).get("__name__") != REGISTRY_MODULE:
-        return False
+        return None
     free = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
-    # transformers 5.0 has a single registry and therefore no such variable.
-    registry = free["experts_interface"].cell_contents if "experts_interface" in free else None
-    return registry is None or registry is forward.__globals__["ALL_EXPERTS_FUNCTIONS"]
+    if "experts_interface" not in free:
+        return REGISTRY_MODULE  # transformers 5.0 has this one only
+    registry = free["experts_interface"].cell_contents
+    held = ((module, getattr(sys.modules.get(module), name, None)) for module, name in REGISTRIES.items())
+    return next((module for module, known in held if known is registry), None)
 
 
 def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
@@ -110,6 +116,8 @@ def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
 
     Reads a parametrised (quantised) weight's shape through attribute access; ZeRO-3 keeps it in `ds_shape`.
     """
+    if (shape := quantised.stored_shape(module, name)) is not None:
+        return shape
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
         return None
@@ -128,6 +136,8 @@ def projections(module: nn.Module) -> tuple[str, ...]:
     flat = FLAT_CLASSES.get(cls.__name__) if _is_transformers_class(cls) else None
     if flat is not None:
         return flat
+    if cls.__name__ in quantised.PACKED_CLASSES:
+        return quantised.PACKED_CLASSES[cls.__name__]
     decorated = hasattr(cls, "_apply_gate") and hasattr(module, "is_transposed")
     names = ("gate_up_proj", "up_proj", "down_proj") if decorated else tuple(_held_parameters(module))
     if not decorated and is_transposed(module) is None and not re.search(r"Experts?(Gemm)?$", cls.__name__):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, families
+from . import backends, families, quantised
 from .grouped_mm import device_backend
 from .layout import ExpertLora
 
@@ -46,6 +46,8 @@ def fused_reason(module: Any, device: torch.device) -> str | None:
         return "a norm follows the experts"
     names = [_up_name(module), "down_proj"]
     for name in names + ([f"{n}_bias" for n in names] if module.has_bias else []):
+        if stored := quantised.stored_format(module, name):
+            return f"{name} is stored as {stored}"
         weight = module._parameters.get(name)
         if weight is None:
             return f"{name} is computed at each access"

@@ -1,8 +1,9 @@
 """Activation: the only code that touches somebody else's objects.
 
 For the forward two things are replaced: `ParamWrapper.forward`, and the "grouped_mm" and "batched_mm" entries of
-transformers' experts registry. A wrapper that can run fast hands its factors down as a keyword argument; the registered
-function consumes them. No state is kept on any module. Whatever cannot run fast goes to PEFT's own forward.
+transformers' experts registries (FP8 experts have one of their own). A wrapper that can run fast hands its factors down
+as a keyword argument; the registered function consumes them. No state is kept on any module. Whatever cannot run fast
+goes to PEFT's own forward.
 
 For adapter files, the functions that load and save them: `guard.replacements` lists these.
 """
@@ -54,8 +55,8 @@ class Activation:
         self._our_forward: Any = None
         self._fresh = True  # whether the last `activate()` made this activation rather than found it
         self._blocks: list[bool] = []  # of each `with` block entered: whether its end restores
-        # key -> (the registry's mapping that holds it, transformers' function, ours)
-        self._entries: dict[str, tuple[Any, Any, Any]] = {}
+        # what it is -> (the registry's mapping that holds it, its key there, transformers' function, ours)
+        self._entries: dict[str, tuple[Any, str, Any, Any]] = {}
         # (the class or module that holds it, its name there, what was there, ours)
         self._loaders: list[tuple[Any, str, Any, Any]] = []
 
@@ -76,7 +77,7 @@ class Activation:
             if displaced := self.displaced() or self._displaced_loader():
                 raise PatchConflictError(f"{displaced}, so it cannot be put back. Undo that patch first.")
             self._wrapper_class.forward = self._peft_forward
-            for key, (mapping, stock, _) in self._entries.items():
+            for mapping, key, stock, _ in self._entries.values():
                 mapping[key] = stock
             for owner, name, stock, _ in self._loaders:
                 setattr(owner, name, stock)
@@ -85,10 +86,7 @@ class Activation:
     def displaced(self) -> str | None:
         """Which function of the forward is no longer the one put in place, and whose is; None while all are there."""
         found = [("ParamWrapper.forward", _param_wrapper().__dict__.get("forward"), self._our_forward)]
-        found += [
-            (f"transformers' experts implementation {key!r}", mapping.get(key), ours)
-            for key, (mapping, _, ours) in self._entries.items()
-        ]
+        found += [(what, mapping.get(key), ours) for what, (mapping, key, _, ours) in self._entries.items()]
         for what, there, ours in found:
             if there is not ours:
                 return f"{what} was replaced by {_owner(there)} after peft_moe_compat was activated"
@@ -109,19 +107,20 @@ class Activation:
         self._wrapper_class = _param_wrapper()
         self._peft_forward = self._wrapper_class.__dict__["forward"]
         _refuse_foreign("ParamWrapper.forward", self._peft_forward, "peft.")
-        registry = experts_registry()
-        for key in TAKEN_IMPLEMENTATIONS if registry is not None else ():
-            if key in registry:
-                _refuse_foreign(f"transformers' experts implementation {key!r}", registry[key], "transformers.")
-                # In the layer that holds the entry, so that whoever registers another later is heard.
-                mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping
-                self._entries[key] = mapping, registry[key], _registered(registry[key])
+        for whose, registry in (("", experts_registry()), ("FP8 ", _fp8_experts_registry())):
+            for key in TAKEN_IMPLEMENTATIONS if registry is not None else ():
+                if key in registry:
+                    what = f"transformers' {whose}experts implementation {key!r}"
+                    _refuse_foreign(what, registry[key], "transformers.")
+                    # In the layer that holds the entry, so that whoever registers another later is heard.
+                    mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping
+                    self._entries[what] = mapping, key, registry[key], _registered(registry[key])
         for owner, name, home, make in replacements():
             stock = vars(owner)[name]
             _refuse_foreign(f"{owner.__name__}.{name}", stock, home)
             self._loaders.append((owner, name, stock, make(stock)))
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
-        for key, (mapping, _, ours) in self._entries.items():
+        for mapping, key, _, ours in self._entries.values():
             mapping[key] = ours
         for owner, name, _, ours in self._loaders:
             setattr(owner, name, ours)
@@ -171,6 +170,17 @@ def experts_registry() -> Any:
         if error.name != REGISTRY_MODULE:
             raise
         return None
+
+
+def _fp8_experts_registry() -> Any:
+    """transformers' `ALL_FP8_EXPERTS_FUNCTIONS`, or None where there can be no FP8 experts."""
+    from .quantised import FP8_MODULE
+
+    try:
+        module = importlib.import_module(FP8_MODULE)
+    except ImportError:  # no such module, or no triton, which it needed up to transformers 5.5
+        return None
+    return getattr(module, "ALL_FP8_EXPERTS_FUNCTIONS", None)
 
 
 class Handover:

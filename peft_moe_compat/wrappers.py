@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, layout
+from . import families, layout, quantised
 from .errors import LayoutError, PeftMoeCompatError, UnsupportedPeftError
 from .layout import ExpertLora
 from .releases import LayoutRule, parse_version, release_for, verified_rule
@@ -213,24 +213,24 @@ def native_reason(wrapper: Any, experts: Any = None) -> str | None:
     """
     experts, name = wrapper.get_base_layer() if experts is None else experts, wrapper.parameter_name
     cls = type(experts)
-    if not families.dispatches_through_registry(cls):
+    registry = families.dispatching_registry(cls)
+    if registry is None:
         return f"{cls.__name__} does not dispatch through transformers' experts registry"
     if "forward" in experts.__dict__ and not _only_hooked(experts):
         return f"the forward of this {cls.__name__} was replaced on the instance"
     implementation = experts.config._experts_implementation
     if implementation not in TAKEN_IMPLEMENTATIONS:
         return f"experts implementation is {implementation!r}, not one of {TAKEN_IMPLEMENTATIONS}"
-    entry = sys.modules[families.REGISTRY_MODULE].ALL_EXPERTS_FUNCTIONS[implementation]
+    entry = getattr(sys.modules[registry], families.REGISTRIES[registry])[implementation]
     if not hasattr(entry, TAKES_LORA):
         return f"the experts implementation {implementation!r} is that of {entry.__module__}"
     if name not in ("gate_up_proj", "up_proj", "down_proj"):
         return f"{name} is not an expert projection"
     if families.is_transposed(experts) is None:
         return f"orientation of {cls.__name__} is unknown; call peft_moe_compat.declare_layout"
-    weight = experts._parameters.get(name)
-    if weight is not None and not (weight.dtype.is_floating_point and weight.dtype.itemsize >= 2):
-        return f"base weight is stored as {weight.dtype}"
-    return None
+    if any(linear.weight.dtype.itemsize < 2 for linear in wrapper.lora_A.values()):
+        return "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer"
+    return quantised.unreadable_reason(experts, name) or None
 
 
 def _only_hooked(experts: Any) -> bool:

@@ -107,7 +107,7 @@ def _experts_of(config: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 def _compare(path: str, on_meta: nn.Module, loras: Mapping[str, ExpertLora]) -> Comparison:
     """One experts module with its LoRA, unmerged and merged."""
-    from ..families import dispatches_through_registry
+    from ..families import dispatching_registry
     from ..patch import is_active
 
     generator = torch.Generator().manual_seed(0)
@@ -116,7 +116,7 @@ def _compare(path: str, on_meta: nn.Module, loras: Mapping[str, ExpertLora]) -> 
         parameter.data.normal_(std=0.02, generator=generator).requires_grad_(False)
     holder = _wrapped(experts, loras)
     with torch.no_grad():
-        if not dispatches_through_registry(type(experts)):
+        if dispatching_registry(type(experts)) is None:
             return _compare_weights(path, holder, experts, loras)
         inputs = _inputs(experts, loras, generator)
         experts.config._experts_implementation = "grouped_mm" if is_active() else "eager"
