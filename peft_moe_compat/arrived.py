@@ -17,6 +17,7 @@ from .adapters.source import AdapterSource
 from .errors import LayoutError
 from .layout import ExpertLora
 from .live import UnderstoodFile, chains, counterparts, facts_of, known_of_this_pair
+from .parallel import local_experts
 from .wrappers import installed_rule, is_dtensor, read_adapter
 
 __all__ = ["check_fused", "check_per_expert"]
@@ -32,13 +33,14 @@ def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
         LayoutError: It has not.
     """
     module = file.source.keys.modules[0]
-    held = _held(chains(model).get(file.paths[module.path], []), adapter_name)
+    chain = chains(model).get(file.paths[module.path], [])
+    held, shares = _held(chain, adapter_name), _shares(chain)
     for part in fused_parts(file.source, module, file.decision.readings[module.path], file.decision.packing_of):
         lora = held.get(part.name)
         if lora is not None and _elsewhere(lora):
             continue
         with file.source.tensors.reading(part.reads) as tensors:
-            expected = _applied(replace(part.load(tensors), scaling=1.0))
+            expected = _applied(replace(part.load(tensors), scaling=1.0))[shares.get(part.name, slice(None))]
         found = torch.zeros_like(expected) if lora is None else _applied(replace(lora, scaling=1.0))
         if _distance(found, expected) > _TOLERANCE:
             raise LayoutError(
@@ -59,7 +61,8 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
         path = paths.get(facts.fused_path(module.path))
         if path is None:
             continue
-        held = _held(around.get(path, []), adapter_name)
+        chain = around.get(path, [])
+        held, shares = _held(chain, adapter_name), _shares(chain)
         for role, parameter in facts.parameters.items():
             E, _, fan_out = facts.stacks.get((path, parameter), (0, 0, 0))
             branches = ("gate", "up") if role == "gate_up" else (role,)
@@ -70,6 +73,7 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
             expected = torch.stack(rows, dim=2).flatten(1) if facts.interleaved else torch.cat(rows, dim=1)
             if parameter in held and _elsewhere(held[parameter]):
                 continue
+            expected = expected[shares.get(parameter, slice(None))]
             found = _applied(held[parameter]) if parameter in held else torch.zeros_like(expected)
             distance = _distance(found, expected)
             if distance > _TOLERANCE:
@@ -94,6 +98,12 @@ def _held(chain: list[Any], adapter_name: str) -> dict[str, ExpertLora]:
 def _elsewhere(lora: ExpertLora) -> bool:
     """Whether the values are not to be had in this process alone: offloaded, or partitioned or sharded over several."""
     return any(t.is_meta or t.numel() == 0 or is_dtensor(t) for t in (lora.A, lora.B))
+
+
+def _shares(chain: list[Any]) -> dict[str, slice]:
+    """Parameter -> which of its experts this rank holds; expert parallelism gives others to other ranks."""
+    held = {w.parameter_name: local_experts(w.get_base_layer(), w.parameter_name) for w in chain}
+    return {name: slice(*experts) for name, experts in held.items() if experts is not None}
 
 
 def _rows(source: AdapterSource, part: Part | None, shape: tuple[int, int]) -> Tensor:

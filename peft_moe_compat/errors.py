@@ -10,6 +10,7 @@ __all__ = [
     "LayoutError",
     "LossyConversionError",
     "NoExpertParametersError",
+    "ParallelismError",
     "PatchConflictError",
     "PeftMoeCompatError",
     "UnsupportedPeftError",
@@ -34,6 +35,10 @@ class PatchConflictError(PeftMoeCompatError, RuntimeError):
 
 class NoExpertParametersError(PeftMoeCompatError, ValueError):
     """A model holds no routed expert parameter that PEFT's `target_parameters` could reach."""
+
+
+class ParallelismError(PeftMoeCompatError, RuntimeError):
+    """The experts are spread over processes in a way that their LoRA cannot follow."""
 
 
 class AdapterError(PeftMoeCompatError, ValueError):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from . import parallel
 from .adapters.keys import PREFIX
 from .adapters.source import AdapterSource
 from .arrived import check_fused, check_per_expert
@@ -74,6 +75,28 @@ def replacements() -> list[Replacement]:
         Replacement(PreTrainedModel, "save_pretrained", "transformers.", _save_pretrained),
         Replacement(peft_model, "safe_save_file", "safetensors.", _safe_save_file),
         Replacement(modeling, "safe_save_file", "safetensors.", _safe_save_file),
+        *_for_parallelism(),
+    ]
+
+
+def _for_parallelism() -> list[Replacement]:
+    """What is replaced of the making of an adapter.
+
+    For ZeRO-3, where PEFT reads the shape in a method of its own (0.19 on); for expert parallelism, where transformers
+    keeps its shares of the experts as DTensors (5.17 on).
+    """
+    import peft.tuners.lora.model as lora_model
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = []
+    if "_get_in_out_features" in vars(ParamWrapper):
+        found.append(Replacement(ParamWrapper, "_get_in_out_features", "peft.", parallel.get_in_out_features))
+    if not getattr(lora_model, "is_transformers_dtensor_tp", False):
+        return found
+    return [
+        *found,
+        Replacement(ParamWrapper, "update_layer", "peft.", parallel.update_layer),
+        Replacement(lora_model, "get_tp_plan_and_mesh", "peft.", parallel.get_tp_plan_and_mesh),
     ]
 
 
@@ -254,6 +277,7 @@ def _safe_save_file(stock: Any) -> Any:
                     "checkpoint_wrapper (accelerate's FSDP activation_checkpointing too) gives modules other names. "
                     "Use model.gradient_checkpointing_enable() instead, which does not."
                 )
+            parallel.refuse_partitioned(tensors)
             stamp = stamp_of(model, tensors)
             if stamp is not None:
                 metadata = {**(metadata or {}), **stamp.to_metadata()}

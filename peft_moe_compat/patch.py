@@ -197,6 +197,7 @@ class Handover:
 def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
     from .families import is_transposed
     from .layout import concat
+    from .parallel import carry, check_zero3, exchanges_tokens, refuse_native
     from .wrappers import active_lora, native_reason
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,9 +205,11 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return peft_forward(self, x, *args, **kwargs)
         experts = self.get_base_layer()
-        if native_reason(self, experts):
+        if reason := native_reason(self, experts):
+            refuse_native(experts, reason)
             return peft_forward(self, x, *args, **kwargs)
-        lora = active_lora(self, bool(is_transposed(experts)), rule)
+        check_zero3(self, x)
+        lora = active_lora(self, bool(is_transposed(experts)), rule, experts)
         if lora is None:
             return peft_forward(self, x, *args, **kwargs)
         if "meta" in (lora.A.device.type, lora.B.device.type) and x.device.type != "meta":
@@ -217,7 +220,12 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         name, factors = self.parameter_name, handover.factors
         # PEFT up to 0.19 can wrap one parameter twice; the updates add up, as they do when merged.
         factors[name] = concat([factors[name], lora]) if name in factors else lora
-        result = self.base_layer(x, *args, **kwargs)
+        if exchanges_tokens(self.base_layer):
+            del kwargs[KEYWORD]
+            with carry(handover):
+                result = self.base_layer(x, *args, **kwargs)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
         if outermost and not handover.arrived:
             raise PeftMoeCompatError(
                 f"{type(self.get_base_layer()).__name__} ran without its LoRA: a hook or wrapper on it dropped the "
@@ -231,10 +239,11 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
 def _registered(stock: Any) -> Any:
     """The registry entry that consumes the factors; without any it is transformers' own function."""
     from .experts import experts_forward
+    from .parallel import carried, exchanges_tokens
     from .wrappers import TAKES_LORA
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handover = kwargs.pop(KEYWORD, None)
+        handover = carried() if exchanges_tokens(self) else kwargs.pop(KEYWORD, None)
         if handover is None:
             return stock(self, *args, **kwargs)
         handover.arrived = True
@@ -268,10 +277,14 @@ def activate() -> Activation:
     # Before the lock: importing peft may activate by itself, and another thread may be in the middle of that.
     import peft  # noqa: F401
 
+    from .guard import replacements
     from .wrappers import installed_rule
 
     with _lock:
         if _current is None:
+            # Before the probe, which a foreign function could make fail in any way.
+            for owner, name, home, _ in replacements():
+                _refuse_foreign(f"{owner.__name__}.{name}", vars(owner)[name], home)
             handle = Activation(installed_rule())
             handle._install()
             _current = handle

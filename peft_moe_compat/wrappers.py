@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import families, layout, quantised
+from . import families, layout, parallel, quantised
 from .errors import LayoutError, PeftMoeCompatError, UnsupportedPeftError
 from .layout import ExpertLora
 from .releases import LayoutRule, parse_version, release_for, verified_rule
@@ -96,36 +96,47 @@ def _refuse_gradient(_gradient: torch.Tensor) -> None:
     )
 
 
-def read_adapter(wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule) -> ExpertLora:
+def read_adapter(
+    wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule, experts: Any = None
+) -> ExpertLora:
     """One adapter of one wrapper in canonical form. Views of the live parameters: gradients reach them.
+
+    Under expert parallelism these are the factors of the experts that this rank holds.
 
     Args:
         wrapper: A PEFT `ParamWrapper`.
         adapter_name: One of `wrapper.lora_A`.
         is_transposed: Whether the wrapped weight is stored "E in out" rather than "E out in".
         rule: Of the installed PEFT.
+        experts: `wrapper.get_base_layer()`, for a caller that has it already.
 
     Raises:
         LayoutError: The factors cannot belong to `wrapper.num_experts` experts of the adapter's rank.
     """
     lora_A, lora_B = _loaded(wrapper.lora_A[adapter_name]), _loaded(wrapper.lora_B[adapter_name])
+    num_experts = wrapper.num_experts
+    experts = wrapper.get_base_layer() if experts is None else experts
+    held = parallel.local_experts(experts, wrapper.parameter_name)
+    if held is not None:
+        num_experts = held[1] - held[0]
+        lora_A, lora_B = parallel.local_factors(lora_A), parallel.local_factors(lora_B)
     lora = layout.from_flat(
         lora_A,
         lora_B,
-        wrapper.num_experts,
+        num_experts,
         orientation=live_orientation(wrapper, is_transposed, rule),
         scaling=wrapper.scaling[adapter_name],
     )
     if lora.rank != wrapper.r[adapter_name]:
         raise LayoutError(
             f"lora_A of {wrapper.parameter_name!r}, adapter {adapter_name!r}, has {lora_A.shape[0]} rows; "
-            f"r * E = {wrapper.r[adapter_name]} * {wrapper.num_experts} were expected ('(E r) p'). "
+            f"r * E = {wrapper.r[adapter_name]} * {num_experts} were expected ('(E r) p'). "
             "Was the adapter trained with another rank or num_experts?"
         )
     return lora
 
 
-def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> ExpertLora | None:
+def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule, experts: Any = None) -> ExpertLora | None:
     """All active adapters of one wrapper as a single update, or None where it has none that is active.
 
     Raises:
@@ -135,15 +146,15 @@ def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> ExpertLo
     names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if not names:
         return None
-    for name in names:
-        for factor, linear in (("lora_A", wrapper.lora_A[name]), ("lora_B", wrapper.lora_B[name])):
-            if is_dtensor(linear.weight):
-                raise PeftMoeCompatError(
-                    f"{factor} of {wrapper.parameter_name!r}, adapter {name!r}, is a DTensor in the forward: it is "
-                    "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
-                    "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
-                )
-    return layout.concat([read_adapter(wrapper, name, is_transposed, rule) for name in names])
+    loras = [read_adapter(wrapper, name, is_transposed, rule, experts) for name in names]
+    for name, lora in zip(names, loras, strict=True):
+        if is_dtensor(lora.A) or is_dtensor(lora.B):
+            raise PeftMoeCompatError(
+                f"lora_A or lora_B of {wrapper.parameter_name!r}, adapter {name!r}, is a DTensor in the forward: it is "
+                "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
+                "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
+            )
+    return layout.concat(loras)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -162,6 +173,7 @@ def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None
 
     Returns:
         Parameter name -> ExpertLora with A "E r in", B "E out r"; parameters without such an adapter are left out.
+        Under expert parallelism E counts the experts that this rank holds.
 
     Raises:
         LayoutError: No ParamWrapper, or no adapter of that name; the module's orientation is unknown (see
@@ -197,6 +209,8 @@ def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None
             )
         lora = layout.concat([read_adapter(wrapper, name, is_transposed, rule) for name in names])
         E, d1, d2 = (1, *shape) if len(shape) == 2 else shape
+        if (held := parallel.local_experts(experts, parameter)) is not None:
+            E = held[1] - held[0]
         out_features, in_features = (d2, d1) if is_transposed else (d1, d2)
         lora.check(E, out_features, in_features, f"{type(experts).__name__}.{parameter}, stored as {shape}")
         found[parameter] = layout.concat([found[parameter], lora]) if parameter in found else lora
@@ -216,7 +230,7 @@ def native_reason(wrapper: Any, experts: Any = None) -> str | None:
     registry = families.dispatching_registry(cls)
     if registry is None:
         return f"{cls.__name__} does not dispatch through transformers' experts registry"
-    if "forward" in experts.__dict__ and not _only_hooked(experts):
+    if "forward" in experts.__dict__ and not (_only_hooked(experts) or parallel.exchanges_tokens(experts)):
         return f"the forward of this {cls.__name__} was replaced on the instance"
     implementation = experts.config._experts_implementation
     if implementation not in TAKEN_IMPLEMENTATIONS:
