@@ -29,12 +29,12 @@ def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor, ga
     return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
 
 
-def _weight(module: Any, name: str, in_features: int, lora: ExpertLora | None, dtype: torch.dtype) -> Tensor:
+def _weight(module: Any, name: str, in_features: int, lora: ExpertLora | None, hidden_states: Tensor) -> Tensor:
     """A base weight as "E in out", checked against the rows it will meet and the factors it will be added to.
 
-    `dtype` is that of a quantised weight which has none of its own.
+    A quantised weight that has no dtype of its own takes that of `hidden_states`, or autocast's.
     """
-    weight = quantised.read(module, name, dtype)  # once: a quantised weight is computed at each access
+    weight = quantised.read(module, name, hidden_states)  # once: a quantised weight is computed at each access
     transposed = families.is_transposed(module)
     if not transposed:
         weight = weight.transpose(1, 2)  # "E out in -> E in out"
@@ -107,11 +107,10 @@ def experts_forward(
     up_lora, down_lora = expert_lora.get(up_name), expert_lora.get("down_proj")
     if top_k_weights.shape != top_k_index.shape:
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
-    dtype = _compute_dtype(hidden_states)
-    up_weight = _weight(module, up_name, hidden_states.shape[1], up_lora, dtype)
+    up_weight = _weight(module, up_name, hidden_states.shape[1], up_lora, hidden_states)
     intermediate = up_weight.shape[2] // (2 if up_name == "gate_up_proj" else 1)
     if runs_fused(module, hidden_states, top_k_index):
-        down_weight = _weight(module, "down_proj", intermediate, down_lora, dtype)
+        down_weight = _weight(module, "down_proj", intermediate, down_lora, hidden_states)
         fused = run_fused(module, expert_lora, up_weight, down_weight, hidden_states, top_k_index, top_k_weights)
         if fused is not None:
             return fused
@@ -135,7 +134,7 @@ def experts_forward(
     up = _without(up, elsewhere)
     del up_weight
     h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
-    down_weight = _weight(module, "down_proj", h.shape[1], down_lora, dtype)
+    down_weight = _weight(module, "down_proj", h.shape[1], down_lora, hidden_states)
     down = _project(h, module, "down_proj", down_weight, down_bias, down_lora, offs, expert_ids, widen=False)
     down = _without(down, elsewhere)
     if getattr(module, "has_post_expert_norm", False):
@@ -146,14 +145,6 @@ def experts_forward(
     back[order] = torch.arange(order.shape[0], device=order.device)
     # Not index_add: the sum over k has a fixed order, and runs in float32 inside.
     return weighted[back].view(T, k, weighted.shape[1]).sum(dim=1).to(hidden_states.dtype)
-
-
-def _compute_dtype(hidden_states: Tensor) -> torch.dtype:
-    """For a weight that has none of its own: autocast's, where it is on."""
-    device = hidden_states.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden_states.dtype
 
 
 def _group_ends(sorted_ids: Tensor, num_experts: int) -> Tensor:

@@ -147,7 +147,14 @@ def _dequantised_fp8(weight: Tensor, scale: Tensor, block_size: Any, dtype: torc
     return out
 
 
-def read(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+def _compute_dtype(hidden_states: Tensor) -> torch.dtype:
+    device = hidden_states.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden_states.dtype
+
+
+def read(module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
     """A weight of an experts module as stored, dequantised if need be.
 
     Past parametrize's cache, which would keep the copy until the module's forward ends.
@@ -155,7 +162,8 @@ def read(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     Args:
         module: The experts module.
         name: Of the parameter.
-        dtype: To dequantise to where the format has none of its own (FP8).
+        like: What to dequantise to where the format has no dtype of its own (FP8): a dtype, or the hidden states, whose
+            dtype it is unless autocast is on.
     """
     if (parametrized := _parametrizations(module, name)) is not None:
         return parametrized()  # type: ignore[no-any-return]
@@ -163,6 +171,7 @@ def read(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     if _is_torchao(weight):
         return weight.dequantize()  # type: ignore[no-any-return]
     if weight.dtype.itemsize == 1 and _is_fp8_experts(module):
+        dtype = like if isinstance(like, torch.dtype) else _compute_dtype(like)
         return _dequantised_fp8(weight.detach(), getattr(module, f"{name}_scale_inv"), module.block_size, dtype)
     return weight  # type: ignore[no-any-return]
 
