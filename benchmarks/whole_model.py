@@ -2,9 +2,10 @@
 
     python benchmarks/whole_model.py [--peft DIR] [--what train,decode,compiled] [--layers 48] [--json OUT]
 
-LoRA r = 16 on the experts, with `train` on the attention too. DIR holds another PEFT than the installed one. `train`
-takes steps of 4 x 2048 tokens with gradient checkpointing and AdamW; `decode` times single tokens after a short
-prompt; `compiled` does so under torch.compile(mode="reduce-overhead", fullgraph=True) with a static cache.
+LoRA r = 16 on the experts, with `train` and `regional` on the attention too. DIR holds another PEFT than the installed
+one. `train` takes steps of 4 x 2048 tokens with gradient checkpointing and AdamW, `regional` with each decoder layer
+compiled as well; `decode` times single tokens after a short prompt; `compiled` does so under
+torch.compile(mode="reduce-overhead", fullgraph=True) with a static cache.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def main() -> None:
         set_implementation(model, implementation)
         decoding(model, f"base, {implementation}", what)
     set_implementation(model, "grouped_mm")
-    model = with_lora(model, attention="train" in what)
+    model = with_lora(model, attention="train" in what or "regional" in what)
     if "train" in what:
         attempt(train, model, "stock PEFT")
     if "decode" in what:
@@ -180,8 +181,13 @@ def main() -> None:
             if "train" in what:
                 attempt(train, model, "peft_moe_compat")
             decoding(model, "peft_moe_compat", what)
+            if "regional" in what:
+                attempt(train, model, "peft_moe_compat, eager")
+                for layer in model.get_base_model().model.layers:
+                    layer.compile(fullgraph=True)
+                attempt(train, model, "peft_moe_compat, layers compiled")
         with peft_moe_compat.set_backend("torch"):
-            what = [part for part in what if part != "compiled"]
+            what = [part for part in what if part not in ("compiled", "regional")]
             if "train" in what:
                 attempt(train, model, "peft_moe_compat, torch")
             decoding(model, "peft_moe_compat, torch", what)

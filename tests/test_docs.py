@@ -55,6 +55,19 @@ def test_constraints_pin_the_newest_pair():
     assert f"transformers=={transformers}\n" in constraints
 
 
+def test_every_test_and_result_the_engines_table_names_exists():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- engines -->")[2]
+    names = re.findall(r"`([^`]+)`", table.partition("<!-- end of engines -->")[0])
+    tests = [name.split("::") for name in names if "::" in name]
+    assert len(tests) > 15
+    for file, test in tests:
+        assert f"def {test}(" in (ROOT / "tests" / "scale" / file).read_text(encoding="utf-8"), test
+    results = [name for name in names if name.endswith((".txt", ".json"))]
+    assert results
+    for name in results:
+        assert (ROOT / "benchmarks" / "results" / name).exists(), name
+
+
 def main() -> None:
     path = ROOT / "README.md"
     head, _, rest = path.read_text(encoding="utf-8").partition(START)
