@@ -14,7 +14,6 @@ between: only its packed form outlives a product. The LoRA factors never go thro
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -43,18 +42,21 @@ _MXFP4 = "mxfp4 weights cannot be wrapped by PEFT; load the model with Mxfp4Conf
 
 def _parametrizations(module: nn.Module, name: str) -> Any | None:
     """The `ParametrizationList` of a parametrised weight."""
-    lists = getattr(module, "parametrizations", None)
+    lists: Any = module._modules.get("parametrizations")
     return lists[name] if lists is not None and name in lists else None
 
 
+def _descends_from(cls: type, module: str, name: str) -> bool:
+    """By name, since a lookup in `sys.modules` would let torch.compile start over whenever something is imported."""
+    return any(base.__name__ == name and base.__module__ == module for base in cls.__mro__)
+
+
 def _is_fp8_experts(module: nn.Module) -> bool:
-    cls = getattr(sys.modules.get(FP8_MODULE), "FP8Experts", None)
-    return cls is not None and isinstance(module, cls)
+    return _descends_from(type(module), FP8_MODULE, "FP8Experts")
 
 
 def _is_torchao(weight: Any) -> bool:
-    cls = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
-    return cls is not None and isinstance(weight, cls)
+    return type(weight) is not nn.Parameter and _descends_from(type(weight), "torchao.utils", "TorchAOBaseTensor")
 
 
 def stored_format(module: nn.Module, name: str) -> str:

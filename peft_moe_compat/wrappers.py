@@ -159,8 +159,7 @@ def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule, experts: An
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is sharded or replicated over the processes of a mesh."""
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has made one before it is imported
-    return module is not None and isinstance(tensor, module.DTensor)
+    return hasattr(tensor, "device_mesh")
 
 
 def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None) -> dict[str, ExpertLora]:
