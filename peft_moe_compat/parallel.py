@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import quantised
 from .errors import ParallelismError
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "local_factors",
     "refuse_native",
     "refuse_partitioned",
+    "refuse_quantised",
     "shard_lora",
     "update_layer",
 ]
@@ -126,6 +128,24 @@ def refuse_native(experts: Any, reason: str) -> None:
         raise ParallelismError(
             f"LoRA on experts that are spread over ranks runs through peft_moe_compat alone, which can't run here: "
             f"{reason}. Load the model with experts_implementation='grouped_mm'."
+        )
+
+
+def refuse_quantised(experts: Any, name: str) -> None:
+    """Raises `ParallelismError` for a quantised parameter of experts that are spread over ranks, or cut by ZeRO-3.
+
+    The scales of its blocks, or the packed form, would have to be spread or cut alike.
+    """
+    if exchanges_tokens(experts) or local_experts(experts, name) is not None:
+        how = "spread over ranks by expert"
+    elif any(hasattr(parameter, "ds_id") for parameter in quantised.held_as(experts, name)):
+        how = "partitioned by DeepSpeed ZeRO-3"
+    else:
+        return
+    if stored := quantised.stored_format(experts, name):
+        raise ParallelismError(
+            f"{type(experts).__name__}.{name} is quantised ({stored}) and {how}, which LoRA on experts does not "
+            "support together. Load plain weights, or train with DistributedDataParallel or FSDP2."
         )
 
 

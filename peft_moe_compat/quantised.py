@@ -26,6 +26,7 @@ from .grouped_mm import Gather, _multiply, grouped_mm
 
 __all__ = [
     "grouped_mm_of",
+    "held_as",
     "peft_caveat",
     "read",
     "refuse_leftovers",
@@ -115,6 +116,13 @@ def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
     parametrized = _parametrizations(module, name)
     shape = getattr(getattr(parametrized[0] if parametrized else None, "quant_state", None), "shape", None)
     return None if shape is None else tuple(shape)
+
+
+def held_as(module: nn.Module, name: str) -> tuple[Tensor, ...]:
+    """The parameters that a weight is made of: itself, or what its parametrization keeps in its place."""
+    parametrized = _parametrizations(module, name)
+    held = (module._parameters.get(name),) if parametrized is None else tuple(parametrized._parameters.values())
+    return tuple(parameter for parameter in held if parameter is not None)
 
 
 def refuse_leftovers(module: nn.Module, name: str) -> None:

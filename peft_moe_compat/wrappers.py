@@ -141,11 +141,14 @@ def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule, experts: An
 
     Raises:
         LayoutError: See `read_adapter`.
+        ParallelismError: The weight is quantised, and its experts are spread over ranks or cut by ZeRO-3.
         PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
     """
     names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if not names:
         return None
+    experts = wrapper.get_base_layer() if experts is None else experts
+    parallel.refuse_quantised(experts, wrapper.parameter_name)
     loras = [read_adapter(wrapper, name, is_transposed, rule, experts) for name in names]
     for name, lora in zip(names, loras, strict=True):
         if is_dtensor(lora.A) or is_dtensor(lora.B):
