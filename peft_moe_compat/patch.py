@@ -275,11 +275,13 @@ def activate() -> Activation:
     """
     global _current
     # Before the lock: importing peft may activate by itself, and another thread may be in the middle of that.
-    import peft  # noqa: F401
+    import peft
 
     from .guard import replacements
+    from .releases import parse_version, release_for
     from .wrappers import installed_rule
 
+    release_for(parse_version(peft.__version__))  # before anything that only a PEFT with ParamWrapper has
     with _lock:
         if _current is None:
             # Before the probe, which a foreign function could make fail in any way.

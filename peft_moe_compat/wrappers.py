@@ -77,8 +77,7 @@ def _loaded(linear: Any) -> torch.Tensor:
     A ParamWrapper reads these weights without calling the layers, so that their hooks do not run by themselves.
     """
     weight: torch.Tensor = linear.weight
-    hook = getattr(linear, "_hf_hook", None)
-    if weight.device.type != "meta" or hook is None:
+    if weight.device.type != "meta" or (hook := getattr(linear, "_hf_hook", None)) is None:
         return weight
     hook.pre_forward(linear)
     loaded: torch.Tensor = linear.weight
