@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 import zoo
-from packaging.version import parse
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -20,11 +19,6 @@ import peft_moe_compat
 from peft_moe_compat import ParallelismError, convert_adapter
 
 from .ranks import run
-
-pytestmark = pytest.mark.skipif(
-    parse(transformers.__version__) < parse("5.21"),
-    reason="transformers exchanges tokens between ranks (ep_dispatch_experts, DistributedConfig.ep_size) from 5.21 on",
-)
 
 E, R, STEPS = 8, 3, 3
 FAMILIES = ("qwen3_moe", "gpt_oss")
