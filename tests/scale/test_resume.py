@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException
 
 import peft_moe_compat
 
 from . import models
+from .ranks import run
 
 STEPS, SAVED_EVERY, KILLED_AFTER = 8, 2, 5
 
 
 def _train(folder: str, family: str, kill: bool = False) -> None:
     """The training script: resumes where there is a checkpoint; else it may kill its last worker on the way."""
-    import torch
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -42,7 +43,6 @@ def _train(folder: str, family: str, kill: bool = False) -> None:
             if kill and last and not resumed and state.global_step == KILLED_AFTER:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.set_num_threads(1)
     calls, model = models.Calls(), models.lora_model(family)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     resumed = any(Path(folder).glob("checkpoint-*"))
@@ -68,20 +68,12 @@ def _train(folder: str, family: str, kill: bool = False) -> None:
         Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def _command(folder: Path, family: str, processes: int) -> subprocess.CompletedProcess[str]:
-    """The script in processes of its own; the first time one of them is killed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0"]
-    tests = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        [*[sys.executable, *(launcher if processes > 1 else []), "-m", "scale.test_resume"], str(folder), family],
-        cwd=tests,
-        env=environment | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
+def _train_and_be_killed(folder: str, family: str) -> None:
+    if dist.get_world_size() == 1:  # plain training, without a group
+        dist.destroy_process_group()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
+    _train(folder, family, kill=True)
 
 
 @pytest.fixture(autouse=True)
@@ -94,19 +86,16 @@ def _uncounted():
 def test_resumes_after_a_kill(tmp_path, family, processes):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     _train(str(whole), family)
-    ended = _command(broken, family, processes)
+    with pytest.raises(ProcessExitedException) as ended:
+        run(processes, _train_and_be_killed, str(broken), family)
+    assert ended.value.signal_name == "SIGKILL"
+    assert ended.value.error_index == processes - 1
+    assert not (broken / "found.json").exists()
     if processes == 1:
-        assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
         assert sorted(p.name for p in broken.iterdir()) == ["checkpoint-2", "checkpoint-4"]
         _train(str(broken), family)
     else:
-        # Started anew by hand: torchrun's own restart leaves the dead group's addresses in the store, where gloo 2.13
-        # finds them ("connectFullMesh failed").
-        assert ended.returncode == 1, ended.stderr[-3000:]
-        assert "exitcode: -9" in ended.stderr
-        assert not (broken / "found.json").exists()
-        ended = _command(broken, family, processes)
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        run(processes, _train, str(broken), family)
 
     found, expected = (json.loads((f / "found.json").read_text(encoding="utf-8")) for f in (broken, whole))
     first = KILLED_AFTER // SAVED_EVERY * SAVED_EVERY
@@ -125,7 +114,3 @@ def test_resumes_after_a_kill(tmp_path, family, processes):
         scale = tensor.abs().max()
         assert (after[name] - tensor).abs().max() <= 1e-4 * scale, name
         assert (before[name] - tensor).abs().max() >= 1e-2 * scale, f"{name} did not train after the checkpoint"
-
-
-if __name__ == "__main__":
-    _train(*sys.argv[1:], kill=True)
