@@ -41,4 +41,4 @@ def test_a_failing_rank_ends_the_run():
 
 def test_a_hanging_rank_ends_the_run():
     with pytest.raises((TimeoutError, ProcessRaisedException)):
-        run(2, _one_hangs, timeout=25)
+        run(2, _one_hangs, timeout=10)
