@@ -189,7 +189,8 @@ class Handover:
     No container, so that hooks which map over a call's arguments pass it on as it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, experts: Any) -> None:
+        self.experts = experts
         self.factors: dict[str, ExpertLora] = {}
         self.arrived = False
 
@@ -198,14 +199,18 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
     from .families import is_transposed
     from .layout import concat
     from .parallel import carry, check_zero3, exchanges_tokens, refuse_native
-    from .wrappers import active_lora, native_reason
+    from .wrappers import active_lora, experts_reason, parameter_reason
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """`ParamWrapper.forward` with peft_moe_compat active: hands the factors down, or falls back to PEFT's own."""
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return peft_forward(self, x, *args, **kwargs)
-        experts = self.get_base_layer()
-        if reason := native_reason(self, experts):
+        handover: Any = kwargs.get(KEYWORD)
+        outermost = handover is None
+        if outermost:
+            handover = Handover(self.get_base_layer())
+        experts = handover.experts
+        if reason := (experts_reason(experts) if outermost else None) or parameter_reason(self, experts):
             refuse_native(experts, reason)
             return peft_forward(self, x, *args, **kwargs)
         check_zero3(self, x)
@@ -215,8 +220,7 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         if "meta" in (lora.A.device.type, lora.B.device.type) and x.device.type != "meta":
             raise PeftMoeCompatError(_LORA_WITHOUT_DATA.format(self.parameter_name))
         kwargs.pop("adapter_names", None)
-        outermost = KEYWORD not in kwargs
-        handover = kwargs.setdefault(KEYWORD, Handover())
+        kwargs[KEYWORD] = handover
         name, factors = self.parameter_name, handover.factors
         # PEFT up to 0.19 can wrap one parameter twice; the updates add up, as they do when merged.
         factors[name] = concat([factors[name], lora]) if name in factors else lora

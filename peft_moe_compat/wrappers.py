@@ -25,10 +25,12 @@ __all__ = [
     "TAKEN_IMPLEMENTATIONS",
     "active_lora",
     "expert_loras",
+    "experts_reason",
     "installed_rule",
     "live_orientation",
     "measure_rule",
     "native_reason",
+    "parameter_reason",
     "read_adapter",
     "wrapper_chain",
 ]
@@ -218,15 +220,17 @@ def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None
     return found
 
 
-def native_reason(wrapper: Any, experts: Any = None) -> str | None:
+def native_reason(wrapper: Any) -> str | None:
     """Why a ParamWrapper runs PEFT's own forward, or None where it can run the grouped-mm forward.
 
     About the module alone: a wrapper whose adapters are disabled or merged goes through PEFT's forward as well.
-
-    Args:
-        experts: `wrapper.get_base_layer()`, for a caller that has it already.
     """
-    experts, name = wrapper.get_base_layer() if experts is None else experts, wrapper.parameter_name
+    experts = wrapper.get_base_layer()
+    return experts_reason(experts) or parameter_reason(wrapper, experts)
+
+
+def experts_reason(experts: Any) -> str | None:
+    """The same of an experts module, whichever of its parameters are wrapped."""
     cls = type(experts)
     registry = families.dispatching_registry(cls)
     if registry is None:
@@ -239,10 +243,16 @@ def native_reason(wrapper: Any, experts: Any = None) -> str | None:
     entry = getattr(sys.modules[registry], families.REGISTRIES[registry])[implementation]
     if not hasattr(entry, TAKES_LORA):
         return f"the experts implementation {implementation!r} is that of {entry.__module__}"
-    if name not in ("gate_up_proj", "up_proj", "down_proj"):
-        return f"{name} is not an expert projection"
     if families.is_transposed(experts) is None:
         return f"orientation of {cls.__name__} is unknown; call peft_moe_compat.declare_layout"
+    return None
+
+
+def parameter_reason(wrapper: Any, experts: Any) -> str | None:
+    """The same of the parameter that a wrapper is for, once its experts can run the grouped-mm forward."""
+    name = wrapper.parameter_name
+    if name not in ("gate_up_proj", "up_proj", "down_proj"):
+        return f"{name} is not an expert projection"
     if any(linear.weight.dtype.itemsize < 2 for linear in wrapper.lora_A.values()):
         return "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer"
     return quantised.unreadable_reason(experts, name) or None
