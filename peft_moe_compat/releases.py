@@ -200,13 +200,13 @@ KNOWN_ISSUES: tuple[KnownIssue, ...] = (
         SpecifierSet(">=0.19,<0.21"),
         SpecifierSet(">=0"),
         "of two adapters on an already parametrised (4-bit) expert parameter, one gets no gradient",
-        "keep one adapter active, or leave the experts unquantised",
+        "keep peft_moe_compat active, whose forward does not, or leave the experts unquantised",
     ),
     KnownIssue(
         SpecifierSet(">=0.21,<0.21.3"),
         SpecifierSet(">=0"),
         "on an already parametrised (4-bit) expert parameter, PEFT's own forward adds the update again at every call",
-        "leave the experts unquantised",
+        "keep peft_moe_compat active from the first forward on, or leave the experts unquantised",
     ),
 )
 
