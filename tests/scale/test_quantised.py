@@ -330,10 +330,11 @@ def test_activation_checkpointing_changes_nothing(stored, reentrant):
     zoo.assert_same(zoo.loss_and_gradients(quantised, ids), before, 1e-6)
 
 
-def test_a_weight_that_is_offloaded_after_the_forward_is_kept_for_the_backward():
+@pytest.mark.parametrize("stored", ["torchao Int8Tensor", "fp8 (fine-grained)"])
+def test_a_weight_that_is_offloaded_after_the_forward_is_kept_for_the_backward(stored):
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
-    quantised, _ = pair("qwen3_moe", "torchao Int8Tensor")
+    quantised, _ = pair("qwen3_moe", stored)
     ids = zoo.token_ids()
     before = zoo.loss_and_gradients(quantised, ids)
     for experts in experts_at_the_bottom(quantised):
