@@ -48,8 +48,9 @@ class Activation:
         rule: The layout rule in force, verified against the installed PEFT.
     """
 
-    def __init__(self, rule: LayoutRule) -> None:
-        self.rule = rule
+    rule: LayoutRule
+
+    def __init__(self) -> None:
         self._wrapper_class: Any = None
         self._peft_forward: Any = None
         self._our_forward: Any = None
@@ -102,7 +103,7 @@ class Activation:
 
     def _install(self) -> None:
         from .guard import replacements
-        from .wrappers import TAKEN_IMPLEMENTATIONS
+        from .wrappers import TAKEN_IMPLEMENTATIONS, installed_rule
 
         self._wrapper_class = _param_wrapper()
         self._peft_forward = self._wrapper_class.__dict__["forward"]
@@ -119,6 +120,7 @@ class Activation:
             stock = vars(owner)[name]
             _refuse_foreign(f"{owner.__name__}.{name}", stock, home)
             self._loaders.append((owner, name, stock, make(stock)))
+        self.rule = installed_rule()  # after the foreign functions, which could make its probe fail in any way
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
         for mapping, key, _, ours in self._entries.values():
             mapping[key] = ours
@@ -281,17 +283,12 @@ def activate() -> Activation:
     # Before the lock: importing peft may activate by itself, and another thread may be in the middle of that.
     import peft
 
-    from .guard import replacements
     from .releases import parse_version, release_for
-    from .wrappers import installed_rule
 
     release_for(parse_version(peft.__version__))  # before anything that only a PEFT with ParamWrapper has
     with _lock:
         if _current is None:
-            # Before the probe, which a foreign function could make fail in any way.
-            for owner, name, home, _ in replacements():
-                _refuse_foreign(f"{owner.__name__}.{name}", vars(owner)[name], home)
-            handle = Activation(installed_rule())
+            handle = Activation()
             handle._install()
             _current = handle
         else:
