@@ -12,7 +12,7 @@ from . import backends, families, quantised
 from .grouped_mm import device_backend
 from .layout import ExpertLora
 
-__all__ = ["Activation", "backend_of", "fused_reason", "run_fused", "runs_fused"]
+__all__ = ["Activation", "backend_of", "fused_reason", "padded_rank", "run_fused", "runs_fused"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Activations by their class; a plain function is known by its own name.
@@ -89,6 +89,11 @@ class Activation(NamedTuple):
     interleaved: bool = False
     alpha: float = 0.0
     limit: float = 0.0
+
+
+def padded_rank(rank: int) -> int:
+    """What the matrix units want of a contracted or a produced axis: the next power of two, 16 at least."""
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:

@@ -12,50 +12,46 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .fused import Activation
+from .fused import Activation, padded_rank
 
 __all__ = ["experts"]
 
 
-def _padded(rank: int) -> int:
-    """As `kernels.common.padded_rank`, which is not imported to trace a graph."""
-    return max(16, 1 << (rank - 1).bit_length())
+# What all three take: `Weights`, `Loras`, and the fields of `Layer` one by one.
+_TENSORS = (
+    "Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
+    "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
+)
+_SCALARS = "float up_scaling, float down_scaling, str name, bool gated, bool interleaved, float alpha, float limit"
+_NUM_TENSORS = 11
 
 
-def _parts(tensors: Any, scalars: Any) -> tuple[Any, Any, Any]:
+def _parts(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Any, Any, Any]:
+    """hidden, index, weights, and `Layer`, `Weights`, `Loras`."""
     from .kernels.layer import Layer, Loras, Weights
 
-    up_scaling, down_scaling, *activation = scalars
-    return Layer(Activation(*activation), up_scaling, down_scaling), Weights(*tensors[:4]), Loras(*tensors[4:])
+    hidden, index, weights = inputs[:3]
+    up_scaling, down_scaling, *activation = inputs[_NUM_TENSORS:]
+    layer = Layer(Activation(*activation), up_scaling, down_scaling)
+    return (
+        hidden.contiguous(),
+        index,
+        weights.contiguous(),
+        layer,
+        Weights(*inputs[3:7]),
+        Loras(*inputs[7:_NUM_TENSORS]),
+    )
 
 
-@torch.library.custom_op("peft_moe_compat::experts_inference", mutates_args=())
-def _inference(
-    hidden: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up_A: Tensor | None,
-    up_B: Tensor | None,
-    down_A: Tensor | None,
-    down_B: Tensor | None,
-    up_scaling: float,
-    down_scaling: float,
-    name: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-) -> Tensor:
+@torch.library.custom_op(
+    "peft_moe_compat::experts_inference", mutates_args=(), schema=f"({_TENSORS}, {_SCALARS}) -> Tensor"
+)
+def _inference(*inputs: Any) -> Tensor:
     from .kernels.layer import fused_experts
 
-    tensors = up, up_bias, down, down_bias, up_A, up_B, down_A, down_B
-    parts = _parts(tensors, (up_scaling, down_scaling, name, gated, interleaved, alpha, limit))
+    hidden, index, weights, layer, W, loras = _parts(inputs)
     with torch.no_grad(), backends.on_device(hidden.device):
-        return fused_experts(parts[0], hidden, index, weights, *parts[1:])
+        return fused_experts(layer, hidden, index, weights, W, loras)
 
 
 @_inference.register_fake
@@ -63,33 +59,16 @@ def _(hidden: Tensor, *_: object) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("peft_moe_compat::experts_training", mutates_args=())
-def _training(
-    hidden: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up_A: Tensor | None,
-    up_B: Tensor | None,
-    down_A: Tensor | None,
-    down_B: Tensor | None,
-    up_scaling: float,
-    down_scaling: float,
-    name: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "peft_moe_compat::experts_training",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _training(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, and `Passed`: the up projection's rows, and its and the down projection's products with lora_A)."""
     from .kernels.layer import forward_pass, routing
 
-    tensors = up, up_bias, down, down_bias, up_A, up_B, down_A, down_B
-    layer, W, loras = _parts(tensors, (up_scaling, down_scaling, name, gated, interleaved, alpha, limit))
-    hidden, weights = hidden.contiguous(), weights.contiguous()
+    hidden, index, weights, layer, W, loras = _parts(inputs)
     with backends.on_device(hidden.device):
         out, passed, _ = forward_pass(layer, hidden, weights, routing(index, W), W, loras)
     low_up, low_down = (hidden.new_empty(0) if low is None else low for low in passed[1:])
@@ -99,62 +78,44 @@ def _training(
 @_training.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, up, S = inputs[0], inputs[3], inputs[1].numel()
-    low_up, low_down = (up.new_empty(0) if A is None else up.new_empty(S, _padded(A.shape[1])) for A in inputs[7:11:2])
+    low_up, low_down = (
+        up.new_empty(0) if A is None else up.new_empty(S, padded_rank(A.shape[1])) for A in inputs[7:11:2]
+    )
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     return out, up.new_empty(S, up.shape[2]), low_up, low_down
 
 
-@torch.library.custom_op("peft_moe_compat::experts_training_backward", mutates_args=())
-def _backward(
-    dout: Tensor,
-    passed_up: Tensor,
-    low_up: Tensor,
-    low_down: Tensor,
-    hidden: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up_A: Tensor | None,
-    up_B: Tensor | None,
-    down_A: Tensor | None,
-    down_B: Tensor | None,
-    up_scaling: float,
-    down_scaling: float,
-    name: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "peft_moe_compat::experts_training_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor passed_up, Tensor low_up, Tensor low_down, {_TENSORS}, {_SCALARS}) -> Tensor[]",
+)
+def _backward(dout: Tensor, passed_up: Tensor, low_up: Tensor, low_down: Tensor, *inputs: Any) -> list[Tensor]:
     """Gradients of the hidden states, the routing weights and the factors that are there."""
     from .kernels.factors import packed
     from .kernels.layer import Passed, backward_pass, routing
 
-    tensors = up, up_bias, down, down_bias, up_A, up_B, down_A, down_B
-    layer, W, loras = _parts(tensors, (up_scaling, down_scaling, name, gated, interleaved, alpha, limit))
-    hidden, weights = hidden.contiguous(), weights.contiguous()
+    hidden, index, weights, layer, W, loras = _parts(inputs)
     # The backward overwrites the up projection's rows, which the graph may still hold.
-    passed = Passed(passed_up.clone(), None if up_A is None else low_up, None if down_A is None else low_down)
+    passed = Passed(
+        passed_up.clone(), None if loras.up_A is None else low_up, None if loras.down_A is None else low_down
+    )
     with torch.no_grad(), backends.on_device(hidden.device):
         wanted = loras.factors(layer)
-        factors = tuple(packed(f, up.dtype, index.numel()) if i in (1, 3) else f for i, f in enumerate(wanted))
+        factors = tuple(packed(f, W.up.dtype, index.numel()) if i in (1, 3) else f for i, f in enumerate(wanted))
         found = backward_pass(layer, dout, hidden, weights, routing(index, W), passed, factors, W, wanted, True)
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
 @_backward.register_fake
-def _(*inputs: Any) -> list[Tensor]:
-    hidden, weights = inputs[4], inputs[6]
-    of = [hidden, weights, *(factor for factor in inputs[11:15] if factor is not None)]
+def _(_dout: Tensor, _up: Tensor, _low_up: Tensor, _low_down: Tensor, *inputs: Any) -> list[Tensor]:
+    of = [inputs[0], inputs[2], *(factor for factor in inputs[7:_NUM_TENSORS] if factor is not None)]
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in of]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:11], *output[1:])
-    ctx.scalars = inputs[11:]
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
+    ctx.scalars = inputs[_NUM_TENSORS:]
 
 
 def _differentiate(ctx: Any, dout: Tensor, *_: object) -> tuple[Any, ...]:

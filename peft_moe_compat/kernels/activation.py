@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fused import Activation
-from .common import Config, Factor, dot_precision, factor_tile, for_rank, padded_rank, tile_rows
+from ..fused import Activation, padded_rank
+from .common import Config, Factor, dot_precision, factor_tile, for_rank, tile_rows
 from .launch import kernel
 from .routing import Route
 

@@ -17,7 +17,6 @@ __all__ = [
     "factor_tile",
     "for_rank",
     "next_power",
-    "padded_rank",
     "tile_rows",
 ]
 
@@ -65,11 +64,6 @@ def cdiv(n: int, unit: int) -> int:
 def next_power(n: int, least: int = 1) -> int:
     """The next power of two."""
     return max(least, 1 << (n - 1).bit_length())
-
-
-def padded_rank(rank: int) -> int:
-    """R: what the matrix units want of a contracted or a produced axis."""
-    return next_power(rank, 16)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fused import Activation
+from ..fused import Activation, padded_rank
 from .activation import _act, _gate
-from .common import Factor, cdiv, factor_tile, next_power, padded_rank
+from .common import Factor, cdiv, factor_tile, next_power
 from .launch import kernel
 
 __all__ = ["MOST_ROWS", "few_rows"]

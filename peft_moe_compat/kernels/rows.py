@@ -6,7 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Factor, cdiv, dot_precision, factor_tile, for_rank, next_power, padded_rank, tile_rows
+from ..fused import padded_rank
+from .common import Config, Factor, cdiv, dot_precision, factor_tile, for_rank, next_power, tile_rows
 from .launch import kernel
 from .routing import Route
 
