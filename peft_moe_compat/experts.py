@@ -102,20 +102,21 @@ def experts_forward(
         LayoutError: Factors that do not fit their weight.
     """
     T, k = top_k_index.shape
-    up_name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # 5.0 knows gated experts only
+    up_name = families.up_name(module)
     E = module.num_experts
     up_lora, down_lora = expert_lora.get(up_name), expert_lora.get("down_proj")
     if top_k_weights.shape != top_k_index.shape:
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
+    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up_name, "down_proj"))
     up_weight = _weight(module, up_name, hidden_states.shape[1], up_lora, hidden_states)
     intermediate = up_weight.shape[2] // (2 if up_name == "gate_up_proj" else 1)
     if runs_fused(module, hidden_states, top_k_index):
         down_weight = _weight(module, "down_proj", intermediate, down_lora, hidden_states)
-        fused = run_fused(module, expert_lora, up_weight, down_weight, hidden_states, top_k_index, top_k_weights)
+        routed, biases = (hidden_states, top_k_index, top_k_weights), (up_bias, down_bias)
+        fused = run_fused(module, expert_lora, up_weight, down_weight, *routed, biases)
         if fused is not None:
             return fused
 
-    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up_name, "down_proj"))
     expert_ids, order = torch.sort(top_k_index.reshape(-1))
     offs = _group_ends(expert_ids, E)
     # Sentinel rows sort to the tail, past offs[-1], where the grouped products leave results undefined.

@@ -24,6 +24,7 @@ __all__ = [
     "projections",
     "routed_experts",
     "stored_shape",
+    "up_name",
 ]
 
 REGISTRY_MODULE = "transformers.integrations.moe"
@@ -128,6 +129,11 @@ def _held_parameters(module: nn.Module) -> list[str]:
     """Names of the parameters a module holds itself, those under `torch.nn.utils.parametrize` included."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
     return names + list(getattr(module, "parametrizations", ()))
+
+
+def up_name(module: Any) -> str:
+    """The parameter that stands before the activation; transformers 5.0 knows gated experts only."""
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
 
 
 def projections(module: nn.Module) -> tuple[str, ...]:

@@ -31,10 +31,6 @@ _ACTIVATIONS = {
 _CLAMPED = {"GptOssExperts": True, "OpenAIPrivacyFilterExperts": False}
 
 
-def _up_name(module: Any) -> str:
-    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-
-
 def fused_reason(module: Any, device: torch.device) -> str | None:
     """Why a module's forward does not run in the fused kernels, None where it does; sizes of batches aside."""
     choice = backends.chosen()
@@ -44,7 +40,7 @@ def fused_reason(module: Any, device: torch.device) -> str | None:
         return str(reason)
     if getattr(module, "has_post_expert_norm", False):
         return "a norm follows the experts"
-    names = [_up_name(module), "down_proj"]
+    names = [families.up_name(module), "down_proj"]
     for name in names + ([f"{n}_bias" for n in names] if module.has_bias else []):
         if stored := quantised.stored_format(module, name):
             return f"{name} is stored as {stored}"
@@ -129,6 +125,7 @@ def run_fused(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
+    biases: tuple[Tensor | None, Tensor | None],
 ) -> Tensor | None:
     """The layer's output from the fused kernels, or None where one of them does not compile for the device.
 
@@ -136,12 +133,11 @@ def run_fused(
         up_weight, down_weight: "E in out", checked against the factors.
         hidden_states: "T H".
         top_k_index, top_k_weights: "T k".
+        biases: "E out" of the two projections.
     """
-    up_name = _up_name(module)
-    up, down = expert_lora.get(up_name), expert_lora.get("down_proj")
+    up, down = expert_lora.get(families.up_name(module)), expert_lora.get("down_proj")
     scalings = (up.scaling if up else 1.0, down.scaling if down else 1.0)
-    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up_name, "down_proj"))
-    base = (up_weight, up_bias, down_weight, down_bias)
+    base = (up_weight, biases[0], down_weight, biases[1])
     loras = (up.A if up else None, up.B if up else None, down.A if down else None, down.B if down else None)
     routed = (hidden_states, top_k_index, top_k_weights)
     activation = _activation(module)
