@@ -111,12 +111,12 @@ def check(E, k, H, I, T, r, dtype, gated=True, act="silu", skew=0.5):
 
 
 FORWARDS = {
-    32: [(32, 2, 3), (64, 2, 3), (64, 4, 3), (64, 4, 2)],
+    32: [(64, 4, 3), (64, 4, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3)],
     64: [(32, 4, 2), (32, 4, 3), (32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 8, 2)],
     128: [(32, 8, 3), (64, 8, 2)],
 }
 BACKWARDS = {
-    32: [(32, 2, 2), (32, 2, 3), (32, 2, 4), (64, 4, 3)],
+    32: [(64, 4, 3), (64, 4, 2), (64, 8, 3), (128, 8, 2), (128, 8, 3)],
     64: [(32, 4, 2), (32, 4, 3), (32, 4, 4), (64, 8, 2), (64, 8, 3), (64, 4, 2)],
     128: [(32, 8, 2), (32, 8, 3)],
 }
@@ -153,6 +153,7 @@ def kernels(shape: str) -> None:
     act = Activation("silu", True)
     tiles = {b: route(index, E, b, 128) for b in (32, 64, 128)}
     for b, w in tiles.items():
+        activation.PROGRAM_ROWS = b
         for c in [Config(*x) for x in FORWARDS[b]]:
             activation.FORWARD = c
             ms(f"{shape} activate {b} {tuple(c)}", lambda w=w: activation.activate(up, act, w, Factor(A2)), 15)
@@ -189,10 +190,9 @@ def kernels(shape: str) -> None:
     ms(f"{shape} combine", lambda: rows.combine(x, where, None, k, dtype))
 
 
-PRODUCTS = {  # name: (config, BLOCK_K, programs per SM or 0 for one a tile, group, row tile)
+PRODUCTS = {  # name: (config, BLOCK_K, programs per SM, group, row tile)
     "256/8w/4s": (Config(256, 8, 4), 64, 1, 8, 128),
     "256/8w/3s": (Config(256, 8, 3), 64, 1, 8, 128),
-    "256/8w/4s grid": (Config(256, 8, 4), 64, 0, 8, 128),
     "256/8w/4s g16": (Config(256, 8, 4), 64, 1, 16, 128),
     "128/4w/3s x2": (Config(128, 4, 3), 64, 2, 8, 128),
 }
@@ -222,6 +222,7 @@ def products(shape: str) -> None:
         print(f"    {flops / base:.0f} TFLOP/s", flush=True)
         for label, (config, block_k, per_sm, group, block) in PRODUCTS.items():
             gemm.PRODUCT, gemm.BLOCK_K, gemm.PER_SM, gemm.GROUP_TILES = config, block_k, per_sm, group
+            gemm._programs.cache_clear()
             there = route(index, E, 64, block)
             found = ms(
                 f"{shape} {name} tiled {label}", lambda there=there: gemm.grouped_linear(a, W, there, low, factor), 25

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -10,12 +12,36 @@ from torch import Tensor
 from ..fused import Activation, padded_rank
 from .common import Config, Factor, dot_precision, factor_tile, for_rank, tile_rows
 from .launch import kernel
-from .routing import Route
+from .routing import Route, Tiles
 
 __all__ = ["activate", "activate_backward"]
 
 
-FORWARD = BACKWARD = Config(64, 8, 3)
+FORWARD, BACKWARD, PROGRAM_ROWS = Config(128, 8, 2), Config(128, 8, 3), 32
+
+# Triton's interpreter runs no assembly.
+_ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+
+
+@triton.jit
+def _sigmoid(x):
+    """Four instructions for the fourteen that treat denormal numbers apart; as precise."""
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.sigmoid(x)
 
 
 @triton.jit
@@ -26,13 +52,14 @@ def _act(x, NAME: tl.constexpr):
     layout up to the loads, and compute everything once for the product and once more for the store.
     """
     if NAME == "silu":
-        s = tl.sigmoid(x)
-        return x * s, s * (1 + x * (1 - s))
+        s = _sigmoid(x)
+        a = x * s
+        return a, s + a * (1 - s)
     if NAME == "gelu":
         below = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         return x * below, below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     if NAME == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        s = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         return x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
     if NAME == "relu":
         return tl.maximum(x, 0.0), (x > 0).to(tl.float32)
@@ -48,7 +75,7 @@ def _gate(g, u, alpha, limit, NAME: tl.constexpr):
         inside_u = ((u >= -limit) & (u <= limit)).to(tl.float32)
         g = tl.minimum(g, limit)
         u = tl.minimum(tl.maximum(u, -limit), limit) + 1
-        s = tl.sigmoid(alpha * g)
+        s = _sigmoid(alpha * g)
         return g * s * u, inside_g * u * s * (1 + alpha * g * (1 - s)), inside_u * g * s
     a, slope = _act(g, NAME)
     return a * u, slope * u, a
@@ -79,10 +106,10 @@ def _activate(
     up, h, low, offs, tiles, I, alpha, limit,
     factor, rank, stride_e, stride_r, stride_d, scaling,
     R: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows: h from up, and low = h @ factor^T."""
-    expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK)
+    expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK, PARTS)
     if expert < 0:
         return
     dtype = h.dtype.element_ty
@@ -105,6 +132,12 @@ def _activate(
         tl.store(at, product.to(dtype), mask=here[:, None])
 
 
+def _parts(tiles: Tiles) -> tuple[int, int]:
+    """(rows of a program, programs of a tile)."""
+    block = min(tiles.block, PROGRAM_ROWS)
+    return block, tiles.block // block
+
+
 def activate(up: Tensor, activation: Activation, route: Route, factor: Factor | None) -> tuple[Tensor, Tensor | None]:
     """The activation of every row, and its product with the expert's factor.
 
@@ -120,12 +153,13 @@ def activate(up: Tensor, activation: Activation, route: Route, factor: Factor | 
     R = padded_rank(factor.rank) if factor else 0
     low = up.new_empty(S, R) if factor else None
     tiles, config = route.small, for_rank(FORWARD, R)
+    block, parts = _parts(tiles)
     _activate(
-        (tiles.limit, 1, 1), up, h, low if factor else h, route.offs, tiles.table, I,
+        (tiles.limit * parts, 1, 1), up, h, low if factor else h, route.offs, tiles.table, I,
         activation.alpha, activation.limit,
         *(factor.arguments() if factor else (h, 0, 0, 0, 0, 1.0)),
         R=R, NAME=activation.name, GATED=activation.gated, INTERLEAVED=activation.interleaved,
-        BLOCK=tiles.block, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
+        BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return h, low
@@ -136,10 +170,10 @@ def _backward(
     up, dh, low, dweights, dots, weights, order, offs, tiles, I, alpha, limit,
     factor, rank, stride_e, stride_r, stride_d, scaling,
     R: tl.constexpr, DOTS: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
+    WAIT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows: up becomes its own gradient, dh (of an unweighted output) becomes weight * h."""
-    expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK)
+    expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK, PARTS)
     if expert < 0:
         return
     dtype = up.dtype.element_ty
@@ -154,7 +188,8 @@ def _backward(
     for start in range(0, I, BLOCK_I):
         g, u, i, mask = _load_up(up_row, here, start, I, GATED, INTERLEAVED, BLOCK, BLOCK_I)
         gradient = tl.load(dh_row + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # a small tile is loaded by several warps: none may store before all have read
+        if WAIT:  # see `activate_backward`
+            tl.debug_barrier()
         if GATED:
             value, dg, du = _gate(g, u, alpha, limit, NAME)
         else:
@@ -200,6 +235,10 @@ def activate_backward(
 ) -> tuple[Tensor | None, Tensor]:
     """The activation's backward, in place.
 
+    Rows of whole 32 bytes are read and written with one layout, so that every element belongs to one thread, or come
+    through shared memory. Others may be written by another thread than the one that reads them, which then has to wait;
+    a barrier in the loop keeps triton from loading ahead.
+
     Args:
         up: "S (2 I)", overwritten with the gradient of itself.
         dh: "S I", the gradient of h for an output that is not weighted; overwritten with weight * h.
@@ -215,12 +254,14 @@ def activate_backward(
     low = up.new_empty(S, R) if factor else None
     dweights = torch.zeros(weights.shape, dtype=torch.float32, device=up.device)  # zero where no expert here computes
     tiles, config = route.small, for_rank(BACKWARD, R)
+    block, parts = _parts(tiles)
     _backward(
-        (tiles.limit, 1, 1), up, dh, low if factor else up, dweights, dots if dots is not None else dweights, weights,
-        route.order, route.offs, tiles.table, I, activation.alpha, activation.limit,
+        (tiles.limit * parts, 1, 1), up, dh, low if factor else up, dweights,
+        dots if dots is not None else dweights, weights, route.order, route.offs, tiles.table, I,
+        activation.alpha, activation.limit,
         *(factor.arguments() if factor else (up, 0, 0, 0, 0, 1.0)),
         R=R, DOTS=dots is not None, NAME=activation.name, GATED=activation.gated, INTERLEAVED=activation.interleaved,
-        BLOCK=tiles.block, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
+        WAIT=I % 16 != 0, BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return low, dweights

@@ -72,13 +72,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def tile_rows(tiles, offs, tile, BLOCK: tl.constexpr):
-    """(expert, rows, which of them belong to it); expert -1 for a tile past the last one used."""
+def tile_rows(tiles, offs, program, BLOCK: tl.constexpr, PARTS: tl.constexpr = 1):
+    """(expert, rows, which of them belong to it) of one of a tile's parts; expert -1 where there are none."""
+    tile = program // PARTS
     expert = tl.load(tiles + 2 * tile)
-    first = tl.load(tiles + 2 * tile + 1)
+    first = tl.load(tiles + 2 * tile + 1) + program % PARTS * BLOCK
     rows = first + tl.arange(0, BLOCK)
     end = tl.load(offs + tl.maximum(expert, 0))
-    return expert, rows, rows < end
+    return tl.where(first < end, expert, -1), rows, rows < end
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .routing import Route
 __all__ = ["grouped_linear"]
 
 PRODUCT, BLOCK_K, PER_SM, GROUP_TILES = Config(256, 8, 4), 64, 1, 8
+_SHARED_BYTES = 224 * 1024  # what the tiles of 16-bit products take, their low-rank term included
 
 
 @kernel()
@@ -125,8 +127,8 @@ def grouped_linear(
     Returns:
         "S out"; rows past `offs[-1]` are undefined.
     """
-    if TILED and route.large.block >= 64 and descriptor_fits(x, weight):
-        return _tiled(x, weight, route, low, factor, bias)
+    if TILED and route.large.block >= 64 and descriptor_fits(x, weight) and (programs := _programs(x.device)):
+        return _tiled(x, weight, route, low, factor, bias, programs)
     return _add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias)
 
 
@@ -145,8 +147,25 @@ def _add_to(y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, 
 TILED = True
 
 
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """How many programs of the tiled product a device runs at once; 0 where their shared memory is too small for it."""
+    if device.type != "cuda":
+        return 4  # triton's interpreter
+    properties: Any = torch.cuda.get_device_properties(device)
+    fits = properties.shared_memory_per_block_optin >= _SHARED_BYTES
+    programs: int = properties.multi_processor_count * PER_SM
+    return programs if fits else 0
+
+
 def _tiled(
-    x: Tensor, weight: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    route: Route,
+    low: Tensor | None,
+    factor: Factor | None,
+    bias: Tensor | None,
+    programs: int,
 ) -> Tensor:
     (S, K), (E, _, N) = x.shape, weight.shape
     y = x.new_empty(S, N, dtype=weight.dtype)
@@ -157,11 +176,8 @@ def _tiled(
         w = TensorDescriptor(weight, [E * N, K], [K, 1], [columns, depth])
     else:
         w = TensorDescriptor(weight, [E * K, N], [N, 1], [depth, columns])
-    grid = tiles.limit * cdiv(N, columns)
-    if PER_SM:
-        grid = min(grid, torch.cuda.get_device_properties(x.device).multi_processor_count * PER_SM if x.is_cuda else 4)
     _product(
-        (grid, 1, 1),
+        (min(tiles.limit * cdiv(N, columns), programs), 1, 1),
         TensorDescriptor(x, [S, K], [K, 1], [tiles.block, depth]), w, y, u, b, route.offs, tiles.table,
         tiles.limit, N, K, *arguments,
         R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=depth,

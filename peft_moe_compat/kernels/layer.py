@@ -85,7 +85,7 @@ def _tile_sizes(S: int, E: int) -> tuple[int, int]:
     rows = S // E
     if rows >= 64:
         return 64, 128
-    return (32, 64) if rows >= 16 else (16, 16)
+    return (64, 64) if rows >= 16 else (16, 16)
 
 
 class Passed(NamedTuple):
