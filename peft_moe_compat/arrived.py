@@ -89,7 +89,7 @@ def _held(chain: list[Any], adapter_name: str) -> dict[str, ExpertLora]:
     return {
         w.parameter_name: read_adapter(
             w, adapter_name, bool(families.is_transposed(w.get_base_layer())), installed_rule()
-        )
+        ).canonical()
         for w in chain
         if adapter_name in w.lora_A
     }

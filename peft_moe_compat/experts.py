@@ -15,7 +15,7 @@ from . import families, quantised
 from .errors import LayoutError
 from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
-from .layout import ExpertLora
+from .layout import ExpertLora, FlatLora
 
 __all__ = ["experts_forward"]
 
@@ -29,7 +29,9 @@ def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor, ga
     return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
 
 
-def _weight(module: Any, name: str, in_features: int, lora: ExpertLora | None, hidden_states: Tensor) -> Tensor:
+def _weight(
+    module: Any, name: str, in_features: int, lora: ExpertLora | FlatLora | None, hidden_states: Tensor
+) -> Tensor:
     """A base weight as "E in out", checked against the rows it will meet and the factors it will be added to.
 
     A quantised weight that has no dtype of its own takes that of `hidden_states`, or autocast's.
@@ -79,7 +81,7 @@ def _project(
 
 def experts_forward(
     module: Any,
-    expert_lora: Mapping[str, ExpertLora],
+    expert_lora: Mapping[str, ExpertLora | FlatLora],
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -113,9 +115,10 @@ def experts_forward(
     if runs_fused(module, hidden_states, top_k_index):
         down_weight = _weight(module, "down_proj", intermediate, down_lora, hidden_states)
         routed, biases = (hidden_states, top_k_index, top_k_weights), (up_bias, down_bias)
-        fused = run_fused(module, expert_lora, up_weight, down_weight, *routed, biases)
+        fused = run_fused(module, (up_lora, down_lora), up_weight, down_weight, *routed, biases)
         if fused is not None:
             return fused
+    up_lora, down_lora = up_lora and up_lora.canonical(), down_lora and down_lora.canonical()
 
     expert_ids, order = torch.sort(top_k_index.reshape(-1))
     offs = _group_ends(expert_ids, E)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, families, quantised
 from .grouped_mm import device_backend
-from .layout import ExpertLora
+from .layout import ExpertLora, FlatLora
 
 __all__ = ["Activation", "backend_of", "fused_reason", "padded_rank", "run_fused", "runs_fused"]
 
@@ -119,7 +119,7 @@ def runs_fused(module: Any, hidden_states: Tensor, index: Tensor) -> bool:
 
 def run_fused(
     module: Any,
-    expert_lora: Mapping[str, ExpertLora],
+    loras: tuple[ExpertLora | FlatLora | None, ExpertLora | FlatLora | None],
     up_weight: Tensor,
     down_weight: Tensor,
     hidden_states: Tensor,
@@ -130,29 +130,24 @@ def run_fused(
     """The layer's output from the fused kernels, or None where one of them does not compile for the device.
 
     Args:
+        loras: Of the two projections.
         up_weight, down_weight: "E in out", checked against the factors.
         hidden_states: "T H".
         top_k_index, top_k_weights: "T k".
         biases: "E out" of the two projections.
     """
-    up, down = expert_lora.get(families.up_name(module)), expert_lora.get("down_proj")
-    scalings = (up.scaling if up else 1.0, down.scaling if down else 1.0)
     base = (up_weight, biases[0], down_weight, biases[1])
-    loras = (up.A if up else None, up.B if up else None, down.A if down else None, down.B if down else None)
     routed = (hidden_states, top_k_index, top_k_weights)
     activation = _activation(module)
     if torch.compiler.is_compiling() and isinstance(activation, Activation):
         from .operators import experts
 
-        trains = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (hidden_states, top_k_weights, *loras)
-        )
-        return experts(trains, *routed, *base, *loras, *scalings, *activation)
-    from .kernels.layer import Layer, Loras, Weights, fused_experts
+        return experts(activation, routed, base, loras)
+    from .kernels import layer
 
     try:
         with backends.on_device(hidden_states.device):
-            return fused_experts(Layer(activation, *scalings), *routed, Weights(*base), Loras(*loras))
+            return layer.fused_experts(activation, *routed, layer.Weights(*base), layer.Factors.of(*loras))
     except backends.triton_errors() as error:
         backends.give_up(hidden_states.device, error)
         return None

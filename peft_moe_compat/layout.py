@@ -18,16 +18,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import LayoutError
 
-__all__ = ["ORIENTATIONS", "PACKINGS", "ExpertLora", "concat", "from_flat", "to_flat"]
+__all__ = ["ORIENTATIONS", "PACKINGS", "ExpertLora", "Factor", "FlatLora", "concat", "flat", "from_flat", "to_flat"]
 
 ORIENTATIONS = ("linear", "reversed")
 PACKINGS = ("rank_major", "grouped")
+
+
+class Factor(NamedTuple):
+    """A or B of an expert stack for code that reads it by address: "E r d", d over features.
+
+    Attributes:
+        tensor: Of any shape; the numbers fill its memory without gaps, so that `empty_like` has a place for each.
+        rank: r.
+        stride_e, stride_r, stride_d: Elements from one expert, one rank, one feature to the next.
+        scaling: Of the update, in B; 1.0 in A.
+    """
+
+    tensor: Tensor
+    rank: int
+    stride_e: int
+    stride_r: int
+    stride_d: int
+    scaling: float = 1.0
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What a kernel takes after its own arguments: pointer, rank, strides, scaling."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -60,9 +83,24 @@ class ExpertLora:
     def out_features(self) -> int:
         return self.B.shape[1]
 
+    @property
+    def is_meta(self) -> bool:
+        return self.A.is_meta or self.B.is_meta
+
     def delta(self) -> Tensor:
         """The per-expert update, scaling * B @ A: "E out in"."""
         return torch.bmm(self.B, self.A) * self.scaling
+
+    def canonical(self) -> ExpertLora:
+        return self
+
+    def factors(self) -> tuple[Factor, Factor]:
+        """A and B by address, in tensors through which gradients reach them."""
+        (_, r, d), out = self.A.shape, self.B.shape[1]
+        return (
+            Factor(self.A.contiguous(), r, r * d, d, 1),
+            Factor(self.B.contiguous(), r, out * r, 1, r, float(self.scaling)),
+        )
 
     def check(self, num_experts: int, out_features: int, in_features: int, what: str = "the expert parameter") -> None:
         """Raises `LayoutError` unless the factors fit a stack of that many experts, out- and in-features."""
@@ -75,6 +113,59 @@ class ExpertLora:
             "(its layout may be flipped), for another model, or was ParamWrapper.update_layer patched "
             "(transformers 5.0 to 5.12 do so in model.load_adapter)?"
         )
+
+
+class FlatLora(NamedTuple):
+    """One adapter of an expert stack as PEFT packs it, known to be possible; made by `flat`.
+
+    It answers as the `ExpertLora` that `canonical` makes of it does, by arithmetic instead of views: a forward that
+    reads factors by address pays for none.
+
+    Attributes:
+        lora_A, lora_B, num_experts, orientation, packing, scaling: As `from_flat` takes them.
+        rank: r.
+    """
+
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
+    num_experts: int
+    rank: int
+    orientation: str
+    packing: str
+    scaling: float
+
+    @property
+    def is_meta(self) -> bool:
+        return self.lora_A.is_meta or self.lora_B.is_meta
+
+    def check(self, num_experts: int, out_features: int, in_features: int, what: str = "the expert parameter") -> None:
+        """As `ExpertLora.check`."""
+        p, q = (in_features, out_features) if self.orientation == "linear" else (out_features, in_features)
+        if (self.num_experts, self.lora_A.shape[1], self.lora_B.shape[0]) != (num_experts, p, q):
+            self.canonical().check(num_experts, out_features, in_features, what)
+
+    def canonical(self) -> ExpertLora:
+        """By views alone: no copy, and gradients flow back to the flat tensors."""
+        E, r = self.num_experts, self.rank
+        by_row = self.lora_A.reshape(E, r, self.lora_A.shape[1])  # "(E r) p -> E r p"
+        if self.packing == "rank_major":
+            by_column = self.lora_B.reshape(-1, r, E).permute(2, 0, 1)  # "q (r E) -> E q r"
+        else:
+            by_column = self.lora_B.reshape(-1, E, r).permute(1, 0, 2)  # "q (E r) -> E q r"
+        if self.orientation == "linear":
+            return ExpertLora(by_row, by_column, self.scaling)
+        return ExpertLora(by_column.transpose(1, 2), by_row.transpose(1, 2), self.scaling)
+
+    def factors(self) -> tuple[Factor, Factor]:
+        """As `ExpertLora.factors`, in the flat tensors themselves."""
+        E, r, scaling = self.num_experts, self.rank, float(self.scaling)
+        lora_A, lora_B = self.lora_A.contiguous(), self.lora_B.contiguous()
+        p = lora_A.shape[1]
+        of_A = lora_A, r, r * p, p, 1  # "(E r) p"
+        of_B = (lora_B, r, 1, E, E * r) if self.packing == "rank_major" else (lora_B, r, r, 1, E * r)  # "q (r E)"
+        if self.orientation == "linear":
+            return Factor(*of_A), Factor(*of_B, scaling)
+        return Factor(*of_B), Factor(*of_A, scaling)
 
 
 def _check_flat(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> int:
@@ -107,6 +198,21 @@ def _check_names(orientation: str, packing: str) -> None:
         raise LayoutError(f"packing is {packing!r}; one of {PACKINGS} was expected.")
 
 
+def flat(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    num_experts: int,
+    *,
+    orientation: str,
+    packing: str = "rank_major",
+    scaling: float = 1.0,
+) -> FlatLora:
+    """PEFT's flat pair, once its shapes are known to be possible. Arguments and errors are those of `from_flat`."""
+    _check_names(orientation, packing)
+    r = _check_flat(lora_A, lora_B, num_experts)
+    return FlatLora(lora_A, lora_B, num_experts, r, orientation, packing, scaling)
+
+
 def from_flat(
     lora_A: Tensor,
     lora_B: Tensor,
@@ -129,16 +235,7 @@ def from_flat(
     Raises:
         LayoutError: The shapes cannot be such a pair.
     """
-    _check_names(orientation, packing)
-    r = _check_flat(lora_A, lora_B, num_experts)
-    by_row = lora_A.reshape(num_experts, r, lora_A.shape[1])  # "(E r) p -> E r p"
-    if packing == "rank_major":
-        by_column = lora_B.reshape(-1, r, num_experts).permute(2, 0, 1)  # "q (r E) -> E q r"
-    else:
-        by_column = lora_B.reshape(-1, num_experts, r).permute(1, 0, 2)  # "q (E r) -> E q r"
-    if orientation == "linear":
-        return ExpertLora(by_row, by_column, scaling)
-    return ExpertLora(by_column.transpose(1, 2), by_row.transpose(1, 2), scaling)
+    return flat(lora_A, lora_B, num_experts, orientation=orientation, packing=packing, scaling=scaling).canonical()
 
 
 def to_flat(lora: ExpertLora, *, orientation: str, packing: str = "rank_major") -> tuple[Tensor, Tensor]:

@@ -13,34 +13,33 @@ from torch import Tensor
 
 from . import backends
 from .fused import Activation, padded_rank
+from .layout import Factor
 
 __all__ = ["experts"]
 
 
-# What all three take: `Weights`, `Loras`, and the fields of `Layer` one by one.
+# What all three take: `Weights`; the tensors of `Factors`, and what else is in each; the fields of `Activation`.
 _TENSORS = (
     "Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
     "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
 )
-_SCALARS = "float up_scaling, float down_scaling, str name, bool gated, bool interleaved, float alpha, float limit"
+_SCALARS = "SymInt[] places, float[] scalings, str name, bool gated, bool interleaved, float alpha, float limit"
 _NUM_TENSORS = 11
 
 
-def _parts(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Any, Any, Any]:
-    """hidden, index, weights, and `Layer`, `Weights`, `Loras`."""
-    from .kernels.layer import Layer, Loras, Weights
+def _parts(inputs: tuple[Any, ...]) -> tuple[Activation, Tensor, Tensor, Tensor, Any, Any]:
+    """The activation, hidden, index, weights, `Weights` and `Factors`."""
+    from .kernels.layer import Factors, Weights
 
     hidden, index, weights = inputs[:3]
-    up_scaling, down_scaling, *activation = inputs[_NUM_TENSORS:]
-    layer = Layer(Activation(*activation), up_scaling, down_scaling)
-    return (
-        hidden.contiguous(),
-        index,
-        weights.contiguous(),
-        layer,
-        Weights(*inputs[3:7]),
-        Loras(*inputs[7:_NUM_TENSORS]),
+    places, scalings, *activation = inputs[_NUM_TENSORS:]
+    factors = Factors(
+        *(
+            None if tensor is None else Factor(tensor, *places[4 * i : 4 * i + 4], scalings[i])  # type: ignore[call-arg]
+            for i, tensor in enumerate(inputs[7:_NUM_TENSORS])
+        )
     )
+    return Activation(*activation), hidden.contiguous(), index, weights.contiguous(), Weights(*inputs[3:7]), factors
 
 
 @torch.library.custom_op(
@@ -49,9 +48,9 @@ def _parts(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Any, Any, A
 def _inference(*inputs: Any) -> Tensor:
     from .kernels.layer import fused_experts
 
-    hidden, index, weights, layer, W, loras = _parts(inputs)
+    activation, hidden, *rest = _parts(inputs)
     with torch.no_grad(), backends.on_device(hidden.device):
-        return fused_experts(layer, hidden, index, weights, W, loras)
+        return fused_experts(activation, hidden, *rest)
 
 
 @_inference.register_fake
@@ -68,18 +67,18 @@ def _training(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, and `Passed`: the up projection's rows, and its and the down projection's products with lora_A)."""
     from .kernels.layer import forward_pass, routing
 
-    hidden, index, weights, layer, W, loras = _parts(inputs)
+    activation, hidden, index, weights, W, factors = _parts(inputs)
     with backends.on_device(hidden.device):
-        out, passed, _ = forward_pass(layer, hidden, weights, routing(index, W), W, loras)
+        out, passed, _ = forward_pass(activation, hidden, weights, routing(index, W), W, factors)
     low_up, low_down = (hidden.new_empty(0) if low is None else low for low in passed[1:])
     return out, passed.up, low_up, low_down
 
 
 @_training.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, up, S = inputs[0], inputs[3], inputs[1].numel()
+    hidden, up, S, places = inputs[0], inputs[3], inputs[1].numel(), inputs[_NUM_TENSORS]
     low_up, low_down = (
-        up.new_empty(0) if A is None else up.new_empty(S, padded_rank(A.shape[1])) for A in inputs[7:11:2]
+        up.new_empty(0) if inputs[7 + i] is None else up.new_empty(S, padded_rank(places[4 * i])) for i in (0, 2)
     )
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     return out, up.new_empty(S, up.shape[2]), low_up, low_down
@@ -95,15 +94,15 @@ def _backward(dout: Tensor, passed_up: Tensor, low_up: Tensor, low_down: Tensor,
     from .kernels.factors import packed
     from .kernels.layer import Passed, backward_pass, routing
 
-    hidden, index, weights, layer, W, loras = _parts(inputs)
+    activation, hidden, index, weights, W, wanted = _parts(inputs)
     # The backward overwrites the up projection's rows, which the graph may still hold.
     passed = Passed(
-        passed_up.clone(), None if loras.up_A is None else low_up, None if loras.down_A is None else low_down
+        passed_up.clone(), None if wanted.up_A is None else low_up, None if wanted.down_A is None else low_down
     )
     with torch.no_grad(), backends.on_device(hidden.device):
-        wanted = loras.factors(layer)
-        factors = tuple(packed(f, W.up.dtype, index.numel()) if i in (1, 3) else f for i, f in enumerate(wanted))
-        found = backward_pass(layer, dout, hidden, weights, routing(index, W), passed, factors, W, wanted, True)
+        S = index.numel()
+        factors = wanted._replace(up_B=packed(wanted.up_B, W.up, S), down_B=packed(wanted.down_B, W.down, S))
+        found = backward_pass(activation, dout, hidden, weights, routing(index, W), passed, factors, W, wanted, True)
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
@@ -129,14 +128,22 @@ def _differentiate(ctx: Any, dout: Tensor, *_: object) -> tuple[Any, ...]:
 _training.register_autograd(_differentiate, setup_context=_setup)
 
 
-def experts(trains: bool, *arguments: Any) -> Tensor:
-    """The layer's output, differentiable in hidden states, routing weights and LoRA factors where it `trains`.
+def experts(
+    activation: Activation, routed: tuple[Tensor, ...], base: tuple[Tensor | None, ...], loras: tuple[Any, Any]
+) -> Tensor:
+    """The layer's output, differentiable in hidden states, routing weights and LoRA factors where one of them trains.
 
     Args:
-        arguments: hidden "T H", index and weights "T k"; up weight and bias, down weight and bias; lora_A and lora_B of
-            both; their scalings; the fields of an `Activation`.
+        routed: hidden "T H", index and weights "T k".
+        base: Up weight and bias, down weight and bias.
+        loras: Of the up and the down projection; None for none.
     """
-    if not trains:
-        return _inference(*arguments)  # type: ignore[no-any-return]
-    out: Tensor = _training(*arguments)[0]
-    return out
+    factors = [factor for lora in loras for factor in (lora.factors() if lora else (None, None))]
+    tensors = [None if factor is None else factor.tensor for factor in factors]
+    places = [size for factor in factors for size in ((0, 0, 0, 0) if factor is None else factor[1:5])]
+    scalings = [1.0 if factor is None else factor.scaling for factor in factors]
+    arguments = (*routed, *base, *tensors, places, scalings, *activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (routed[0], routed[2], *tensors)):
+        out: Tensor = _training(*arguments)[0]
+        return out
+    return _inference(*arguments)  # type: ignore[no-any-return]

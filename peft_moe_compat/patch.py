@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CompatWarning, PatchConflictError, PeftMoeCompatError, UnsupportedPeftError
 
 if TYPE_CHECKING:
-    from .layout import ExpertLora
+    from .layout import ExpertLora, FlatLora
     from .releases import LayoutRule
 
 __all__ = ["Activation", "activate", "deactivate", "is_active"]
@@ -193,7 +193,7 @@ class Handover:
 
     def __init__(self, experts: Any) -> None:
         self.experts = experts
-        self.factors: dict[str, ExpertLora] = {}
+        self.factors: dict[str, ExpertLora | FlatLora] = {}
         self.arrived = False
 
 
@@ -219,13 +219,13 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         lora = active_lora(self, bool(is_transposed(experts)), rule, experts)
         if lora is None:
             return peft_forward(self, x, *args, **kwargs)
-        if "meta" in (lora.A.device.type, lora.B.device.type) and x.device.type != "meta":
+        if lora.is_meta and not x.is_meta:
             raise PeftMoeCompatError(_LORA_WITHOUT_DATA.format(self.parameter_name))
         kwargs.pop("adapter_names", None)
         kwargs[KEYWORD] = handover
         name, factors = self.parameter_name, handover.factors
         # PEFT up to 0.19 can wrap one parameter twice; the updates add up, as they do when merged.
-        factors[name] = concat([factors[name], lora]) if name in factors else lora
+        factors[name] = concat([factors[name].canonical(), lora.canonical()]) if name in factors else lora
         if exchanges_tokens(self.base_layer):
             del kwargs[KEYWORD]
             with carry(handover):

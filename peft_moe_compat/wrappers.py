@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import families, layout, parallel, quantised
 from .errors import LayoutError, PeftMoeCompatError, UnsupportedPeftError
-from .layout import ExpertLora
+from .layout import ExpertLora, FlatLora
 from .releases import LayoutRule, parse_version, release_for, verified_rule
 
 __all__ = [
@@ -99,8 +99,8 @@ def _refuse_gradient(_gradient: torch.Tensor) -> None:
 
 def read_adapter(
     wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule, experts: Any = None
-) -> ExpertLora:
-    """One adapter of one wrapper in canonical form. Views of the live parameters: gradients reach them.
+) -> FlatLora:
+    """One adapter of one wrapper. Of the live parameters: gradients reach them.
 
     Under expert parallelism these are the factors of the experts that this rank holds.
 
@@ -121,7 +121,7 @@ def read_adapter(
     if held is not None:
         num_experts = held[1] - held[0]
         lora_A, lora_B = parallel.local_factors(lora_A), parallel.local_factors(lora_B)
-    lora = layout.from_flat(
+    lora = layout.flat(
         lora_A,
         lora_B,
         num_experts,
@@ -137,7 +137,9 @@ def read_adapter(
     return lora
 
 
-def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule, experts: Any = None) -> ExpertLora | None:
+def active_lora(
+    wrapper: Any, is_transposed: bool, rule: LayoutRule, experts: Any = None
+) -> ExpertLora | FlatLora | None:
     """All active adapters of one wrapper as a single update, or None where it has none that is active.
 
     Raises:
@@ -152,13 +154,13 @@ def active_lora(wrapper: Any, is_transposed: bool, rule: LayoutRule, experts: An
     parallel.refuse_quantised(experts, wrapper.parameter_name)
     loras = [read_adapter(wrapper, name, is_transposed, rule, experts) for name in names]
     for name, lora in zip(names, loras, strict=True):
-        if is_dtensor(lora.A) or is_dtensor(lora.B):
+        if is_dtensor(lora.lora_A) or is_dtensor(lora.lora_B):
             raise PeftMoeCompatError(
                 f"lora_A or lora_B of {wrapper.parameter_name!r}, adapter {name!r}, is a DTensor in the forward: it is "
                 "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
                 "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
             )
-    return layout.concat(loras)
+    return loras[0] if len(loras) == 1 else layout.concat([lora.canonical() for lora in loras])
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -210,7 +212,7 @@ def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None
                 f"'(E, in, out)'; {parameter!r} is {shape}. Say it once with "
                 f"peft_moe_compat.declare_layout({type(experts).__name__}, is_transposed=...)."
             )
-        lora = layout.concat([read_adapter(wrapper, name, is_transposed, rule) for name in names])
+        lora = layout.concat([read_adapter(wrapper, name, is_transposed, rule).canonical() for name in names])
         E, d1, d2 = (1, *shape) if len(shape) == 2 else shape
         if (held := parallel.local_experts(experts, parameter)) is not None:
             E = held[1] - held[0]

@@ -31,6 +31,7 @@ from peft_moe_compat.kernels import gemm, layer
 from peft_moe_compat.kernels.common import Config, Factor
 from peft_moe_compat.kernels.factors import packed, unpacked
 from peft_moe_compat.kernels.routing import route
+from peft_moe_compat.layout import flat
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -108,22 +109,29 @@ def build(case, dtype):
     loras = {}
     for (name, out, into), r in zip(((experts.up_name, up, H), ("down_proj", H, I)), ranks, strict=True):
         if r is not None:  # lora_B as PEFT packs it
-            A = (torch.randn(E, r, into) / into**0.5).requires_grad_()
-            B = (torch.randn(out, r, E) / r**0.5).permute(2, 0, 1).requires_grad_()
-            loras[name] = ExpertLora(A, B, 0.7)
+            p, q = (out, into) if seed % 2 else (into, out)
+            lora_A, lora_B = torch.randn(E * r, p) / p**0.5, torch.randn(q, r * E) / r**0.5
+            orientation = "reversed" if seed % 2 else "linear"
+            factors = lora_A.requires_grad_(), lora_B.requires_grad_()
+            loras[name] = flat(*factors, E, orientation=orientation, scaling=0.7)
     hidden = torch.randn(index.shape[0], H).to(dtype).requires_grad_()
     weights = torch.rand(index.shape).to(dtype).requires_grad_()
     return experts, loras, hidden, index, weights
 
 
 def moved(experts, loras):
-    return experts.to(DEVICE), {n: ExpertLora(x.A.to(DEVICE), x.B.to(DEVICE), x.scaling) for n, x in loras.items()}
+    there = {n: x._replace(lora_A=x.lora_A.to(DEVICE), lora_B=x.lora_B.to(DEVICE)) for n, x in loras.items()}
+    return experts.to(DEVICE), there
+
+
+def parameters(loras):
+    return [t for lora in loras.values() for t in lora[:2]]
 
 
 def check(case, dtype, tolerance):
     experts, loras, hidden, index, weights = build(case, dtype)
-    leaves = [hidden, weights, *(t for lora in loras.values() for t in (lora.A, lora.B))]
-    exact = loop(experts, loras, hidden, index, weights)
+    leaves = [hidden, weights, *parameters(loras)]
+    exact = loop(experts, {n: lora.canonical() for n, lora in loras.items()}, hidden, index, weights)
     grad = torch.randn_like(exact)
     if exact.requires_grad:
         theirs = torch.autograd.grad(exact, leaves, grad)
@@ -204,14 +212,51 @@ def test_routing_is_a_stable_sort_with_tiles_that_never_cross_an_expert(E, S):
 
 
 def test_packing_and_back():
-    B = torch.randn(10, 3, 6, device=DEVICE).permute(2, 1, 0)  # "(d r) E", seen as "E r d"
-    apart = packed(Factor(B, 2.0), torch.float32, 100)
-    assert torch.equal(apart.tensor, 2.0 * B)
-    assert apart.scaling == 1.0
-    assert apart.tensor.stride() == (30, 1, 3)
-    back = unpacked(apart.tensor, B)
-    assert torch.equal(back, 2.0 * B)
-    assert back.stride() == B.stride()
+    B = torch.randn(10, 18, device=DEVICE)  # "d (r E)"
+    factor = Factor(B, 3, 1, 6, 18, 2.0)
+    apart = packed(factor, torch.empty(6, 4, 10, device=DEVICE), 100)
+    assert torch.equal(apart.tensor, 2.0 * B.view(10, 3, 6).permute(2, 0, 1))
+    assert apart[1:] == (3, 30, 1, 3, 1.0)
+    assert torch.equal(unpacked(apart, factor, 6, 10), 2.0 * B)
+
+
+def test_factors_in_any_other_form():
+    """Of several adapters, say, which are concatenated: as those of one adapter, gradients included."""
+    torch.manual_seed(0)
+    flags = {"transposed": False, "biased": False}
+    case = 5, 16, 8, torch.randint(0, 5, (20, 2)), flags, "default", "silu", (4, 5), 0
+    experts, loras, *inputs = build(case, torch.float32)
+    experts, there = moved(experts, loras)
+    canonical = {n: lora.canonical() for n, lora in there.items()}
+    assert all(isinstance(lora, ExpertLora) for lora in canonical.values())
+    outs = [experts_forward(experts, form, *(t.to(DEVICE) for t in inputs)) for form in (there, canonical)]
+    torch.testing.assert_close(outs[0], outs[1])
+    for a, b in zip(*(torch.autograd.grad(out.sum(), parameters(loras)) for out in outs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["linear", "reversed"])
+def test_gradients_are_taken_over_without_a_copy(monkeypatch, seed):
+    flags = {"transposed": False, "biased": False}
+    case = 5, 16, 8, torch.randint(0, 5, (20, 2)), flags, "default", "silu", (4, 5), seed
+    experts, loras, *inputs = build(case, torch.float32)
+    experts = experts.to(DEVICE)
+    leaves = {
+        n: x._replace(lora_A=x.lora_A.detach().to(DEVICE), lora_B=x.lora_B.detach().to(DEVICE))
+        for n, x in loras.items()
+    }
+    for leaf in parameters(leaves):
+        leaf.requires_grad_()
+    made = []
+
+    def noted(*args, run=layer.factor_gradient, **kwargs):
+        gradient = run(*args, **kwargs)
+        made.append(gradient.data_ptr())
+        return gradient
+
+    monkeypatch.setattr(layer, "factor_gradient", noted)
+    experts_forward(experts, leaves, *(t.to(DEVICE) for t in inputs)).sum().backward()
+    assert {leaf.grad.data_ptr() for leaf in parameters(leaves)} == set(made)
 
 
 @pytest.mark.parametrize("ranks", [(4, 5), (None, 4)], ids=str)
@@ -234,12 +279,14 @@ def test_one_graph_trains_as_eager_does(ranks):
     case = 4, 48, 16, torch.randint(0, 5, (40, 2)), flags, "default", "silu", ranks, 0
     experts, loras, *_ = build(case, torch.float32)
     experts, loras = moved(experts, loras)
-    loras = {n: ExpertLora(x.A.detach().requires_grad_(), x.B.detach().requires_grad_(), 0.7) for n, x in loras.items()}
+    loras = {n: x._replace(lora_A=x.lora_A.detach(), lora_B=x.lora_B.detach()) for n, x in loras.items()}
+    for lora in loras.values():
+        lora.lora_A.requires_grad_(), lora.lora_B.requires_grad_()
     for T in (40, 17, 64):
         hidden = torch.randn(T, 48, device=DEVICE, requires_grad=True)
         weights = torch.rand(T, 2, device=DEVICE, requires_grad=True)
         index = torch.randint(0, 5, (T, 2), device=DEVICE)
-        leaves = [hidden, weights, *(t for lora in loras.values() for t in (lora.A, lora.B))]
+        leaves = [hidden, weights, *parameters(loras)]
         expected = forward(hidden, index, weights)
         gradient = torch.randn_like(expected)
         kept.clear()
@@ -361,7 +408,7 @@ def test_equal_inputs_give_equal_bits(dtype, biased, rows, E):
     index = torch.randint(0, E, (rows // 2, 2), generator=torch.Generator().manual_seed(0))
     flags = {"transposed": False, "biased": biased}
     experts, loras, hidden, index, weights = build((E, 16, 8, index, flags, "default", "gelu_tanh", (4, 4), 0), dtype)
-    leaves = [hidden, weights, *(t for lora in loras.values() for t in (lora.A, lora.B))]
+    leaves = [hidden, weights, *parameters(loras)]
     experts, loras = moved(experts, loras)
     first = None
     for _ in range(1 if INTERPRETED else 20):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_moe_compat import ExpertLora, LayoutError
-from peft_moe_compat.layout import ORIENTATIONS, PACKINGS, concat, from_flat, to_flat
+from peft_moe_compat.layout import ORIENTATIONS, PACKINGS, concat, flat, from_flat, to_flat
 
 sizes = st.integers(1, 6)
 # Square half of the time, where a flipped layout would still fit.
@@ -133,3 +133,21 @@ def test_factors_that_do_not_fit_are_refused():
         concat([])
     with pytest.raises(LayoutError, match="the stack of the first adapter"):
         concat([lora, ExpertLora(torch.zeros(2, 3, 5), torch.zeros(2, 4, 3))])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_flat_pair_by_address_is_its_canonical_form(orientation, packing):
+    lora = flat(torch.randn(6, 4), torch.randn(5, 6), 3, orientation=orientation, packing=packing, scaling=1.5)
+    canonical = lora.canonical()
+    for form in (lora, canonical):
+        for factor, expected in zip(form.factors(), (canonical.A, canonical.B.transpose(1, 2)), strict=True):
+            tensor, rank, *strides, _ = factor
+            assert rank == lora.rank == canonical.rank
+            assert torch.equal(tensor.as_strided(expected.shape, strides), expected)
+        assert [factor.scaling for factor in form.factors()] == [1.0, 1.5]
+    lora.check(3, canonical.out_features, canonical.in_features)
+    with pytest.raises(LayoutError, match="E=4"):
+        lora.check(4, canonical.out_features, canonical.in_features)
+    with pytest.raises(LayoutError, match="do not fit"):
+        lora.check(3, canonical.in_features, canonical.out_features)

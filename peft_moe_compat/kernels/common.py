@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from ..layout import Factor
 
 __all__ = [
     "Config",
@@ -35,26 +36,6 @@ class Config(NamedTuple):
 def for_rank(config: Config, R: int) -> Config:
     """The configuration, or a narrow one where a large rank leaves few registers."""
     return config if R <= 64 else Config(32, 8, 2)
-
-
-class Factor(NamedTuple):
-    """One LoRA factor as the kernels read it: any strides, any float dtype, the scaling applied on the way.
-
-    Attributes:
-        tensor: "E r d", a view of lora_A or of lora_B; d runs over features.
-        scaling: Multiplied in float32, before any rounding.
-    """
-
-    tensor: Tensor
-    scaling: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        return self.tensor.shape[1]
-
-    def arguments(self) -> tuple[Any, ...]:
-        """What a kernel takes after its own arguments: pointer, rank, strides, scaling."""
-        return (self.tensor, self.rank, *self.tensor.stride(), self.scaling)
 
 
 def cdiv(n: int, unit: int) -> int:

@@ -155,7 +155,7 @@ def few_rows(activation: Activation, hidden: Tensor, index: Tensor, weights: Ten
         hidden: "T H".
         index, weights: "T k"; ids outside 0..E-1 contribute nothing.
         base: `layer.Weights`.
-        factors: The four as `layer.Loras.factors` gives them.
+        factors: `layer.Factors`.
     """
     (T, k), (E, H, _) = index.shape, base.up.shape
     I = base.down.shape[1]

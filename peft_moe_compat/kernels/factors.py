@@ -9,7 +9,7 @@ from torch import Tensor
 from .common import Factor, cdiv
 from .launch import kernel
 
-__all__ = ["packed", "unpacked", "wants_packing"]
+__all__ = ["apart", "packed", "unpacked", "wants_packing"]
 
 
 @kernel()
@@ -26,41 +26,39 @@ def _copy(
     tl.store(result + e * to_e + in_r * to_r + in_d * to_d, tile.to(result.dtype.element_ty), mask=mask)
 
 
-def _copied(source: Tensor, result: Tensor, scaling: float) -> Tensor:
-    E, r, D = source.shape
+def _copied(source: Factor, result: Factor, E: int, D: int) -> None:
+    """result = scaling of the source * source."""
+    r = source.rank
     _copy(
-        (cdiv(r * D, 64), cdiv(E, 64), 1),
-        source,
-        result,
-        r,
-        D,
-        E,
-        scaling,
-        *source.stride(),
-        *result.stride(),
-        Q=64,
-        E=64,
-        num_warps=4,
-    )
+        (cdiv(r * D, 64), cdiv(E, 64), 1), source.tensor, result.tensor, r, D, E, source.scaling,
+        *source[2:5], *result[2:5], Q=64, E=64, num_warps=4,
+    )  # fmt: skip
+
+
+def wants_packing(factor: Factor, E: int, rows: int) -> bool:
+    """Whether neighbouring experts lie side by side, so that each element read for one costs a whole sector, and enough
+    rows are routed to make up for a copy."""
+    return factor.stride_e == 1 and 4 <= E <= rows
+
+
+def apart(factor: Factor, E: int, D: int, dtype: torch.dtype) -> Factor:
+    """Room for the same with one contiguous piece "d r" per expert."""
+    r = factor.rank
+    return Factor(factor.tensor.new_empty((E, D, r), dtype=dtype), r, D * r, 1, r, factor.scaling)
+
+
+def packed(factor: Factor | None, weight: Tensor, rows: int) -> Factor | None:
+    """lora_B with its experts apart, scaled and rounded as `weight` "E in out" is, where that pays; else as it is."""
+    if factor is None or not wants_packing(factor, weight.shape[0], rows):
+        return factor
+    E, _, D = weight.shape
+    result = apart(factor, E, D, weight.dtype)._replace(scaling=1.0)
+    _copied(factor, result, E, D)
     return result
 
 
-def wants_packing(factor: Factor, rows: int) -> bool:
-    """Whether neighbouring experts lie side by side, so that each element read for one costs a whole sector, and enough
-    rows are routed to make up for a copy."""
-    E = factor.tensor.shape[0]
-    return factor.tensor.stride(0) == 1 and 4 <= E <= rows
-
-
-def packed(factor: Factor | None, dtype: torch.dtype, rows: int) -> Factor | None:
-    """The factor with its experts apart, scaled and rounded, where that pays; else as it is."""
-    if factor is None or not wants_packing(factor, rows):
-        return factor
-    E, r, D = factor.tensor.shape
-    apart = factor.tensor.new_empty(E, D, r, dtype=dtype).transpose(1, 2)
-    return Factor(_copied(factor.tensor, apart, factor.scaling))
-
-
-def unpacked(apart: Tensor, like: Tensor) -> Tensor:
-    """A gradient "E r d" in the strides of the factor it belongs to, so that autograd takes it without a copy."""
-    return _copied(apart, torch.empty_like(like), 1.0)
+def unpacked(source: Factor, like: Factor, E: int, D: int) -> Tensor:
+    """A gradient in the packing of the factor it belongs to, so that autograd takes it without a copy."""
+    result = like._replace(tensor=torch.empty_like(like.tensor))
+    _copied(source._replace(scaling=1.0), result, E, D)
+    return result.tensor

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Config, Factor, cdiv, dot_precision, for_rank
-from .factors import unpacked, wants_packing
+from .factors import apart, unpacked, wants_packing
 from .launch import kernel
 from .routing import Route
 
@@ -59,7 +59,7 @@ def factor_gradient(
     gather_k: int | None = None,
     weights: Tensor | None = None,
 ) -> Tensor | None:
-    """scaling * sum over an expert's rows of low^T rows: "E r d", with the strides and dtype of the factor.
+    """scaling * sum over an expert's rows of low^T rows, as the factor's tensor is.
 
     Args:
         low: "S R".
@@ -71,18 +71,17 @@ def factor_gradient(
     if factor is None or low is None:
         return None
     D, R, E = rows.shape[1], low.shape[1], route.offs.shape[0]
-    apart = wants_packing(factor, low.shape[0])
-    if apart:
-        grad = factor.tensor.new_empty(E, D, factor.rank).transpose(1, 2)
+    packs = wants_packing(factor, E, low.shape[0])
+    if packs:
+        grad = apart(factor, E, D, factor.tensor.dtype)
     else:
-        grad = torch.empty_like(factor.tensor)
+        grad = factor._replace(tensor=torch.empty_like(factor.tensor))
     config = for_rank(GRADIENT, R)
     _factor_gradient(
         (cdiv(D, config.columns), E, 1), low, rows.contiguous(), route.order,
-        weights if weights is not None else low, route.offs, D, gather_k or 1,
-        *factor._replace(tensor=grad).arguments(),
+        weights if weights is not None else low, route.offs, D, gather_k or 1, *grad.arguments(),
         R=R, GATHER=gather_k is not None, WEIGHTED=weights is not None,
         BLOCK=route.large.block, BLOCK_D=config.columns, PRECISION=dot_precision(low.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return unpacked(grad, factor.tensor) if apart else grad
+    return unpacked(grad, factor, E, D) if packs else grad.tensor

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..fused import Activation
-from .layer import Layer, Loras, Weights, fused_experts
+from ..layout import ExpertLora
+from .layer import Factors, Weights, fused_experts
 
 __all__ = ["worst_error"]
 
@@ -14,9 +15,9 @@ __all__ = ["worst_error"]
 _E, _T, _K, _H, _I, _RANK, _SCALING = 2, 256, 2, 128, 64, 16, 0.5
 
 
-def _dense(hidden: Tensor, gates: Tensor, up: Tensor, down: Tensor, loras: Loras) -> Tensor:
+def _dense(hidden: Tensor, gates: Tensor, up: Tensor, down: Tensor, loras: list[Tensor]) -> Tensor:
     """Every expert for every token, in float32; `gates` "T E"."""
-    up_A, up_B, down_A, down_B = (t.float() for t in loras if t is not None)
+    up_A, up_B, down_A, down_B = (t.float() for t in loras)
     up = up.float() + _SCALING * (up_B @ up_A).transpose(1, 2)
     down = down.float() + _SCALING * (down_B @ down_A).transpose(1, 2)
     gate, rows = torch.einsum("th,eho->teo", hidden.float(), up).chunk(2, -1)
@@ -38,13 +39,14 @@ def worst_error(device: torch.device, dtype: torch.dtype) -> float:
     index = torch.randint(0, _E, (_T, _K), generator=generator).to(device)
     up, down = draw(_E, 2 * _I, _H).transpose(1, 2), draw(_E, _H, _I).transpose(1, 2)
     sizes = (_E, _RANK, _H), (_E, 2 * _I, _RANK), (_E, _RANK, _I), (_E, _H, _RANK)
-    loras = Loras(*(draw(*size, dtype=torch.float32).requires_grad_() for size in sizes))
+    loras = [draw(*size, dtype=torch.float32).requires_grad_() for size in sizes]
     hidden, weights = (8 * draw(_T, _H)).requires_grad_(), draw(_T, _K).abs().requires_grad_()
-    leaves = [hidden, weights, *(t for t in loras if t is not None)]
+    leaves = [hidden, weights, *loras]
 
-    layer = Layer(Activation("silu", True), _SCALING, _SCALING)
-    arguments = index, weights, Weights(up, None, down, None), loras
-    found = fused_experts(layer, hidden, *arguments)
+    of_up, of_down = (ExpertLora(A, B, _SCALING) for A, B in (loras[:2], loras[2:]))
+    arguments = index, weights, Weights(up, None, down, None), Factors.of(of_up, of_down)
+    function = Activation("silu", True)
+    found = fused_experts(function, hidden, *arguments)
     gates = torch.zeros(_T, _E, device=device, dtype=torch.float32).scatter_add(1, index, weights.float())
     expected = _dense(hidden, gates, up, down, loras)
     gradient = draw(_T, _H)
@@ -52,7 +54,7 @@ def worst_error(device: torch.device, dtype: torch.dtype) -> float:
     theirs = torch.autograd.grad(expected, leaves, gradient.float())
     pairs += zip(torch.autograd.grad(found, leaves, gradient), theirs, strict=True)
     with torch.no_grad():
-        few = fused_experts(layer, hidden[:16], index[:16], weights[:16], *arguments[2:])
+        few = fused_experts(function, hidden[:16], index[:16], weights[:16], *arguments[2:])
     pairs.append((few, expected[:16]))
     with torch.no_grad():
         return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
