@@ -13,6 +13,7 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,6 +96,12 @@ def device_reason(device: torch.device) -> str | None:
     """Why the fused kernels cannot run on a device, None where they can."""
     if device in _given_up:
         return _given_up[device]
+    return _unsupported(device)
+
+
+@cache
+def _unsupported(device: torch.device) -> str | None:
+    """The same of what does not change while a process runs."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -101,7 +102,12 @@ def dispatching_registry(cls: type[nn.Module]) -> str | None:
 
     None for a class with a forward of its own, a subclass included, and for one on a registry not in `REGISTRIES`.
     """
-    forward: Any = cls.forward
+    return _registry_of(cls.forward)
+
+
+@cache
+def _registry_of(forward: Any) -> str | None:
+    """Of a class's forward, which keeps what its decorator closed over."""
     if getattr(forward, "__globals__", {}).get("__name__") != REGISTRY_MODULE:
         return None
     free = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))

@@ -54,7 +54,7 @@ def fused_reason(module: Any, device: torch.device) -> str | None:
         return f"the weights are {weight.dtype}"
     if weight.dtype == torch.float32 and choice == "auto":
         return "the weights are float32, which the kernels are no faster for"
-    if any(size % 8 for name in names for size in module._parameters[name].shape[1:]):
+    if any(d1 % 8 or d2 % 8 for _, d1, d2 in [module._parameters[name].shape for name in names]):
         return "a width is no multiple of 8"
     if device.type == "cuda" and weight.dtype.itemsize == 2 and (r := backends.trial_reason(device, weight.dtype)):
         return str(r)
@@ -94,8 +94,10 @@ def padded_rank(rank: int) -> int:
 
 def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
     """What the kernels know by name, or the module's own function of the up projection's rows."""
-    act: Any = getattr(module, "act_fn", None)
-    name = _ACTIVATIONS.get(getattr(act, "__name__", type(act).__name__))
+    act: Any = module._modules.get("act_fn")
+    if act is None:  # a plain function
+        act = getattr(module, "act_fn", None)
+    name = _ACTIVATIONS.get(type(act).__name__ if isinstance(act, torch.nn.Module) else getattr(act, "__name__", ""))
     if isinstance(act, torch.nn.GELU):
         name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
     if not getattr(module, "has_gate", True):

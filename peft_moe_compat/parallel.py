@@ -136,6 +136,8 @@ def refuse_quantised(experts: Any, name: str) -> None:
 
     The scales of its blocks, or the packed form, would have to be spread or cut alike.
     """
+    if quantised.is_plain(experts, name):
+        return
     if exchanges_tokens(experts) or local_experts(experts, name) is not None:
         how = "spread over ranks by expert"
     elif any(hasattr(parameter, "ds_id") for parameter in quantised.held_as(experts, name)):

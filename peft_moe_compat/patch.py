@@ -188,6 +188,8 @@ def _fp8_experts_registry() -> Any:
 class Handover:
     """What wrappers hand down to the experts module: their factors, and whether they arrived.
 
+    Beside them what the outermost wrapper has found of the module, for the others.
+
     No container, so that hooks which map over a call's arguments pass it on as it is.
     """
 
@@ -195,13 +197,15 @@ class Handover:
         self.experts = experts
         self.factors: dict[str, ExpertLora | FlatLora] = {}
         self.arrived = False
+        self.is_transposed = False
+        self.exchanges = False
 
 
 def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
     from .families import is_transposed
     from .layout import concat
     from .parallel import carry, check_zero3, exchanges_tokens, refuse_native
-    from .wrappers import active_lora, experts_reason, parameter_reason
+    from .wrappers import active_lora, experts_of, experts_reason, parameter_reason
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """`ParamWrapper.forward` with peft_moe_compat active: hands the factors down, or falls back to PEFT's own."""
@@ -210,13 +214,15 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         handover: Any = kwargs.get(KEYWORD)
         outermost = handover is None
         if outermost:
-            handover = Handover(self.get_base_layer())
+            handover = Handover(experts_of(self))
         experts = handover.experts
         if reason := (experts_reason(experts) if outermost else None) or parameter_reason(self, experts):
             refuse_native(experts, reason)
             return peft_forward(self, x, *args, **kwargs)
         check_zero3(self, x)
-        lora = active_lora(self, bool(is_transposed(experts)), rule, experts)
+        if outermost:
+            handover.is_transposed, handover.exchanges = bool(is_transposed(experts)), exchanges_tokens(experts)
+        lora = active_lora(self, handover.is_transposed, rule, experts)
         if lora is None:
             return peft_forward(self, x, *args, **kwargs)
         if lora.is_meta and not x.is_meta:
@@ -226,12 +232,13 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         name, factors = self.parameter_name, handover.factors
         # PEFT up to 0.19 can wrap one parameter twice; the updates add up, as they do when merged.
         factors[name] = concat([factors[name].canonical(), lora.canonical()]) if name in factors else lora
-        if exchanges_tokens(self.base_layer):
+        base_layer = self._modules["base_layer"]
+        if handover.exchanges and base_layer is experts:
             del kwargs[KEYWORD]
             with carry(handover):
-                result = self.base_layer(x, *args, **kwargs)
+                result = base_layer(x, *args, **kwargs)
         else:
-            result = self.base_layer(x, *args, **kwargs)
+            result = base_layer(x, *args, **kwargs)
         if outermost and not handover.arrived:
             raise PeftMoeCompatError(
                 f"{type(self.get_base_layer()).__name__} ran without its LoRA: a hook or wrapper on it dropped the "

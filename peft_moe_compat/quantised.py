@@ -27,6 +27,7 @@ from .grouped_mm import Gather, _multiply, grouped_mm
 __all__ = [
     "grouped_mm_of",
     "held_as",
+    "is_plain",
     "peft_caveat",
     "read",
     "refuse_leftovers",
@@ -38,6 +39,7 @@ __all__ = [
 FP8_MODULE = "transformers.integrations.finegrained_fp8"
 # Experts whose loading replaces their parameters with packed objects, which PEFT cannot wrap -> what it replaces.
 PACKED_CLASSES = {"Mxfp4GptOssExperts": ("gate_up_proj", "down_proj")}
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MXFP4 = "mxfp4 weights cannot be wrapped by PEFT; load the model with Mxfp4Config(dequantize=True)"
 
 
@@ -60,6 +62,12 @@ def _is_torchao(weight: Any) -> bool:
     return type(weight) is not nn.Parameter and _descends_from(type(weight), "torchao.utils", "TorchAOBaseTensor")
 
 
+def is_plain(module: nn.Module, name: str) -> bool:
+    """Whether a weight is an ordinary floating-point parameter, as most are: one quick answer to all questions here."""
+    weight = module._parameters.get(name)
+    return type(weight) is nn.Parameter and weight.dtype in _PLAIN and type(module).__name__ not in PACKED_CLASSES
+
+
 def stored_format(module: nn.Module, name: str) -> str:
     """What a weight is quantised to: "bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)"; empty where it is not.
 
@@ -67,6 +75,8 @@ def stored_format(module: nn.Module, name: str) -> str:
         module: The experts module, not a PEFT wrapper around it.
         name: Of the parameter.
     """
+    if is_plain(module, name):
+        return ""
     if type(module).__name__ in PACKED_CLASSES:
         return "mxfp4"
     if (parametrized := _parametrizations(module, name)) is not None:
@@ -85,6 +95,8 @@ def stored_format(module: nn.Module, name: str) -> str:
 
 def unreadable_reason(module: nn.Module, name: str) -> str:
     """Why a weight cannot be read by this library; empty where it can be."""
+    if is_plain(module, name):
+        return ""
     if type(module).__name__ in PACKED_CLASSES:
         return _MXFP4
     weight = module._parameters.get(name)
@@ -175,6 +187,8 @@ def read(module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
         like: What to dequantise to where the format has no dtype of its own (FP8): a dtype, or the hidden states, whose
             dtype it is unless autocast is on.
     """
+    if is_plain(module, name):
+        return module._parameters[name]  # type: ignore[return-value]  # by its key, at which ZeRO-3 gathers it
     if (parametrized := _parametrizations(module, name)) is not None:
         return parametrized()  # type: ignore[no-any-return]
     weight: Any = getattr(module, name)

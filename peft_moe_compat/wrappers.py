@@ -25,6 +25,7 @@ __all__ = [
     "TAKEN_IMPLEMENTATIONS",
     "active_lora",
     "expert_loras",
+    "experts_of",
     "experts_reason",
     "installed_rule",
     "live_orientation",
@@ -73,13 +74,32 @@ def live_orientation(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> str
     return "linear" if _spans_last_axis(wrapper, rule) == in_is_last else "reversed"
 
 
+def held_weight(linear: Any) -> torch.Tensor:
+    """`linear.weight`, without nn.Module's slow lookup, of which a forward would pay a dozen.
+
+    By its key, at which ZeRO-3 gathers a parameter.
+    """
+    parameters = linear._parameters
+    if "weight" not in parameters:  # parametrised
+        return linear.weight  # type: ignore[no-any-return]
+    return parameters["weight"]  # type: ignore[no-any-return]
+
+
+def experts_of(wrapper: Any) -> Any:
+    """`wrapper.get_base_layer()`, by the same shorter way."""
+    module = wrapper
+    while (inner := module._modules.get("base_layer")) is not None:
+        module = inner
+    return module
+
+
 def _loaded(linear: Any) -> torch.Tensor:
     """The weight of lora_A or lora_B, fetched by the hook of accelerate that keeps it elsewhere, if there is one.
 
     A ParamWrapper reads these weights without calling the layers, so that their hooks do not run by themselves.
     """
-    weight: torch.Tensor = linear.weight
-    if weight.device.type != "meta" or (hook := getattr(linear, "_hf_hook", None)) is None:
+    weight = held_weight(linear)
+    if not weight.is_meta or (hook := getattr(linear, "_hf_hook", None)) is None:
         return weight
     hook.pre_forward(linear)
     loaded: torch.Tensor = linear.weight
@@ -114,7 +134,8 @@ def read_adapter(
     Raises:
         LayoutError: The factors cannot belong to `wrapper.num_experts` experts of the adapter's rank.
     """
-    lora_A, lora_B = _loaded(wrapper.lora_A[adapter_name]), _loaded(wrapper.lora_B[adapter_name])
+    modules = wrapper._modules
+    lora_A, lora_B = (_loaded(modules[factor]._modules[adapter_name]) for factor in ("lora_A", "lora_B"))
     num_experts = wrapper.num_experts
     experts = wrapper.get_base_layer() if experts is None else experts
     held = parallel.local_experts(experts, wrapper.parameter_name)
@@ -147,7 +168,8 @@ def active_lora(
         ParallelismError: The weight is quantised, and its experts are spread over ranks or cut by ZeRO-3.
         PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
     """
-    names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    held = wrapper._modules["lora_A"]._modules
+    names = [name for name in wrapper.active_adapters if name in held]
     if not names:
         return None
     experts = wrapper.get_base_layer() if experts is None else experts
@@ -255,7 +277,7 @@ def parameter_reason(wrapper: Any, experts: Any) -> str | None:
     name = wrapper.parameter_name
     if name not in ("gate_up_proj", "up_proj", "down_proj"):
         return f"{name} is not an expert projection"
-    if any(linear.weight.dtype.itemsize < 2 for linear in wrapper.lora_A.values()):
+    if any(held_weight(linear).dtype.itemsize < 2 for linear in wrapper._modules["lora_A"]._modules.values()):
         return "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer"
     return quantised.unreadable_reason(experts, name) or None
 

@@ -134,7 +134,7 @@ def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Rout
     few, many = (min(S, S // block + num_experts) for block in (large, small))
     # One allocation, every part on 16 bytes, so that a kernel is compiled once. Parts may be longer than they need be.
     sizes = [4 * cdiv(size, 4) for size in (S, S, num_experts, 2 * many + 2, 2 * few + 2, chunks * E)]
-    parts = torch.empty(sum(sizes), dtype=torch.int32, device=top_k_index.device).split(sizes)
+    parts = torch.empty(sum(sizes), dtype=torch.int32, device=top_k_index.device).split_with_sizes(sizes)
     order, position, offs, small_table, large_table, counts = parts
     index = top_k_index.contiguous()
     _count((chunks, 1, 1), index, counts, S, num_experts, E=E, CHUNK=chunk, STEP=step)
