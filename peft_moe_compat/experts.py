@@ -30,14 +30,18 @@ def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor, ga
 
 
 def _weight(
-    module: Any, name: str, in_features: int, lora: ExpertLora | FlatLora | None, hidden_states: Tensor
+    module: Any,
+    name: str,
+    transposed: bool,
+    in_features: int,
+    lora: ExpertLora | FlatLora | None,
+    hidden_states: Tensor,
 ) -> Tensor:
     """A base weight as "E in out", checked against the rows it will meet and the factors it will be added to.
 
     A quantised weight that has no dtype of its own takes that of `hidden_states`, or autocast's.
     """
     weight = quantised.read(module, name, hidden_states)  # once: a quantised weight is computed at each access
-    transposed = families.is_transposed(module)
     if not transposed:
         weight = weight.transpose(1, 2)  # "E out in -> E in out"
     if in_features != weight.shape[1]:
@@ -61,6 +65,7 @@ def _project(
     lora: ExpertLora | None,
     offs: Tensor,
     expert_ids: Tensor,
+    transposed: bool,
     widen: bool,
     gather: Gather | None = None,
 ) -> Tensor:
@@ -69,7 +74,7 @@ def _project(
     With `widen` the sum of base and LoRA is kept in float32 where the weight is of lower precision. With `gather`, x is
     "T in", and its rows are taken from it.
     """
-    y = quantised.grouped_mm_of(x, weight, offs, gather, module, name, bool(families.is_transposed(module)))
+    y = quantised.grouped_mm_of(x, weight, offs, gather, module, name, transposed)
     if lora is not None:
         if widen and y.dtype.itemsize < 4:
             y = y.float()
@@ -105,15 +110,15 @@ def experts_forward(
     """
     T, k = top_k_index.shape
     up_name = families.up_name(module)
-    E = module.num_experts
+    E, transposed = module.num_experts, bool(families.is_transposed(module))
     up_lora, down_lora = expert_lora.get(up_name), expert_lora.get("down_proj")
     if top_k_weights.shape != top_k_index.shape:
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
     up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up_name, "down_proj"))
-    up_weight = _weight(module, up_name, hidden_states.shape[1], up_lora, hidden_states)
+    up_weight = _weight(module, up_name, transposed, hidden_states.shape[1], up_lora, hidden_states)
     intermediate = up_weight.shape[2] // (2 if up_name == "gate_up_proj" else 1)
     if runs_fused(module, hidden_states, top_k_index):
-        down_weight = _weight(module, "down_proj", intermediate, down_lora, hidden_states)
+        down_weight = _weight(module, "down_proj", transposed, intermediate, down_lora, hidden_states)
         routed, biases = (hidden_states, top_k_index, top_k_weights), (up_bias, down_bias)
         fused = run_fused(module, (up_lora, down_lora), up_weight, down_weight, *routed, biases)
         if fused is not None:
@@ -134,12 +139,12 @@ def experts_forward(
         x, gather = _without(hidden_states[order // k], elsewhere), None
     # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
     # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
-    up = _project(x, module, up_name, up_weight, up_bias, up_lora, offs, expert_ids, True, gather)
+    up = _project(x, module, up_name, up_weight, up_bias, up_lora, offs, expert_ids, transposed, True, gather)
     up = _without(up, elsewhere)
     del up_weight
     h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
-    down_weight = _weight(module, "down_proj", h.shape[1], down_lora, hidden_states)
-    down = _project(h, module, "down_proj", down_weight, down_bias, down_lora, offs, expert_ids, widen=False)
+    down_weight = _weight(module, "down_proj", transposed, h.shape[1], down_lora, hidden_states)
+    down = _project(h, module, "down_proj", down_weight, down_bias, down_lora, offs, expert_ids, transposed, False)
     down = _without(down, elsewhere)
     if getattr(module, "has_post_expert_norm", False):
         down = module.post_expert_norm(down)

@@ -11,27 +11,41 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 __all__ = ["Kernel", "kernel"]
 
 
-def _specialization(argument: Any) -> Any:
-    """All that triton compiles differently for: at least as fine as its own distinction."""
-    kind = type(argument)
-    if kind is int:
-        return argument if argument <= 1 else (argument & 15 == 0) + 2 * (argument >= 2**31) + 2
-    if kind is float:
-        return 0.0
-    if kind is TensorDescriptor:
-        return argument.base.dtype, *argument.block_shape
-    return argument.dtype, argument.data_ptr() & 15
-
-
 class Kernel:
     """A jitted function whose compiled form is found by a short key.
 
-    triton's own launch binds, hashes and formats every argument, about 30 us; this takes a third of that.
+    triton's own launch binds, hashes and formats every argument, about 30 us; this takes a third of that. An integer
+    counts by its value, so those that change from step to step belong among `do_not_specialize`.
     """
 
     def __init__(self, function: Any, do_not_specialize: tuple[str, ...]) -> None:
         self.jit = triton.jit(function, do_not_specialize=do_not_specialize)
+        self._unspecialized = do_not_specialize
         self._compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+        # Which arguments are tensors, tensor descriptors, and integers that count; the same at every call.
+        self._places: tuple[list[int], list[int], list[int]] | None = None
+
+    def _find_places(self, arguments: tuple[Any, ...]) -> tuple[list[int], list[int], list[int]]:
+        named = list(enumerate(zip(self.jit.arg_names, arguments, strict=False)))
+        return (
+            [i for i, (_, argument) in named if isinstance(argument, Tensor)],
+            [i for i, (_, argument) in named if isinstance(argument, TensorDescriptor)],
+            [i for i, (name, argument) in named if type(argument) is int and name not in self._unspecialized],
+        )
+
+    def _key(self, arguments: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
+        """All that triton compiles differently for: at least as fine as its own distinction."""
+        if self._places is None:
+            self._places = self._find_places(arguments)
+        tensors, descriptors, integers = self._places
+        key = [arguments[tensors[0]].get_device(), *meta.values()]
+        key += [arguments[i] for i in integers]
+        for i in tensors:
+            tensor = arguments[i]
+            key += tensor.dtype, tensor.data_ptr() & 15
+        for i in descriptors:
+            key += arguments[i].base.dtype, *arguments[i].block_shape
+        return tuple(key)
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
         """Launches over `grid` on the current device, which holds the tensors.
@@ -39,8 +53,7 @@ class Kernel:
         Takes the kernel's arguments by position, its constants and options by name, always in the same order.
         """
         if isinstance(self.jit, triton.JITFunction):
-            device = next(a for a in arguments if isinstance(a, Tensor)).get_device()
-            key = (device, *map(_specialization, arguments), *meta.values())
+            key = self._key(arguments, meta)
             found = self._compiled.get(key)
             if found is not None:
                 compiled, constants = found
