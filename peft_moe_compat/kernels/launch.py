@@ -6,9 +6,15 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["Kernel", "kernel"]
+
+
+# How triton 3.6 is launched without two calls back into Python; any other goes the public way.
+_DIRECT = triton.__version__.startswith("3.6.")
+_RUNTIME: Any = triton.knobs.runtime if _DIRECT else None
 
 
 class Kernel:
@@ -57,7 +63,12 @@ class Kernel:
             found = self._compiled.get(key)
             if found is not None:
                 compiled, constants = found
-                compiled[grid](*arguments, *constants)
+                if not _DIRECT or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls:
+                    compiled[grid](*arguments, *constants)
+                else:
+                    stream = driver.active.get_current_stream(key[0])
+                    how = stream, compiled.function, compiled.packed_metadata, None, None, None
+                    compiled.run(*grid, *how, *arguments, *constants)
                 return
         compiled = self.jit[grid](*arguments, **meta)
         if compiled is not None:  # None from triton's interpreter
