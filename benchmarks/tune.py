@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import unittest.mock
 from pathlib import Path
 
 os.environ.setdefault("PEFT_MOE_COMPAT", "0")
@@ -201,8 +202,8 @@ def start(shape: str, case: Case) -> None:
 
         return call
 
-    layer.route, layer.grouped_linear = marked(layer.route), marked(layer.grouped_linear)
-    with peft_moe_compat.activate():
+    parts = {name: marked(getattr(layer, name)) for name in ("route", "grouped_linear")}
+    with peft_moe_compat.activate(), unittest.mock.patch.multiple(layer, **parts):
         for _ in range(8):
             torch.cuda.synchronize()
             reached.clear()

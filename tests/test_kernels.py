@@ -401,13 +401,17 @@ def test_kernels_that_give_other_numbers_are_given_up(monkeypatch, wrong):
 
 
 @pytest.mark.parametrize(("rows", "E"), [(6, 5), (40, 2), (300, 2)], ids=str)
+@pytest.mark.parametrize("I", [8, 48])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
-def test_equal_inputs_give_equal_bits(dtype, biased, rows, E):
-    """Of tiles of all three sizes, and of a second backward; the kernels that work in place must not race."""
+def test_equal_inputs_give_equal_bits(dtype, biased, I, rows, E):
+    """Of tiles of all sizes, with and without the wait for rows of odd width, and of a second backward.
+
+    The kernels that work in place must not race.
+    """
     index = torch.randint(0, E, (rows // 2, 2), generator=torch.Generator().manual_seed(0))
     flags = {"transposed": False, "biased": biased}
-    experts, loras, hidden, index, weights = build((E, 16, 8, index, flags, "default", "gelu_tanh", (4, 4), 0), dtype)
+    experts, loras, hidden, index, weights = build((E, 16, I, index, flags, "default", "gelu_tanh", (4, 4), 0), dtype)
     leaves = [hidden, weights, *parameters(loras)]
     experts, loras = moved(experts, loras)
     first = None
