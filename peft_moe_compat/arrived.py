@@ -18,7 +18,8 @@ from .errors import LayoutError
 from .layout import ExpertLora
 from .live import UnderstoodFile, chains, counterparts, facts_of, known_of_this_pair
 from .parallel import local_experts
-from .wrappers import installed_rule, is_dtensor, read_adapter
+from .probe import installed_rule
+from .wrappers import is_dtensor, read_adapter
 
 __all__ = ["check_fused", "check_per_expert"]
 

@@ -17,8 +17,9 @@ from .adapters.parts import fused_parts
 from .adapters.source import AdapterSource
 from .adapters.stamp import ModuleStamp, Stamp
 from .errors import AdapterError, LayoutError
+from .probe import installed_rule
 from .releases import known_issues
-from .wrappers import installed_rule, is_param_wrapper, live_orientation, wrapper_chain
+from .wrappers import is_param_wrapper, live_orientation, wrapper_chain
 
 __all__ = [
     "UnderstoodFile",

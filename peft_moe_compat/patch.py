@@ -103,7 +103,8 @@ class Activation:
 
     def _install(self) -> None:
         from .guard import replacements
-        from .wrappers import TAKEN_IMPLEMENTATIONS, installed_rule
+        from .probe import installed_rule
+        from .wrappers import TAKEN_IMPLEMENTATIONS
 
         self._wrapper_class = _param_wrapper()
         self._peft_forward = self._wrapper_class.__dict__["forward"]

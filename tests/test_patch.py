@@ -203,13 +203,13 @@ def test_an_instance_forward_under_accelerates_hook_is_not_mistaken_for_the_clas
 
 
 def test_an_unsupported_peft_raises_on_request_and_warns_on_import(monkeypatch):
-    from peft_moe_compat import wrappers
+    from peft_moe_compat import probe
 
     def refuse():
         raise UnsupportedPeftError("no rule for this one")
 
     peft_moe_compat.deactivate()
-    monkeypatch.setattr(wrappers, "installed_rule", refuse)
+    monkeypatch.setattr(probe, "installed_rule", refuse)
     with pytest.raises(UnsupportedPeftError, match="no rule"):
         peft_moe_compat.activate()
     monkeypatch.setattr(patch, "_waiting", True)

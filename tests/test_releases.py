@@ -8,6 +8,7 @@ import pytest
 from packaging.version import Version
 
 from peft_moe_compat import UnsupportedPeftError
+from peft_moe_compat.probe import installed_rule, measure_rule
 from peft_moe_compat.releases import (
     KNOWN_ISSUES,
     NEWEST_TESTED,
@@ -18,7 +19,6 @@ from peft_moe_compat.releases import (
     release_for,
     verified_rule,
 )
-from peft_moe_compat.wrappers import installed_rule, measure_rule
 
 # version -> (stored axis lora_A spans: is_transposed False, True; obeys the swap flag)
 TABLE = {

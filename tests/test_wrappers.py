@@ -11,7 +11,7 @@ import zoo
 from torch import nn
 
 import peft_moe_compat
-from peft_moe_compat import ExpertLora, LayoutError, wrappers
+from peft_moe_compat import ExpertLora, LayoutError, probe, wrappers
 from peft_moe_compat.wrappers import expert_loras, wrapper_chain
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -312,11 +312,11 @@ def test_a_probe_that_fits_nothing_is_refused(monkeypatch):
     genuine = ParamWrapper.get_delta_weight
     monkeypatch.setattr(ParamWrapper, "get_delta_weight", lambda self, name: 2 * genuine(self, name))
     with pytest.raises(peft_moe_compat.UnsupportedPeftError, match="matches no known layout"):
-        wrappers.installed_rule()
+        probe.installed_rule()
 
     def broken(self, name):
         raise TypeError("another signature")
 
     monkeypatch.setattr(ParamWrapper, "get_delta_weight", broken)
     with pytest.raises(peft_moe_compat.UnsupportedPeftError, match="could not be probed .TypeError: another signature"):
-        wrappers.installed_rule()
+        probe.installed_rule()

@@ -132,7 +132,8 @@ def _wrapped(experts: nn.Module, loras: Mapping[str, ExpertLora]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from ..families import is_transposed
-    from ..wrappers import installed_rule, live_orientation, wrapper_chain
+    from ..probe import installed_rule
+    from ..wrappers import live_orientation, wrapper_chain
 
     ranks = {f"experts.{name}": lora.rank for name, lora in loras.items()}
     alphas = {f"experts.{name}": lora.scaling * lora.rank for name, lora in loras.items()}
