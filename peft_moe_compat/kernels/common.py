@@ -16,7 +16,7 @@ __all__ = [
     "cdiv",
     "dot_precision",
     "factor_tile",
-    "for_rank",
+    "fitting",
     "next_power",
     "tile_rows",
 ]
@@ -33,9 +33,9 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def for_rank(config: Config, R: int) -> Config:
-    """The configuration, or a narrow one where a large rank leaves few registers."""
-    return config if R <= 64 else Config(32, 8, 2)
+def fitting(config: Config, R: int, dtype: torch.dtype) -> Config:
+    """The configuration, or a narrow one where a large rank leaves few registers, or float32 little shared memory."""
+    return config if R <= 64 and dtype.itemsize == 2 else Config(32, 8, 2)
 
 
 def cdiv(n: int, unit: int) -> int:
