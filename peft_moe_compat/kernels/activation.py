@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fused import Activation, padded_rank
-from .common import Config, Factor, dot_precision, factor_tile, fitting, tile_rows
+from .common import Config, Factor, dot_precision, factor_tile, fitting, roomy, tile_rows
 from .launch import kernel
 from .routing import Route, Tiles
 
@@ -152,7 +152,7 @@ def activate(up: Tensor, activation: Activation, route: Route, factor: Factor | 
     h = up.new_empty(S, I)
     R = padded_rank(factor.rank) if factor else 0
     low = up.new_empty(S, R) if factor else None
-    tiles, config = route.small, fitting(FORWARD, R, up.dtype)
+    tiles, config = route.small, fitting(FORWARD, R, up.dtype, roomy(up.device))
     block, parts = _parts(tiles)
     _activate(
         (tiles.limit * parts, 1, 1), up, h, low if factor else h, route.offs, tiles.table, I,
@@ -253,7 +253,7 @@ def activate_backward(
     R = padded_rank(factor.rank) if factor else 0
     low = up.new_empty(S, R) if factor else None
     dweights = torch.zeros(weights.shape, dtype=torch.float32, device=up.device)  # zero where no expert here computes
-    tiles, config = route.small, fitting(BACKWARD, R, up.dtype)
+    tiles, config = route.small, fitting(BACKWARD, R, up.dtype, roomy(up.device))
     block, parts = _parts(tiles)
     _backward(
         (tiles.limit * parts, 1, 1), up, dh, low if factor else up, dweights,

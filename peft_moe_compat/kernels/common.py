@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,7 @@ __all__ = [
     "factor_tile",
     "fitting",
     "next_power",
+    "roomy",
     "tile_rows",
 ]
 
@@ -33,9 +35,24 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def fitting(config: Config, R: int, dtype: torch.dtype) -> Config:
-    """The configuration, or a narrow one where a large rank leaves few registers, or float32 little shared memory."""
-    return config if R <= 64 and dtype.itemsize == 2 else Config(32, 8, 2)
+@functools.cache
+def roomy(device: torch.device) -> bool:
+    """Whether a program has the shared memory that the kernels are tuned for, as on Hopper: 224 KiB."""
+    if device.type != "cuda":  # triton's interpreter
+        return True
+    properties: Any = torch.cuda.get_device_properties(device)
+    enough: bool = properties.shared_memory_per_block_optin >= 224 * 1024
+    return enough
+
+
+def fitting(config: Config, R: int, dtype: torch.dtype, room: bool) -> Config:
+    """The configuration, or a narrow one where a large rank leaves few registers, or either little shared memory.
+
+    Args:
+        dtype: Of the rows.
+        room: See `roomy`. Without it the kernels make do with 99 KiB.
+    """
+    return config if R <= (64 if room else 16) and dtype.itemsize == 2 else Config(32, 8, 2)
 
 
 def cdiv(n: int, unit: int) -> int:

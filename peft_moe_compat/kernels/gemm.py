@@ -11,14 +11,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..grouped_mm import grouped_mm
-from .common import Config, Factor, cdiv, dot_precision, factor_tile, tile_rows
+from .common import Config, Factor, cdiv, dot_precision, factor_tile, roomy, tile_rows
 from .launch import kernel
 from .routing import Route
 
 __all__ = ["grouped_linear"]
 
 PRODUCT, BLOCK_K, PER_SM, GROUP_TILES = Config(256, 8, 4), 64, 1, 8
-_SHARED_BYTES = 224 * 1024  # what the tiles of 16-bit products take, their low-rank term included
 
 
 @kernel()
@@ -149,13 +148,10 @@ TILED = True
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """How many programs of the tiled product a device runs at once; 0 where their shared memory is too small for it."""
+    """How many programs of the tiled product a device runs at once; 0 where their tiles do not fit it."""
     if device.type != "cuda":
         return 4  # triton's interpreter
-    properties: Any = torch.cuda.get_device_properties(device)
-    fits = properties.shared_memory_per_block_optin >= _SHARED_BYTES
-    programs: int = properties.multi_processor_count * PER_SM
-    return programs if fits else 0
+    return torch.cuda.get_device_properties(device).multi_processor_count * PER_SM if roomy(device) else 0
 
 
 def _tiled(

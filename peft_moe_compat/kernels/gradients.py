@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Factor, cdiv, dot_precision, fitting
+from .common import Config, Factor, cdiv, dot_precision, fitting, roomy
 from .factors import apart, unpacked, wants_packing
 from .launch import kernel
 from .routing import Route
@@ -76,7 +76,7 @@ def factor_gradient(
         grad = apart(factor, E, D, factor.tensor.dtype)
     else:
         grad = factor._replace(tensor=torch.empty_like(factor.tensor))
-    config = fitting(GRADIENT, R, low.dtype)
+    config = fitting(GRADIENT, R, low.dtype, roomy(low.device))
     _factor_gradient(
         (cdiv(D, config.columns), E, 1), low, rows.contiguous(), route.order,
         weights if weights is not None else low, route.offs, D, gather_k or 1, *grad.arguments(),

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fused import padded_rank
-from .common import Config, Factor, cdiv, dot_precision, factor_tile, fitting, next_power, tile_rows
+from .common import Config, Factor, cdiv, dot_precision, factor_tile, fitting, next_power, roomy, tile_rows
 from .launch import kernel
 from .routing import Route
 
@@ -74,7 +74,7 @@ def gather(
     R = padded_rank(factor.rank) if factor else 0
     low = source.new_empty(S, R, dtype=dtype) if factor else None
     dots = source.new_empty(S, dtype=torch.float32) if vector is not None else None
-    tiles, config = route.small, fitting(GATHER, R, dtype)
+    tiles, config = route.small, fitting(GATHER, R, dtype, roomy(rows.device))
     unused = (rows, 0, 0, 0, 0, 1.0)
     _gather(
         (tiles.limit, 1, 1), source.contiguous(), rows, low if factor else rows, dots if dots is not None else rows,
@@ -91,7 +91,7 @@ def project(rows: Tensor, route: Route, factor: Factor | None) -> Tensor | None:
     if factor is None:
         return None
     tiles, R = route.small, padded_rank(factor.rank)
-    config = fitting(GATHER, R, rows.dtype)
+    config = fitting(GATHER, R, rows.dtype, roomy(rows.device))
     low = rows.new_empty(rows.shape[0], R)
     _gather(
         (tiles.limit, 1, 1), rows, rows, low, rows, rows, route.order, route.offs, tiles.table, rows.shape[1], 1,

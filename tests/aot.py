@@ -1,0 +1,101 @@
+"""Compiles kernels ahead of time for devices that need not be there, and prints what they take, as JSON.
+
+A process of its own, since the tests run under triton's interpreter, which leaves nothing to compile.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from peft_moe_compat.kernels import activation, gemm, gradients, rows
+from peft_moe_compat.kernels.common import fitting
+
+TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
+TYPES |= {"dweights": "*fp32", "alpha": "fp32", "limit": "fp32", "scaling": "fp32", "k": "i32"}
+FLOATS = {"bf16": "bfloat16", "fp32": "float32"}
+# Sizes of a user's model: multiples of 16, which the launch tells triton.
+ALIGNED = {"I", "D", "N", "K", "stride_e", "stride_r"}
+
+
+def compiled(kernel, capability, dtype, constants, config, **types):
+    signature, values, attributes = {}, {}, {}
+    names = kernel.jit.arg_names
+    integers = {"I", "D", "N", "K", "rank", "stride_e", "stride_r", "stride_d"}
+    for place, name in enumerate(names):
+        if name in constants:
+            signature[name], values[place,] = "constexpr", constants[name]
+            continue
+        signature[name] = types.get(name) or TYPES.get(name) or ("i32" if name in integers else f"*{dtype}")
+        if signature[name].startswith("*") or name in ALIGNED:
+            attributes[place,] = [["tt.divisibility", 16]]
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    source = ASTSource(kernel.jit, signature, values, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(name, capability, dtype, R, found):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    return {
+        "kernel": name, "capability": capability, "dtype": dtype, "R": R, "registers": registers, "stack": stack,
+        "shared": found.metadata.shared, "loads ahead": "async_copy_global_to_local" in found.asm["ttgir"],
+    }  # fmt: skip
+
+
+def bound_by_memory(capability, dtype, R):
+    precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "R": R}
+    forward, backward, gather, gradient = (
+        fitting(config, R, getattr(torch, FLOATS[dtype]), capability == 90)
+        for config in (activation.FORWARD, activation.BACKWARD, rows.GATHER, gradients.GRADIENT)
+    )
+    gate = {"NAME": "silu", "GATED": True, "INTERLEAVED": False, "BLOCK": 32, "PARTS": 2, **precision}
+    last = {"DOTS": True, **gate, "BLOCK_I": backward.columns}
+    yield "activate", activation._activate, {**gate, "BLOCK_I": forward.columns}, forward
+    yield "backward", activation._backward, {"WAIT": False, **last}, backward
+    yield "backward, waiting", activation._backward, {"WAIT": True, **last}, backward
+    tile = {"GATHER": True, "BLOCK": 64, "BLOCK_D": gather.columns, **precision}
+    yield "gather", rows._gather, {"DOTS": False, **tile}, gather
+    tile = {"GATHER": True, "BLOCK": 128, "BLOCK_D": gradient.columns, **precision}
+    yield "gradient", gradients._factor_gradient, {"WEIGHTED": False, **tile}, gradient
+
+
+def product(R, along_k):
+    columns, depth = gemm.PRODUCT.columns, gemm.BLOCK_K
+    constants = {
+        "R": R, "BIAS": True, "ALONG_K": along_k, "BLOCK": 128, "BLOCK_N": columns, "BLOCK_K": depth,
+        "GROUP": gemm.GROUP_TILES, "EARLY": 32, "PRECISION": "tf32",
+    }  # fmt: skip
+    tile = f"{columns}, {depth}" if along_k else f"{depth}, {columns}"
+    types = {"x": f"tensordesc<bf16[128, {depth}]>", "weight": f"tensordesc<bf16[{tile}]>", "limit": "i32"}
+    return compiled(gemm._product, 90, "bf16", constants, gemm.PRODUCT, **types)
+
+
+def main():
+    found = []
+    for capability, (dtype, R) in itertools.product(
+        (80, 90), (("bf16", 16), ("bf16", 64), ("bf16", 256), ("fp32", 16))
+    ):
+        for name, kernel, constants, config in bound_by_memory(capability, dtype, R):
+            if "waiting" not in name or (capability, R, dtype) == (90, 16, "bf16"):
+                result = compiled(kernel, capability, dtype, constants, config)
+                found.append(usage(name, capability, dtype, R, result))
+    for R, along_k in itertools.product((16, 32), (True, False)):
+        found.append(usage("product", 90, "bf16", R, product(R, along_k)))
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
