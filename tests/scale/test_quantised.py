@@ -347,6 +347,45 @@ def test_a_weight_that_is_offloaded_after_the_forward_is_kept_for_the_backward(s
         remove_hook_from_module(experts)
 
 
+def offload_by_hooks(experts):
+    """What accelerate would do if it found the 4-bit weight under the name it has."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for parametrized in experts.parametrizations.values():
+        weights = {name: p.detach() for name, p in parametrized.named_parameters()}
+        add_hook_to_module(parametrized, AlignDevicesHook("cpu", offload=True, weights_map=weights))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("stored", ["bnb nf4", "parametrised by Int8"])
+def test_training_over_offloaded_parametrised_weights(family, stored):
+    from accelerate import cpu_offload
+
+    quantised, _ = pair(family, stored)
+    ids = zoo.token_ids()
+    before = zoo.loss_and_gradients(quantised, ids)
+    for experts in experts_at_the_bottom(quantised):
+        if stored == "bnb nf4":
+            offload_by_hooks(experts)
+        else:
+            cpu_offload(experts, execution_device="cpu")
+        assert all(experts.parametrizations[name].original.is_meta for name in PROJECTIONS)
+    for _ in range(2):
+        zoo.assert_same(zoo.loss_and_gradients(quantised, ids), before, 1e-6)
+    assert all(e.parametrizations.down_proj.original.is_meta for e in experts_at_the_bottom(quantised))
+
+
+def test_upstream_accelerate_does_not_find_4bit_parametrised_weights():
+    """bitsandbytes saves them under another name than they are held by, and accelerate offloads by the saved one."""
+    from accelerate import cpu_offload
+
+    model = tiny()
+    QUANTISE["bnb nf4"](model)
+    cpu_offload(model, execution_device="cpu")
+    with pytest.raises(KeyError, match="parametrizations.*original"):
+        model(zoo.token_ids())
+
+
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("stored", ["bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)"])
 def test_fullgraph_compile_keeps_no_dequantised_stack_either(stored, checkpointed):

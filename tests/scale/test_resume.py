@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import zoo
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
 
@@ -22,7 +23,17 @@ from .ranks import run
 STEPS, SAVED_EVERY, KILLED_AFTER = 8, 2, 5
 
 
-def _train(folder: str, family: str, kill: bool = False) -> None:
+def _model(family: str, stored: str) -> Any:
+    if not stored:
+        return models.lora_model(family)
+    from .test_quantised import QUANTISE, H, I
+
+    model = models.base_model(family, hidden_size=H, moe_intermediate_size=I)
+    QUANTISE[stored](model)
+    return zoo.peft_model(model, target_modules=["q_proj", "v_proj"])
+
+
+def _train(folder: str, family: str, stored: str = "", kill: bool = False) -> None:
     """The training script: resumes where there is a checkpoint; else it may kill its last worker on the way."""
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -43,7 +54,7 @@ def _train(folder: str, family: str, kill: bool = False) -> None:
             if kill and last and not resumed and state.global_step == KILLED_AFTER:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    calls, model = models.Calls(), models.lora_model(family)
+    calls, model = models.Calls(), _model(family, stored)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     resumed = any(Path(folder).glob("checkpoint-*"))
     arguments = TrainingArguments(
@@ -68,12 +79,12 @@ def _train(folder: str, family: str, kill: bool = False) -> None:
         Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def _train_and_be_killed(folder: str, family: str) -> None:
+def _train_and_be_killed(folder: str, family: str, stored: str) -> None:
     if dist.get_world_size() == 1:  # plain training, without a group
         dist.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             del os.environ[name]
-    _train(folder, family, kill=True)
+    _train(folder, family, stored, kill=True)
 
 
 @pytest.fixture(autouse=True)
@@ -84,18 +95,27 @@ def _uncounted():
 
 @pytest.mark.parametrize(("family", "processes"), [("qwen3_moe", 1), ("gpt_oss", 1), ("qwen3_moe", 2)])
 def test_resumes_after_a_kill(tmp_path, family, processes):
+    check(tmp_path, family, processes)
+
+
+@pytest.mark.parametrize("stored", ["bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)"])
+def test_resumes_after_a_kill_over_quantised_experts(tmp_path, stored):
+    check(tmp_path, "qwen3_moe", 1, stored)
+
+
+def check(tmp_path, family, processes, stored=""):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    _train(str(whole), family)
+    _train(str(whole), family, stored)
     with pytest.raises(ProcessExitedException) as ended:
-        run(processes, _train_and_be_killed, str(broken), family)
+        run(processes, _train_and_be_killed, str(broken), family, stored)
     assert ended.value.signal_name == "SIGKILL"
     assert ended.value.error_index == processes - 1
     assert not (broken / "found.json").exists()
     if processes == 1:
         assert sorted(p.name for p in broken.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-        _train(str(broken), family)
+        _train(str(broken), family, stored)
     else:
-        run(processes, _train, str(broken), family)
+        run(processes, _train, str(broken), family, stored)
 
     found, expected = (json.loads((f / "found.json").read_text(encoding="utf-8")) for f in (broken, whole))
     first = KILLED_AFTER // SAVED_EVERY * SAVED_EVERY
