@@ -17,7 +17,8 @@ from .routing import Route, Tiles
 __all__ = ["activate", "activate_backward"]
 
 
-FORWARD, BACKWARD, PROGRAM_ROWS = Config(128, 8, 2), Config(128, 8, 3), 32
+FORWARD, BACKWARD = Config(128, 8, 2), Config(128, 8, 3)
+PROGRAM_ROWS = 32  # at most, so that two programs of the backward share a multiprocessor
 
 # Triton's interpreter runs no assembly.
 _ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
