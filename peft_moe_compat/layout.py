@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ PACKINGS = ("rank_major", "grouped")
 class Factor(NamedTuple):
     """A or B of an expert stack for code that reads it by address: "E r d", d over features.
 
+    Its fields are what a kernel takes of it after its own arguments, in their order.
+
     Attributes:
         tensor: Of any shape; the numbers fill its memory without gaps, so that `empty_like` has a place for each.
         rank: r.
@@ -47,10 +49,6 @@ class Factor(NamedTuple):
     stride_r: int
     stride_d: int
     scaling: float = 1.0
-
-    def arguments(self) -> tuple[Any, ...]:
-        """What a kernel takes after its own arguments: pointer, rank, strides, scaling."""
-        return self
 
 
 @dataclass(frozen=True)

@@ -194,12 +194,12 @@ class Handover:
     No container, so that hooks which map over a call's arguments pass it on as it is.
     """
 
-    def __init__(self, experts: Any) -> None:
+    def __init__(self, experts: Any, *, is_transposed: bool, exchanges: bool) -> None:
         self.experts = experts
+        self.is_transposed = is_transposed
+        self.exchanges = exchanges
         self.factors: dict[str, ExpertLora | FlatLora] = {}
         self.arrived = False
-        self.is_transposed = False
-        self.exchanges = False
 
 
 def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
@@ -215,14 +215,14 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         handover: Any = kwargs.get(KEYWORD)
         outermost = handover is None
         if outermost:
-            handover = Handover(experts_of(self))
+            experts = experts_of(self)
+            transposed, exchanges = bool(is_transposed(experts)), exchanges_tokens(experts)
+            handover = Handover(experts, is_transposed=transposed, exchanges=exchanges)
         experts = handover.experts
         if reason := (experts_reason(experts) if outermost else None) or parameter_reason(self, experts):
             refuse_native(experts, reason)
             return peft_forward(self, x, *args, **kwargs)
         check_zero3(self, x)
-        if outermost:
-            handover.is_transposed, handover.exchanges = bool(is_transposed(experts)), exchanges_tokens(experts)
         lora = active_lora(self, handover.is_transposed, rule, experts)
         if lora is None:
             return peft_forward(self, x, *args, **kwargs)

@@ -21,7 +21,7 @@ from peft_moe_compat.kernels.common import fitting
 
 TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
 TYPES |= {"dweights": "*fp32", "alpha": "fp32", "limit": "fp32", "scaling": "fp32", "k": "i32"}
-FLOATS = {"bf16": "bfloat16", "fp32": "float32"}
+FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Sizes of a user's model: multiples of 16, which the launch tells triton.
 ALIGNED = {"I", "D", "N", "K", "stride_e", "stride_r"}
 
@@ -58,7 +58,7 @@ def usage(name, capability, dtype, R, found):
 def bound_by_memory(capability, dtype, R):
     precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "R": R}
     forward, backward, gather, gradient = (
-        fitting(config, R, getattr(torch, FLOATS[dtype]), capability == 90)
+        fitting(config, R, FLOATS[dtype], capability == 90)
         for config in (activation.FORWARD, activation.BACKWARD, rows.GATHER, gradients.GRADIENT)
     )
     gate = {"NAME": "silu", "GATED": True, "INTERLEAVED": False, "BLOCK": 32, "PARTS": 2, **precision}

@@ -158,7 +158,7 @@ def activate(up: Tensor, activation: Activation, route: Route, factor: Factor | 
     _activate(
         (tiles.limit * parts, 1, 1), up, h, low if factor else h, route.offs, tiles.table, I,
         activation.alpha, activation.limit,
-        *(factor.arguments() if factor else (h, 0, 0, 0, 0, 1.0)),
+        *(factor or (h, 0, 0, 0, 0, 1.0)),
         R=R, NAME=activation.name, GATED=activation.gated, INTERLEAVED=activation.interleaved,
         BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -260,7 +260,7 @@ def activate_backward(
         (tiles.limit * parts, 1, 1), up, dh, low if factor else up, dweights,
         dots if dots is not None else dweights, weights, route.order, route.offs, tiles.table, I,
         activation.alpha, activation.limit,
-        *(factor.arguments() if factor else (up, 0, 0, 0, 0, 1.0)),
+        *(factor or (up, 0, 0, 0, 0, 1.0)),
         R=R, DOTS=dots is not None, NAME=activation.name, GATED=activation.gated, INTERLEAVED=activation.interleaved,
         WAIT=I % 16 != 0, BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -142,7 +142,7 @@ def _products(source: Tensor, index: Tensor, k: int, num_experts: int, factor: F
     low = source.new_empty(S, R, dtype=torch.float32)
     block = min(next_power(D, 16), 1024)
     _low(
-        (S, R // 4, 1), source, low, index, D, k, num_experts, *factor.arguments(), R=R, SOME=4, BLOCK_D=block,
+        (S, R // 4, 1), source, low, index, D, k, num_experts, *factor, R=R, SOME=4, BLOCK_D=block,
         num_warps=4,
     )  # fmt: skip
     return low
@@ -167,7 +167,7 @@ def few_rows(activation: Activation, hidden: Tensor, index: Tensor, weights: Ten
     _up(
         (T * k, cdiv(I, tile["BLOCK_N"]), 1), hidden, base.up, h, low, hidden if base.up_bias is None else base.up_bias,
         index, H, I, k, E, activation.alpha, activation.limit, *base.up.stride(),
-        *(up_B.arguments() if up_B else nothing),
+        *(up_B or nothing),
         R=low.shape[1] if up_B else 0, BIAS=base.up_bias is not None, NAME=activation.name, GATED=activation.gated,
         INTERLEAVED=activation.interleaved, **tile, num_warps=4,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def few_rows(activation: Activation, hidden: Tensor, index: Tensor, weights: Ten
     _down(
         (T, cdiv(H, tile["BLOCK_N"]), 1), h, base.down, weights, out, low,
         hidden if base.down_bias is None else base.down_bias, index, I, H, k, E, *base.down.stride(),
-        *(down_B.arguments() if down_B else nothing),
+        *(down_B or nothing),
         R=low.shape[1] if down_B else 0, BIAS=base.down_bias is not None, **tile, num_warps=4,
     )  # fmt: skip
     return out

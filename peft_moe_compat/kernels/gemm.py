@@ -98,7 +98,7 @@ def _low_rank(
     """(low, bias, the factor's arguments, R) with stand-ins for what is not there."""
     if low is None or factor is None:
         return y, y if bias is None else bias, (y, 0, 0, 0, 0, 1.0), 0
-    return low, y if bias is None else bias, factor.arguments(), low.shape[1]
+    return low, y if bias is None else bias, factor, low.shape[1]
 
 
 def descriptor_fits(x: Tensor, weight: Tensor) -> bool:

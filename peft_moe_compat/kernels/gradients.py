@@ -79,7 +79,7 @@ def factor_gradient(
     config = fitting(GRADIENT, R, low.dtype, roomy(low.device))
     _factor_gradient(
         (cdiv(D, config.columns), E, 1), low, rows.contiguous(), route.order,
-        weights if weights is not None else low, route.offs, D, gather_k or 1, *grad.arguments(),
+        weights if weights is not None else low, route.offs, D, gather_k or 1, *grad,
         R=R, GATHER=gather_k is not None, WEIGHTED=weights is not None,
         BLOCK=route.large.block, BLOCK_D=config.columns, PRECISION=dot_precision(low.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -79,7 +79,7 @@ def gather(
     _gather(
         (tiles.limit, 1, 1), source.contiguous(), rows, low if factor else rows, dots if dots is not None else rows,
         vector if vector is not None else rows, route.order, route.offs, tiles.table, D, k,
-        *(factor.arguments() if factor else unused),
+        *(factor or unused),
         R=R, GATHER=True, DOTS=vector is not None, BLOCK=tiles.block, BLOCK_D=config.columns,
         PRECISION=dot_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def project(rows: Tensor, route: Route, factor: Factor | None) -> Tensor | None:
     low = rows.new_empty(rows.shape[0], R)
     _gather(
         (tiles.limit, 1, 1), rows, rows, low, rows, rows, route.order, route.offs, tiles.table, rows.shape[1], 1,
-        *factor.arguments(),
+        *factor,
         R=R, GATHER=False, DOTS=False, BLOCK=tiles.block, BLOCK_D=config.columns,
         PRECISION=dot_precision(rows.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

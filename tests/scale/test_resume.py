@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import zoo
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
 
@@ -26,11 +25,9 @@ STEPS, SAVED_EVERY, KILLED_AFTER = 8, 2, 5
 def _model(family: str, stored: str) -> Any:
     if not stored:
         return models.lora_model(family)
-    from .test_quantised import QUANTISE, H, I
+    from .test_quantised_parallel import _model as quantised_model
 
-    model = models.base_model(family, hidden_size=H, moe_intermediate_size=I)
-    QUANTISE[stored](model)
-    return zoo.peft_model(model, target_modules=["q_proj", "v_proj"])
+    return quantised_model(stored)
 
 
 def _train(folder: str, family: str, stored: str = "", kill: bool = False) -> None:
