@@ -19,7 +19,7 @@ from test_guard_fixtures import attempt, told
 import peft_moe_compat
 from peft_moe_compat.errors import AmbiguousAdapterError, LayoutError, PatchConflictError
 from peft_moe_compat.guard import replacements, written_by
-from peft_moe_compat.releases import orientations
+from peft_moe_compat.storage import orientations
 
 FAMILY = zoo.FAMILIES[0]
 

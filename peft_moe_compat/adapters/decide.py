@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..errors import AdapterError, AmbiguousAdapterError
 from ..layout import ORIENTATIONS, PACKINGS
-from ..releases import orientations, release_for
+from ..releases import release_for
+from ..storage import orientations
 from .base_model import BaseModel
 from .detect import Reading, slot_shapes
 from .inspection import Conclusion

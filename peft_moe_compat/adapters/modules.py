@@ -9,7 +9,8 @@ import torch
 
 from ..errors import AdapterError, AmbiguousAdapterError
 from ..layout import ExpertLora
-from ..releases import NEWEST_TESTED, expert_parameter, has_separate_experts, orientations, orientations_after
+from ..releases import NEWEST_TESTED
+from ..storage import expert_parameter, has_separate_experts, orientations, orientations_after
 from .base_model import BaseModel
 from .decide import Decision
 from .detect import parameter_order

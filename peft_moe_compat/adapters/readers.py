@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..releases import NEWEST_TESTED, RULES, orientations
+from ..releases import NEWEST_TESTED, RULES
+from ..storage import orientations
 from .base_model import BaseModel
 from .decide import Decision
 from .detect import parameter_order
