@@ -33,7 +33,7 @@ REGISTRY_MODULE = "transformers.integrations.moe"
 REGISTRIES = {REGISTRY_MODULE: "ALL_EXPERTS_FUNCTIONS", quantised.FP8_MODULE: "ALL_FP8_EXPERTS_FUNCTIONS"}
 
 # Undecorated transformers classes -> whether their weights are (E, in, out). Source: the shapes in their __init__ and
-# the products in their forward, transformers 4.57.6 to 5.23.0. Where a release decorates the class, its own attribute
+# the products in their forward, transformers 4.57.6 to 5.24.0. Where a release decorates the class, its own attribute
 # comes first, so a class may stand here with the orientation it had before.
 _UNDECLARED_CLASSES = {
     "AriaGroupedExpertsGemm": True,

@@ -125,6 +125,12 @@ KNOWN_ISSUES: tuple[KnownIssue, ...] = (
         "load with PeftModel.from_pretrained, or install peft>=0.19",
     ),
     KnownIssue(
+        SpecifierSet("<0.22"),
+        SpecifierSet(">=5.24"),
+        "transformers' model.add_adapter and model.load_adapter refuse this PEFT: they want 0.22 or newer",
+        "load with PeftModel.from_pretrained, or install transformers<5.24",
+    ),
+    KnownIssue(
         SpecifierSet(">=0.18,<0.19"),
         SpecifierSet(">=5"),
         "experts of a per-expert adapter written under transformers 4 are dropped without an error when it is loaded",

@@ -28,7 +28,7 @@ class StoredTransposed:
 
 
 # model_type without `_text` -> how it is stored. Every other family is "(E, out, in)" in every release. Source: the
-# experts classes of transformers 4.57.6 to 5.23.0 (aria: 5.18.0 decorated it).
+# experts classes of transformers 4.57.6 to 5.24.0 (aria: 5.18.0 decorated it).
 STORED_TRANSPOSED: dict[str, StoredTransposed] = {
     "aria": StoredTransposed(declared=Version("5.18.0")),
     "gpt_oss": StoredTransposed(declared=Version("5.0.0")),

@@ -1,6 +1,7 @@
 """Compiles kernels ahead of time for devices that need not be there, and prints what they take, as JSON.
 
-A process of its own, since the tests run under triton's interpreter, which leaves nothing to compile.
+A process of its own, since the tests run under triton's interpreter, which leaves nothing to compile. Given "launched",
+it prints the kernels there are and those that a layer launches, each of which triton has compiled for a Hopper.
 """
 
 import itertools
@@ -16,8 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peft_moe_compat.kernels import activation, gemm, gradients, rows
+from peft_moe_compat import layout
+from peft_moe_compat.fused import Activation
+from peft_moe_compat.kernels import activation, decode, gemm, gradients, layer, routing, rows
+from peft_moe_compat.kernels import factors as _factors
 from peft_moe_compat.kernels.common import fitting
+from peft_moe_compat.kernels.launch import Kernel
 
 TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
 TYPES |= {"dweights": "*fp32", "alpha": "fp32", "limit": "fp32", "scaling": "fp32", "k": "i32"}
@@ -83,7 +88,50 @@ def product(R, along_k):
     return compiled(gemm._product, 90, "bf16", constants, gemm.PRODUCT, **types)
 
 
+class Nowhere:
+    """A driver for triton: compiles for compute capability 9.0, loads and launches nothing."""
+
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+    launcher_cls = staticmethod(lambda *_: lambda *_: None)
+
+    class utils:
+        get_device_properties = staticmethod(lambda _: {"max_shared_mem": 227 * 1024, "max_num_regs": 65536})
+        load_binary = staticmethod(lambda *_: (1, 1, 32, 0, 1024))  # module, function, registers, spills, threads
+
+
+def launched():
+    """Names of all kernels, and of those that two layers launched."""
+    triton.runtime.driver.set_active(Nowhere())
+    gemm.grouped_mm = lambda x, weight, offs: x.new_empty(len(x), weight.shape[2])  # would read what no kernel wrote
+    names = []
+    triton.knobs.compilation.listener = lambda *, src, **_: names.append(src.name)
+    for H in (128, 96):  # with the tiled product and without
+        E, k, T, dtype = 4, 2, 256, torch.bfloat16
+        up, down = torch.empty(E, H, 128, dtype=dtype), torch.empty(E, 64, H, dtype=dtype)
+        flat = [
+            layout.flat(torch.empty(E * 16, i), torch.empty(o, 16 * E), E, orientation="linear", scaling=1.0)
+            for i, o in ((H, 128), (64, H))
+        ]
+        W, factors = layer.Weights(up, None, down, None), layer.Factors.of(*flat)
+        for tokens, grad in ((T, True), (T, True), (8, False)):
+            hidden = torch.empty(tokens, H, dtype=dtype, requires_grad=grad)
+            index, weights = torch.zeros(tokens, k, dtype=torch.int64), torch.empty(tokens, k, dtype=dtype)
+            for tensor in factors.tensors():
+                tensor.requires_grad_(grad)
+            out = layer.fused_experts(Activation("silu", True), hidden, index, weights, W, factors)
+            if grad:
+                out.sum().backward()
+    modules = activation, decode, _factors, gemm, gradients, routing, rows
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
+    return {"defined": sorted({kernel.jit.__name__ for kernel in kernels}), "launched": sorted(set(names))}
+
+
 def main():
+    if sys.argv[1:] == ["launched"]:
+        json.dump(launched(), sys.stdout)
+        return
     found = []
     for capability, (dtype, R) in itertools.product(
         (80, 90), (("bf16", 16), ("bf16", 64), ("bf16", 256), ("fp32", 16))

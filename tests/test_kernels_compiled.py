@@ -11,17 +11,28 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is on no CPU-only install but the tox environment `kernels`")
+pytest.importorskip(
+    "triton", reason="triton is on no CPU-only install but the tox environments `kernels` and `triton390`"
+)
 
 # Bytes of shared memory of a program: the least of any device of compute capability 8.x and 12.x, and Hopper's.
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
 
 
+def aot(*arguments):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("aot.py"), *arguments]
+    return json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout)
+
+
 @pytest.fixture(scope="module")
 def kernels():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("aot.py")
-    return json.loads(subprocess.run([sys.executable, script], env=env, capture_output=True, check=True).stdout)
+    return aot()
+
+
+def test_every_kernel_is_launched_and_compiles():
+    found = aot("launched")
+    assert found["launched"] == found["defined"]
 
 
 def test_every_kernel_fits_the_smallest_device(kernels):

@@ -19,7 +19,7 @@ __all__ = ["BaseModel", "Features", "base_model_of", "load_base_model", "load_co
 # (in, out) of an expert parameter.
 Features = tuple[int, int]
 
-# Names that the configs of transformers 4.57 to 5.23 use, the more specific ones first.
+# Names that the configs of transformers 4.57 to 5.24 use, the more specific ones first.
 _NUM_EXPERTS = (
     "num_experts",
     "num_local_experts",
@@ -36,7 +36,7 @@ _INTERLEAVED = {"gpt_oss"}
 # Families without a gate: up_proj and down_proj.
 _NOT_GATED = {"nemotron_h"}
 # Experts' linears of the Hub's checkpoints that are not called gate_proj, up_proj, down_proj: as transformers 4 had
-# them, and as the readers that take per-expert adapters want them. Source: conversion_mapping.py of transformers 5.23.
+# them, and as the readers that take per-expert adapters want them. Source: conversion_mapping.py of transformers 5.24.
 _W123 = {"gate": "w1", "up": "w3", "down": "w2"}
 _PROJ = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _LINEARS = {
