@@ -82,7 +82,8 @@ def chosen() -> str:
 
 def on_device(device: torch.device) -> Any:
     """Makes a device the current one, on which triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 def _constant_when_compiled(function: Any) -> Any:

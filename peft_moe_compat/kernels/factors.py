@@ -26,11 +26,11 @@ def _copy(
     tl.store(result + e * to_e + in_r * to_r + in_d * to_d, tile.to(result.dtype.element_ty), mask=mask)
 
 
-def _copied(source: Factor, result: Factor, E: int, D: int) -> None:
-    """result = scaling of the source * source."""
+def _copied(source: Factor, scaling: float, result: Factor, E: int, D: int) -> None:
+    """result = scaling * source."""
     r = source.rank
     _copy(
-        (cdiv(r * D, 64), cdiv(E, 64), 1), source.tensor, result.tensor, r, D, E, source.scaling,
+        (cdiv(r * D, 64), cdiv(E, 64), 1), source.tensor, result.tensor, r, D, E, scaling,
         *source[2:5], *result[2:5], Q=64, E=64, num_warps=4,
     )  # fmt: skip
 
@@ -41,10 +41,10 @@ def wants_packing(factor: Factor, E: int, rows: int) -> bool:
     return factor.stride_e == 1 and 4 <= E <= rows
 
 
-def apart(factor: Factor, E: int, D: int, dtype: torch.dtype) -> Factor:
+def apart(factor: Factor, E: int, D: int, dtype: torch.dtype, scaling: float) -> Factor:
     """Room for the same with one contiguous piece "d r" per expert."""
     r = factor.rank
-    return Factor(factor.tensor.new_empty((E, D, r), dtype=dtype), r, D * r, 1, r, factor.scaling)
+    return Factor(factor.tensor.new_empty((E, D, r), dtype=dtype), r, D * r, 1, r, scaling)
 
 
 def packed(factor: Factor | None, weight: Tensor, rows: int) -> Factor | None:
@@ -52,13 +52,13 @@ def packed(factor: Factor | None, weight: Tensor, rows: int) -> Factor | None:
     if factor is None or not wants_packing(factor, weight.shape[0], rows):
         return factor
     E, _, D = weight.shape
-    result = apart(factor, E, D, weight.dtype)._replace(scaling=1.0)
-    _copied(factor, result, E, D)
+    result = apart(factor, E, D, weight.dtype, 1.0)
+    _copied(factor, factor.scaling, result, E, D)
     return result
 
 
 def unpacked(source: Factor, like: Factor, E: int, D: int) -> Tensor:
     """A gradient in the packing of the factor it belongs to, so that autograd takes it without a copy."""
     result = like._replace(tensor=torch.empty_like(like.tensor))
-    _copied(source._replace(scaling=1.0), result, E, D)
+    _copied(source, 1.0, result, E, D)
     return result.tensor

@@ -73,7 +73,7 @@ def factor_gradient(
     D, R, E = rows.shape[1], low.shape[1], route.offs.shape[0]
     packs = wants_packing(factor, E, low.shape[0])
     if packs:
-        grad = apart(factor, E, D, factor.tensor.dtype)
+        grad = apart(factor, E, D, factor.tensor.dtype, factor.scaling)
     else:
         grad = factor._replace(tensor=torch.empty_like(factor.tensor))
     config = fitting(GRADIENT, R, low.dtype, roomy(low.device))

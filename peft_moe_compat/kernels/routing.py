@@ -131,9 +131,9 @@ def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Rout
     step = min(_STEP, next_power(S, 16))
     chunk = step * min(16, next_power(cdiv(S, 256 * step)))  # few enough that each program can add up all counts
     chunks = cdiv(S, chunk)
-    few, many = (min(S, S // block + num_experts) for block in (large, small))
+    few, many = min(S, S // large + num_experts), min(S, S // small + num_experts)
     # One allocation, every part on 16 bytes, so that a kernel is compiled once. Parts may be longer than they need be.
-    sizes = [4 * cdiv(size, 4) for size in (S, S, num_experts, 2 * many + 2, 2 * few + 2, chunks * E)]
+    sizes = [size + -size % 4 for size in (S, S, num_experts, 2 * many + 2, 2 * few + 2, chunks * E)]
     parts = torch.empty(sum(sizes), dtype=torch.int32, device=top_k_index.device).split_with_sizes(sizes)
     order, position, offs, small_table, large_table, counts = parts
     index = top_k_index.contiguous()
