@@ -78,46 +78,47 @@ class Case:
             self.weights = (weights / weights.sum(-1, keepdim=True)).to(BFLOAT16)
             up, down = (torch.empty(E, o, i, dtype=BFLOAT16).normal_(std=0.02) for o, i in ((2 * I, H), (H, I)))
             pairs = [(torch.randn(E * r, i) / i**0.5, torch.randn(o, r * E) * 0.02) for o, i in ((2 * I, H), (H, I))]
-        self.W = layer.Weights(up.transpose(1, 2), None, down.transpose(1, 2), None)
         self.leaves = [t.requires_grad_() for pair in pairs for t in pair]
         flat = [layout.flat(A, B, E, orientation="linear", scaling=2.0) for A, B in pairs]
-        self.factors = layer.Factors.of(*flat)
+        self.up, self.down = (
+            layer.Projection.of(W.transpose(1, 2), None, lora).ready(self.T * self.k)
+            for W, lora in zip((up, down), flat, strict=True)
+        )
         self.S = self.T * self.k
         self.where = route(self.index, E, 64, 128)
-        self.packed = [packed(self.factors.up_B, self.W.up, self.S), packed(self.factors.down_B, self.W.down, self.S)]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return layer.fused_experts(SILU, hidden, self.index, self.weights, self.W, self.factors)
+        return layer.fused_experts(SILU, hidden, self.index, self.weights, self.up, lambda: self.down)
 
 
 @torch.no_grad()
 def kernels(shape: str, case: Case) -> None:
-    S, H, I, k, where, factors = case.S, case.H, case.I, case.k, case.where, case.factors
+    S, H, I, k, where = case.S, case.H, case.I, case.k, case.where
     up, dh, low = (torch.randn(S, d, device="cuda", dtype=BFLOAT16) for d in (2 * I, I, 16))
     rate = 2 * up.nbytes / ms(f"{shape} copy", up.clone)
     ms(f"{shape} route", lambda: route(case.index, case.E, 64, 128))
-    for name, factor, W in (("lora_B up", factors.up_B, case.W.up), ("lora_B down", factors.down_B, case.W.down)):
-        ms(f"{shape} pack {name}", lambda factor=factor, W=W: packed(factor, W, S))
+    for name, projection in (("lora_B up", case.up), ("lora_B down", case.down)):
+        ms(f"{shape} pack {name}", lambda p=projection: packed(p.B, p.weight, S))
     print(f"the bytes of gather and combine: {2 * S * H / rate:.4f}")
     for c in GATHERS:
-        ms(f"{shape} gather", lambda: rows.gather(case.hidden, where, k, BFLOAT16, factors.up_A), (rows, "GATHER", c))
+        ms(f"{shape} gather", lambda: rows.gather(case.hidden, where, k, BFLOAT16, case.up.A), (rows, "GATHER", c))
     x = rows.gather(case.hidden, where, k, BFLOAT16, None)[0]
     ms(f"{shape} combine", lambda: rows.combine(x, where, case.weights, k, BFLOAT16))
     print(f"the bytes of activate: {6 * S * I / rate:.4f}, of its backward: {12 * S * I / rate:.4f}")
     for c in ACTIVATIONS:
-        function = lambda: activation.activate(up, SILU, where, factors.down_A)  # noqa: E731
+        function = lambda: activation.activate(up, SILU, where, case.down.A)  # noqa: E731
         ms(f"{shape} activate", function, (activation, "FORWARD", c))
     for c in ACTIVATIONS:
-        arguments = up, dh, SILU, where, case.weights, case.packed[0], None
+        arguments = up, dh, SILU, where, case.weights, case.up.packed, None
         function = lambda arguments=arguments: activation.activate_backward(*arguments)  # noqa: E731
         ms(f"{shape} activate_backward", function, (activation, "BACKWARD", c))
         up.normal_()
         dh.normal_()
     wanted = {
-        "d lora_A up, gathered": (case.hidden, factors.up_A, {"gather_k": k}),
-        "d lora_B up": (up, factors.up_B, {}),
-        "d lora_A down": (dh, factors.down_A, {}),
-        "d lora_B down, gathered": (case.hidden, factors.down_B, {"gather_k": k, "weights": case.weights}),
+        "d lora_A up, gathered": (case.hidden, case.up.A, {"gather_k": k}),
+        "d lora_B up": (up, case.up.B, {}),
+        "d lora_A down": (dh, case.down.A, {}),
+        "d lora_B down, gathered": (case.hidden, case.down.B, {"gather_k": k, "weights": case.weights}),
     }
     for name, (of, factor, options) in wanted.items():
         for c in GRADIENTS:
@@ -127,13 +128,13 @@ def kernels(shape: str, case: Case) -> None:
 
 @torch.no_grad()
 def products(shape: str, case: Case) -> None:
-    S, where, W = case.S, case.where, case.W
+    S, where = case.S, case.where
     x, up, h, low = (torch.randn(S, d, device="cuda", dtype=BFLOAT16) for d in (case.H, 2 * case.I, case.I, 16))
     cases = {
-        "up": (x, W.up, case.packed[0]),
-        "down": (h, W.down, case.packed[1]),
-        "dh": (x, W.down.transpose(1, 2), case.factors.down_A),
-        "dx": (up, W.up.transpose(1, 2), case.factors.up_A),
+        "up": (x, case.up.weight, case.up.packed),
+        "down": (h, case.down.weight, case.down.packed),
+        "dh": (x, case.down.weight.transpose(1, 2), case.down.A),
+        "dx": (up, case.up.weight.transpose(1, 2), case.up.A),
     }
     for name, (a, weight, factor) in cases.items():
         flops = 2 * S * weight.shape[1] * weight.shape[2] / 1e9

@@ -87,13 +87,14 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
 
 def _held(chain: list[Any], adapter_name: str) -> dict[str, ExpertLora]:
     """Parameter -> the adapter's LoRA in a chain of live wrappers; empty where it is on none of them."""
-    return {
-        w.parameter_name: read_adapter(
-            w, adapter_name, bool(families.is_transposed(w.get_base_layer())), installed_rule()
-        ).canonical()
-        for w in chain
-        if adapter_name in w.lora_A
-    }
+    found = {}
+    for w in chain:
+        if adapter_name in w.lora_A:
+            experts, rule = w.get_base_layer(), installed_rule()
+            held = local_experts(experts, w.parameter_name)
+            lora = read_adapter(w, adapter_name, bool(families.is_transposed(experts)), rule, held)
+            found[w.parameter_name] = lora.canonical()
+    return found
 
 
 def _elsewhere(lora: ExpertLora) -> bool:

@@ -5,19 +5,30 @@ gather -> base grouped mm + (x A^T)(scaling B)^T -> bias -> gate or activation -
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import families, quantised
-from .errors import LayoutError
-from .fused import run_fused, runs_fused
+from .errors import LayoutError, PeftMoeCompatError
+from .fused import HeldProjection, run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
 from .layout import ExpertLora, FlatLora
 
 __all__ = ["experts_forward"]
+
+_LORA_WITHOUT_DATA = (
+    "lora_A or lora_B of {!r} is on the meta device and holds no numbers. PEFT puts a new adapter where the weight is, "
+    "so on an offloaded model it is lost: call get_peft_model before the model is offloaded, or give each of these "
+    "layers data, with to_empty(device=...) and then reset_lora_parameters or set_peft_model_state_dict."
+)
+
+
+class LoraOf(Protocol):
+    """A dict, or whatever else has its `get`."""
+
+    def get(self, name: str, /) -> ExpertLora | FlatLora | None: ...
 
 
 def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor, gather: Gather | None) -> Tensor:
@@ -43,15 +54,18 @@ def _weight(
     """
     weight = quantised.read(module, name, hidden_states)  # once: a quantised weight is computed at each access
     if not transposed:
-        weight = weight.transpose(1, 2)  # "E out in -> E in out"
-    if in_features != weight.shape[1]:
+        weight = weight.mT  # "E out in -> E in out"
+    num_experts, read_in, out_features = weight.shape
+    if in_features != read_in:
         raise LayoutError(
             f"{type(module).__name__}.{name} is read as '{'E in out' if transposed else 'E out in'}' and then takes "
-            f"{weight.shape[1]} in-features, but gets rows of {in_features}. Its orientation comes from "
+            f"{read_in} in-features, but gets rows of {in_features}. Its orientation comes from "
             "peft_moe_compat.declare_layout or from the module's is_transposed: correct the one that is wrong."
         )
     if lora is not None:
-        lora.check(weight.shape[0], weight.shape[2], weight.shape[1], f"{type(module).__name__}.{name}")
+        if lora.is_meta and not hidden_states.is_meta:
+            raise PeftMoeCompatError(_LORA_WITHOUT_DATA.format(name))
+        lora.check(num_experts, out_features, in_features, f"{type(module).__name__}.{name}")
         quantised.refuse_leftovers(module, name)
     return weight
 
@@ -60,9 +74,7 @@ def _project(
     x: Tensor,
     module: Any,
     name: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora: ExpertLora | None,
+    held: HeldProjection,
     offs: Tensor,
     expert_ids: Tensor,
     transposed: bool,
@@ -74,11 +86,12 @@ def _project(
     With `widen` the sum of base and LoRA is kept in float32 where the weight is of lower precision. With `gather`, x is
     "T in", and its rows are taken from it.
     """
+    weight, bias, lora = held
     y = quantised.grouped_mm_of(x, weight, offs, gather, module, name, transposed)
     if lora is not None:
         if widen and y.dtype.itemsize < 4:
             y = y.float()
-        y += _lora_term(x, lora, weight.dtype, offs, gather)
+        y += _lora_term(x, lora.canonical(), weight.dtype, offs, gather)
     if bias is not None:
         y += bias[expert_ids]
     return y
@@ -86,7 +99,7 @@ def _project(
 
 def experts_forward(
     module: Any,
-    expert_lora: Mapping[str, ExpertLora | FlatLora],
+    expert_lora: LoraOf,
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -97,7 +110,7 @@ def experts_forward(
 
     Args:
         module: The experts module. Its base weights may be frozen or not, of any floating-point dtype.
-        expert_lora: Parameter name -> factors. Parameters without an entry run as they are.
+        expert_lora: Gives the factors of a parameter by its name. Parameters without any run as they are.
         hidden_states: "T H".
         top_k_index: "T k", ids of the experts; ids >= E (expert parallelism) mark rows computed elsewhere.
         top_k_weights: "T k", or "T E" (transformers 5.0), the routing weights.
@@ -111,19 +124,21 @@ def experts_forward(
     T, k = top_k_index.shape
     up_name = families.up_name(module)
     E, transposed = module.num_experts, bool(families.is_transposed(module))
-    up_lora, down_lora = expert_lora.get(up_name), expert_lora.get("down_proj")
     if top_k_weights.shape != top_k_index.shape:
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
-    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up_name, "down_proj"))
-    up_weight = _weight(module, up_name, transposed, hidden_states.shape[1], up_lora, hidden_states)
-    intermediate = up_weight.shape[2] // (2 if up_name == "gate_up_proj" else 1)
+
+    def held(name: str, in_features: int) -> HeldProjection:
+        lora = expert_lora.get(name)
+        weight = _weight(module, name, transposed, in_features, lora, hidden_states)
+        return weight, getattr(module, f"{name}_bias") if module.has_bias else None, lora
+
+    held_up = held(up_name, hidden_states.shape[1])
     if runs_fused(module, hidden_states, top_k_index):
-        down_weight = _weight(module, "down_proj", transposed, intermediate, down_lora, hidden_states)
-        routed, biases = (hidden_states, top_k_index, top_k_weights), (up_bias, down_bias)
-        fused = run_fused(module, (up_lora, down_lora), up_weight, down_weight, *routed, biases)
+        intermediate = held_up[0].shape[2] // (2 if up_name == "gate_up_proj" else 1)
+        routed = hidden_states, top_k_index, top_k_weights
+        fused = run_fused(module, routed, held_up, lambda: held("down_proj", intermediate))
         if fused is not None:
             return fused
-    up_lora, down_lora = up_lora and up_lora.canonical(), down_lora and down_lora.canonical()
 
     expert_ids, order = torch.sort(top_k_index.reshape(-1))
     offs = _group_ends(expert_ids, E)
@@ -139,12 +154,12 @@ def experts_forward(
         x, gather = _without(hidden_states[order // k], elsewhere), None
     # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
     # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
-    up = _project(x, module, up_name, up_weight, up_bias, up_lora, offs, expert_ids, transposed, True, gather)
+    up = _project(x, module, up_name, held_up, offs, expert_ids, transposed, True, gather)
     up = _without(up, elsewhere)
-    del up_weight
+    del held_up
     h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
-    down_weight = _weight(module, "down_proj", transposed, h.shape[1], down_lora, hidden_states)
-    down = _project(h, module, "down_proj", down_weight, down_bias, down_lora, offs, expert_ids, transposed, False)
+    held_down = held("down_proj", h.shape[1])
+    down = _project(h, module, "down_proj", held_down, offs, expert_ids, transposed, False)
     down = _without(down, elsewhere)
     if getattr(module, "has_post_expert_norm", False):
         down = module.post_expert_norm(down)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +14,10 @@ from . import backends, families, quantised
 from .grouped_mm import device_backend
 from .layout import ExpertLora, FlatLora
 
-__all__ = ["Activation", "backend_of", "fused_reason", "padded_rank", "run_fused", "runs_fused"]
+__all__ = ["Activation", "HeldProjection", "backend_of", "fused_reason", "padded_rank", "run_fused", "runs_fused"]
 
+# What a module holds of a projection: weight "E in out", bias "E out", and LoRA, checked against each other.
+HeldProjection = tuple[Tensor, Tensor | None, ExpertLora | FlatLora | None]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Activations by their class; a plain function is known by its own name.
 _ACTIVATIONS = {
@@ -54,7 +58,7 @@ def fused_reason(module: Any, device: torch.device) -> str | None:
         return f"the weights are {weight.dtype}"
     if weight.dtype == torch.float32 and choice == "auto":
         return "the weights are float32, which the kernels are no faster for"
-    if any(d1 % 8 or d2 % 8 for _, d1, d2 in [module._parameters[name].shape for name in names]):
+    if math.gcd(*[width for name in names for width in module._parameters[name].shape[1:]]) % 8:
         return "a width is no multiple of 8"
     if device.type == "cuda" and weight.dtype.itemsize == 2 and (r := backends.trial_reason(device, weight.dtype)):
         return str(r)
@@ -119,37 +123,34 @@ def runs_fused(module: Any, hidden_states: Tensor, index: Tensor) -> bool:
     return not torch.compiler.is_compiling() or isinstance(_activation(module), Activation)
 
 
+@cache  # the import statement would ask again at every forward
+def _layer() -> Any:
+    from .kernels import layer
+
+    return layer
+
+
 def run_fused(
-    module: Any,
-    loras: tuple[ExpertLora | FlatLora | None, ExpertLora | FlatLora | None],
-    up_weight: Tensor,
-    down_weight: Tensor,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    biases: tuple[Tensor | None, Tensor | None],
+    module: Any, routed: tuple[Tensor, Tensor, Tensor], up: HeldProjection, read_down: Callable[[], HeldProjection]
 ) -> Tensor | None:
     """The layer's output from the fused kernels, or None where one of them does not compile for the device.
 
     Args:
-        loras: Of the two projections.
-        up_weight, down_weight: "E in out", checked against the factors.
-        hidden_states: "T H".
-        top_k_index, top_k_weights: "T k".
-        biases: "E out" of the two projections.
+        routed: hidden_states "T H", top_k_index and top_k_weights "T k".
+        up: Of the up projection.
+        read_down: Gives that of the down projection, once the device is busy with the other.
     """
-    base = (up_weight, biases[0], down_weight, biases[1])
-    routed = (hidden_states, top_k_index, top_k_weights)
     activation = _activation(module)
     if torch.compiler.is_compiling() and isinstance(activation, Activation):
         from .operators import experts
 
-        return experts(activation, routed, base, loras)
-    from .kernels import layer
-
+        return experts(activation, routed, up, read_down())
+    layer, device = _layer(), routed[0].device
     try:
-        with backends.on_device(hidden_states.device):
-            return layer.fused_experts(activation, *routed, layer.Weights(*base), layer.Factors.of(*loras))
+        with backends.on_device(device):
+            of = layer.Projection.of
+            out: Tensor = layer.fused_experts(activation, *routed, of(*up), lambda: of(*read_down()))
+            return out
     except backends.triton_errors() as error:
-        backends.give_up(hidden_states.device, error)
+        backends.give_up(device, error)
         return None

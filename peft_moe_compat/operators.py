@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .fused import Activation, padded_rank
+from .fused import Activation, HeldProjection, padded_rank
 from .layout import Factor
 
 __all__ = ["experts"]
 
 
-# What all three take: `Weights`; the tensors of `Factors`, and what else is in each; the fields of `Activation`.
+# What all three take: the base; the tensors of the factors, and what else is in each; the fields of `Activation`.
 _TENSORS = (
     "Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
     "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
@@ -28,18 +28,17 @@ _NUM_TENSORS = 11
 
 
 def _parts(inputs: tuple[Any, ...]) -> tuple[Activation, Tensor, Tensor, Tensor, Any, Any]:
-    """The activation, hidden, index, weights, `Weights` and `Factors`."""
-    from .kernels.layer import Factors, Weights
+    """The activation, hidden, index, weights, and `Projection` up and down."""
+    from .kernels.layer import Projection
 
     hidden, index, weights = inputs[:3]
     places, scalings, *activation = inputs[_NUM_TENSORS:]
-    factors = Factors(
-        *(
-            None if tensor is None else Factor(tensor, *places[4 * i : 4 * i + 4], scalings[i])  # type: ignore[call-arg]
-            for i, tensor in enumerate(inputs[7:_NUM_TENSORS])
-        )
-    )
-    return Activation(*activation), hidden.contiguous(), index, weights.contiguous(), Weights(*inputs[3:7]), factors
+    factors = [
+        None if tensor is None else Factor(tensor, *places[4 * i : 4 * i + 4], scalings[i])  # type: ignore[call-arg]
+        for i, tensor in enumerate(inputs[7:_NUM_TENSORS])
+    ]
+    up, down = Projection(*inputs[3:5], *factors[:2]), Projection(*inputs[5:7], *factors[2:])
+    return Activation(*activation), hidden.contiguous(), index, weights.contiguous(), up, down
 
 
 @torch.library.custom_op(
@@ -48,9 +47,9 @@ def _parts(inputs: tuple[Any, ...]) -> tuple[Activation, Tensor, Tensor, Tensor,
 def _inference(*inputs: Any) -> Tensor:
     from .kernels.layer import fused_experts
 
-    activation, hidden, *rest = _parts(inputs)
+    activation, hidden, index, weights, up, down = _parts(inputs)
     with torch.no_grad(), backends.on_device(hidden.device):
-        return fused_experts(activation, hidden, *rest)
+        return fused_experts(activation, hidden, index, weights, up, lambda: down)
 
 
 @_inference.register_fake
@@ -67,9 +66,10 @@ def _training(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, and `Passed`: the up projection's rows, and its and the down projection's products with lora_A)."""
     from .kernels.layer import forward_pass, routing
 
-    activation, hidden, index, weights, W, factors = _parts(inputs)
+    activation, hidden, index, weights, up, down = _parts(inputs)
     with backends.on_device(hidden.device):
-        out, passed, _ = forward_pass(activation, hidden, weights, routing(index, W), W, factors)
+        where = routing(index, up.weight.shape[0])
+        out, passed, _, _ = forward_pass(activation, hidden, weights, where, up, lambda: down)
     low_up, low_down = (hidden.new_empty(0) if low is None else low for low in passed[1:])
     return out, passed.up, low_up, low_down
 
@@ -91,18 +91,15 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 )
 def _backward(dout: Tensor, passed_up: Tensor, low_up: Tensor, low_down: Tensor, *inputs: Any) -> list[Tensor]:
     """Gradients of the hidden states, the routing weights and the factors that are there."""
-    from .kernels.factors import packed
     from .kernels.layer import Passed, backward_pass, routing
 
-    activation, hidden, index, weights, W, wanted = _parts(inputs)
+    activation, hidden, index, weights, up, down = _parts(inputs)
     # The backward overwrites the up projection's rows, which the graph may still hold.
-    passed = Passed(
-        passed_up.clone(), None if wanted.up_A is None else low_up, None if wanted.down_A is None else low_down
-    )
+    passed = Passed(passed_up.clone(), None if up.A is None else low_up, None if down.A is None else low_down)
+    wanted = up.A, up.B, down.A, down.B
     with torch.no_grad(), backends.on_device(hidden.device):
-        S = index.numel()
-        factors = wanted._replace(up_B=packed(wanted.up_B, W.up, S), down_B=packed(wanted.down_B, W.down, S))
-        found = backward_pass(activation, dout, hidden, weights, routing(index, W), passed, factors, W, wanted, True)
+        where, (up, down) = routing(index, up.weight.shape[0]), (p.ready(index.numel()) for p in (up, down))
+        found = backward_pass(activation, dout, hidden, weights, where, passed, up, down, wanted, True)
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
@@ -128,21 +125,17 @@ def _differentiate(ctx: Any, dout: Tensor, *_: object) -> tuple[Any, ...]:
 _training.register_autograd(_differentiate, setup_context=_setup)
 
 
-def experts(
-    activation: Activation, routed: tuple[Tensor, ...], base: tuple[Tensor | None, ...], loras: tuple[Any, Any]
-) -> Tensor:
+def experts(activation: Activation, routed: tuple[Tensor, ...], up: HeldProjection, down: HeldProjection) -> Tensor:
     """The layer's output, differentiable in hidden states, routing weights and LoRA factors where one of them trains.
 
     Args:
         routed: hidden "T H", index and weights "T k".
-        base: Up weight and bias, down weight and bias.
-        loras: Of the up and the down projection; None for none.
     """
-    factors = [factor for lora in loras for factor in (lora.factors() if lora else (None, None))]
+    factors = [factor for _, _, lora in (up, down) for factor in (lora.factors() if lora else (None, None))]
     tensors = [None if factor is None else factor.tensor for factor in factors]
     places = [size for factor in factors for size in ((0, 0, 0, 0) if factor is None else factor[1:5])]
     scalings = [1.0 if factor is None else factor.scaling for factor in factors]
-    arguments = (*routed, *base, *tensors, places, scalings, *activation)
+    arguments = (*routed, *up[:2], *down[:2], *tensors, places, scalings, *activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (routed[0], routed[2], *tensors)):
         out: Tensor = _training(*arguments)[0]
         return out

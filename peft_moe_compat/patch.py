@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from .errors import CompatWarning, PatchConflictError, PeftMoeCompatError, UnsupportedPeftError
 
 if TYPE_CHECKING:
-    from .layout import ExpertLora, FlatLora
     from .releases import LayoutRule
 
 __all__ = ["Activation", "activate", "deactivate", "is_active"]
@@ -27,12 +26,6 @@ __all__ = ["Activation", "activate", "deactivate", "is_active"]
 KEYWORD = "expert_lora"
 # Other names the experts classes' own forwards use for their arguments (gpt_oss, openai_privacy_filter).
 _ARGUMENT_ALIASES = {"router_indices": "top_k_index", "routing_weights": "top_k_weights"}
-
-_LORA_WITHOUT_DATA = (
-    "lora_A or lora_B of {!r} is on the meta device and holds no numbers. PEFT puts a new adapter where the weight is, "
-    "so on an offloaded model it is lost: call get_peft_model before the model is offloaded, or give each of these "
-    "layers data, with to_empty(device=...) and then reset_lora_parameters or set_peft_model_state_dict."
-)
 
 _lock = threading.RLock()
 _current: Activation | None = None
@@ -186,53 +179,31 @@ def _fp8_experts_registry() -> Any:
     return getattr(module, "ALL_FP8_EXPERTS_FUNCTIONS", None)
 
 
-class Handover:
-    """What wrappers hand down to the experts module: their factors, and whether they arrived.
-
-    Beside them what the outermost wrapper has found of the module, for the others.
-
-    No container, so that hooks which map over a call's arguments pass it on as it is.
-    """
-
-    def __init__(self, experts: Any, *, is_transposed: bool, exchanges: bool) -> None:
-        self.experts = experts
-        self.is_transposed = is_transposed
-        self.exchanges = exchanges
-        self.factors: dict[str, ExpertLora | FlatLora] = {}
-        self.arrived = False
-
-
 def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
-    from .families import is_transposed
-    from .layout import concat
-    from .parallel import carry, check_zero3, exchanges_tokens, refuse_native
-    from .wrappers import active_lora, experts_of, experts_reason, parameter_reason
+    from .parallel import carry, check_zero3, refuse_native
+    from .wrappers import Handover, active_adapters, experts_of, experts_reason, parameter_reason
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """`ParamWrapper.forward` with peft_moe_compat active: hands the factors down, or falls back to PEFT's own."""
+        """`ParamWrapper.forward` with peft_moe_compat active: hands itself down, or falls back to PEFT's own."""
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return peft_forward(self, x, *args, **kwargs)
         handover: Any = kwargs.get(KEYWORD)
         outermost = handover is None
+        reason = None
         if outermost:
-            experts = experts_of(self)
-            transposed, exchanges = bool(is_transposed(experts)), exchanges_tokens(experts)
-            handover = Handover(experts, is_transposed=transposed, exchanges=exchanges)
+            handover = Handover(experts_of(self), rule)
+            reason = experts_reason(handover.experts, handover.is_transposed)
         experts = handover.experts
-        if reason := (experts_reason(experts) if outermost else None) or parameter_reason(self, experts):
+        if reason := reason or parameter_reason(self, experts):
             refuse_native(experts, reason)
             return peft_forward(self, x, *args, **kwargs)
         check_zero3(self, x)
-        lora = active_lora(self, handover.is_transposed, rule, experts)
-        if lora is None:
+        names = active_adapters(self)
+        if not names:
             return peft_forward(self, x, *args, **kwargs)
-        if lora.is_meta and not x.is_meta:
-            raise PeftMoeCompatError(_LORA_WITHOUT_DATA.format(self.parameter_name))
+        handover.add(self, names)
         kwargs.pop("adapter_names", None)
         kwargs[KEYWORD] = handover
-        name, factors = self.parameter_name, handover.factors
-        # PEFT up to 0.19 can wrap one parameter twice; the updates add up, as they do when merged.
-        factors[name] = concat([factors[name].canonical(), lora.canonical()]) if name in factors else lora
         base_layer = self._modules["base_layer"]
         if handover.exchanges and base_layer is experts:
             del kwargs[KEYWORD]
@@ -262,7 +233,7 @@ def _registered(stock: Any) -> Any:
             return stock(self, *args, **kwargs)
         handover.arrived = True
         named = {_ARGUMENT_ALIASES.get(key, key): value for key, value in kwargs.items()}
-        return experts_forward(self, handover.factors, *args, **named)
+        return experts_forward(self, handover, *args, **named)
 
     setattr(forward, TAKES_LORA, True)
     return forward

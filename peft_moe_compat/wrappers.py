@@ -22,7 +22,8 @@ from .releases import LayoutRule
 
 __all__ = [
     "TAKEN_IMPLEMENTATIONS",
-    "active_lora",
+    "Handover",
+    "active_adapters",
     "expert_loras",
     "experts_of",
     "experts_reason",
@@ -111,7 +112,7 @@ def _refuse_gradient(_gradient: torch.Tensor) -> None:
 
 
 def read_adapter(
-    wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule, experts: Any = None
+    wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule, held: tuple[int, int] | None
 ) -> FlatLora:
     """One adapter of one wrapper. Of the live parameters: gradients reach them.
 
@@ -122,16 +123,15 @@ def read_adapter(
         adapter_name: One of `wrapper.lora_A`.
         is_transposed: Whether the wrapped weight is stored "E in out" rather than "E out in".
         rule: Of the installed PEFT.
-        experts: `wrapper.get_base_layer()`, for a caller that has it already.
+        held: `parallel.local_experts` of the wrapped parameter.
 
     Raises:
         LayoutError: The factors cannot belong to `wrapper.num_experts` experts of the adapter's rank.
     """
     modules = wrapper._modules
-    lora_A, lora_B = (_loaded(modules[factor]._modules[adapter_name]) for factor in ("lora_A", "lora_B"))
+    lora_A = _loaded(modules["lora_A"]._modules[adapter_name])
+    lora_B = _loaded(modules["lora_B"]._modules[adapter_name])
     num_experts = wrapper.num_experts
-    experts = wrapper.get_base_layer() if experts is None else experts
-    held = parallel.local_experts(experts, wrapper.parameter_name)
     if held is not None:
         num_experts = held[1] - held[0]
         lora_A, lora_B = parallel.local_factors(lora_A), parallel.local_factors(lora_B)
@@ -151,31 +151,64 @@ def read_adapter(
     return lora
 
 
-def active_lora(
-    wrapper: Any, is_transposed: bool, rule: LayoutRule, experts: Any = None
-) -> ExpertLora | FlatLora | None:
-    """All active adapters of one wrapper as a single update, or None where it has none that is active.
-
-    Raises:
-        LayoutError: See `read_adapter`.
-        ParallelismError: The weight is quantised, and its experts are spread over ranks or cut by ZeRO-3.
-        PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
-    """
+def active_adapters(wrapper: Any) -> list[str]:
+    """The active ones among a wrapper's own."""
     held = wrapper._modules["lora_A"]._modules
-    names = [name for name in wrapper.active_adapters if name in held]
-    if not names:
-        return None
-    experts = wrapper.get_base_layer() if experts is None else experts
-    parallel.refuse_quantised(experts, wrapper.parameter_name)
-    loras = [read_adapter(wrapper, name, is_transposed, rule, experts) for name in names]
-    for name, lora in zip(names, loras, strict=True):
+    return [name for name in wrapper.active_adapters if name in held]
+
+
+class Handover:
+    """What wrappers hand down to the experts module: where to read their updates, and whether that arrived.
+
+    Beside it what the outermost wrapper has found of the module, for the others.
+
+    No container, so that hooks which map over a call's arguments pass it on as it is.
+    """
+
+    def __init__(self, experts: Any, rule: LayoutRule) -> None:
+        self.experts, self.rule = experts, rule
+        self.is_transposed = families.is_transposed(experts)
+        self.exchanges = parallel.exchanges_tokens(experts)
+        self.wrappers: list[tuple[Any, list[str], tuple[int, int] | None]] = []
+        self.arrived = False
+
+    def add(self, wrapper: Any, adapter_names: list[str]) -> None:
+        """Hands down the update of a wrapper's adapters of those names.
+
+        Raises:
+            ParallelismError: The weight is quantised, and its experts are spread over ranks or cut by ZeRO-3.
+        """
+        parallel.refuse_quantised(self.experts, wrapper.parameter_name)
+        # Asked here, since the exchange of tokens has the experts module hold its local tensors.
+        self.wrappers.append((wrapper, adapter_names, parallel.local_experts(self.experts, wrapper.parameter_name)))
+
+    def get(self, name: str) -> ExpertLora | FlatLora | None:
+        """The update of a parameter, read when it is asked for: a device has something to do by then.
+
+        Raises:
+            LayoutError: See `read_adapter`.
+            PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
+        """
+        loras = [
+            self._read(wrapper, adapter_name, held)
+            for wrapper, adapter_names, held in self.wrappers
+            if wrapper.parameter_name == name
+            for adapter_name in adapter_names
+        ]
+        if len(loras) < 2:
+            return loras[0] if loras else None
+        # Of several adapters, or of a parameter that PEFT up to 0.19 has wrapped twice: they add up, as when merged.
+        return layout.concat([lora.canonical() for lora in loras])
+
+    def _read(self, wrapper: Any, adapter_name: str, held: tuple[int, int] | None) -> FlatLora:
+        lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
         if is_dtensor(lora.lora_A) or is_dtensor(lora.lora_B):
             raise PeftMoeCompatError(
-                f"lora_A or lora_B of {wrapper.parameter_name!r}, adapter {name!r}, is a DTensor in the forward: it is "
-                "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
-                "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
+                f"lora_A or lora_B of {wrapper.parameter_name!r}, adapter {adapter_name!r}, is a DTensor in the "
+                "forward: it is read without calling the module that holds it, so its own fully_shard never gathers "
+                "it. Give fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
             )
-    return loras[0] if len(loras) == 1 else layout.concat([lora.canonical() for lora in loras])
+        return lora
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -227,9 +260,10 @@ def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None
                 f"'(E, in, out)'; {parameter!r} is {shape}. Say it once with "
                 f"peft_moe_compat.declare_layout({type(experts).__name__}, is_transposed=...)."
             )
-        lora = layout.concat([read_adapter(wrapper, name, is_transposed, rule).canonical() for name in names])
+        held = parallel.local_experts(experts, parameter)
+        lora = layout.concat([read_adapter(wrapper, name, is_transposed, rule, held).canonical() for name in names])
         E, d1, d2 = (1, *shape) if len(shape) == 2 else shape
-        if (held := parallel.local_experts(experts, parameter)) is not None:
+        if held is not None:
             E = held[1] - held[0]
         out_features, in_features = (d2, d1) if is_transposed else (d1, d2)
         lora.check(E, out_features, in_features, f"{type(experts).__name__}.{parameter}, stored as {shape}")
@@ -243,11 +277,11 @@ def native_reason(wrapper: Any) -> str | None:
     About the module alone: a wrapper whose adapters are disabled or merged goes through PEFT's forward as well.
     """
     experts = wrapper.get_base_layer()
-    return experts_reason(experts) or parameter_reason(wrapper, experts)
+    return experts_reason(experts, families.is_transposed(experts)) or parameter_reason(wrapper, experts)
 
 
-def experts_reason(experts: Any) -> str | None:
-    """The same of an experts module, whichever of its parameters are wrapped."""
+def experts_reason(experts: Any, is_transposed: bool | None) -> str | None:
+    """The same of an experts module of that orientation, whichever of its parameters are wrapped."""
     cls = type(experts)
     registry = families.dispatching_registry(cls)
     if registry is None:
@@ -260,7 +294,7 @@ def experts_reason(experts: Any) -> str | None:
     entry = getattr(sys.modules[registry], families.REGISTRIES[registry])[implementation]
     if not hasattr(entry, TAKES_LORA):
         return f"the experts implementation {implementation!r} is that of {entry.__module__}"
-    if families.is_transposed(experts) is None:
+    if is_transposed is None:
         return f"orientation of {cls.__name__} is unknown; call peft_moe_compat.declare_layout"
     return None
 
@@ -270,8 +304,9 @@ def parameter_reason(wrapper: Any, experts: Any) -> str | None:
     name = wrapper.parameter_name
     if name not in ("gate_up_proj", "up_proj", "down_proj"):
         return f"{name} is not an expert projection"
-    if any(held_weight(linear).dtype.itemsize < 2 for linear in wrapper._modules["lora_A"]._modules.values()):
-        return "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer"
+    for linear in wrapper._modules["lora_A"]._modules.values():
+        if held_weight(linear).dtype.itemsize < 2:
+            return "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer"
     return quantised.unreadable_reason(experts, name) or None
 
 

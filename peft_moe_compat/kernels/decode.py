@@ -148,36 +148,34 @@ def _products(source: Tensor, index: Tensor, k: int, num_experts: int, factor: F
     return low
 
 
-def few_rows(activation: Activation, hidden: Tensor, index: Tensor, weights: Tensor, base: Any, factors: Any) -> Tensor:
+def few_rows(activation: Activation, hidden: Tensor, index: Tensor, weights: Tensor, up: Any, down: Any) -> Tensor:
     """The layer's output, without what a backward would need.
 
     Args:
         hidden: "T H".
         index, weights: "T k"; ids outside 0..E-1 contribute nothing.
-        base: `layer.Weights`.
-        factors: `layer.Factors`.
+        up, down: See `layer.Projection`.
     """
-    (T, k), (E, H, _) = index.shape, base.up.shape
-    I = base.down.shape[1]
-    up_A, up_B, down_A, down_B = factors
+    (T, k), (E, H, _) = index.shape, up.weight.shape
+    I = down.weight.shape[1]
     nothing = (hidden, 0, 0, 0, 0, 1.0)
-    low = _products(hidden, index, k, E, up_A)
-    h = hidden.new_empty(T * k, I, dtype=base.up.dtype)
-    tile = _tile(base.up)
+    low = _products(hidden, index, k, E, up.A)
+    h = hidden.new_empty(T * k, I, dtype=up.weight.dtype)
+    tile = _tile(up.weight)
     _up(
-        (T * k, cdiv(I, tile["BLOCK_N"]), 1), hidden, base.up, h, low, hidden if base.up_bias is None else base.up_bias,
-        index, H, I, k, E, activation.alpha, activation.limit, *base.up.stride(),
-        *(up_B or nothing),
-        R=low.shape[1] if up_B else 0, BIAS=base.up_bias is not None, NAME=activation.name, GATED=activation.gated,
+        (T * k, cdiv(I, tile["BLOCK_N"]), 1), hidden, up.weight, h, low, hidden if up.bias is None else up.bias,
+        index, H, I, k, E, activation.alpha, activation.limit, *up.weight.stride(),
+        *(up.B or nothing),
+        R=low.shape[1] if up.B else 0, BIAS=up.bias is not None, NAME=activation.name, GATED=activation.gated,
         INTERLEAVED=activation.interleaved, **tile, num_warps=4,
     )  # fmt: skip
-    low = _products(h, index, 1, E, down_A)
+    low = _products(h, index, 1, E, down.A)
     out = hidden.new_empty(T, H)
-    tile = _tile(base.down)
+    tile = _tile(down.weight)
     _down(
-        (T, cdiv(H, tile["BLOCK_N"]), 1), h, base.down, weights, out, low,
-        hidden if base.down_bias is None else base.down_bias, index, I, H, k, E, *base.down.stride(),
-        *(down_B or nothing),
-        R=low.shape[1] if down_B else 0, BIAS=base.down_bias is not None, **tile, num_warps=4,
+        (T, cdiv(H, tile["BLOCK_N"]), 1), h, down.weight, weights, out, low,
+        hidden if down.bias is None else down.bias, index, I, H, k, E, *down.weight.stride(),
+        *(down.B or nothing),
+        R=low.shape[1] if down.B else 0, BIAS=down.bias is not None, **tile, num_warps=4,
     )  # fmt: skip
     return out

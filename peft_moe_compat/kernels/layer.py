@@ -26,9 +26,8 @@ from .routing import Route, Tiles, route
 from .rows import combine, gather
 
 __all__ = [
-    "Factors",
     "Passed",
-    "Weights",
+    "Projection",
     "backward_pass",
     "forward_pass",
     "fused_experts",
@@ -39,33 +38,29 @@ __all__ = [
 ActivationOf = Activation | Callable[[Tensor], Tensor]
 
 
-class Weights(NamedTuple):
-    """The frozen base: "E in out" views and biases "E out"."""
+class Projection(NamedTuple):
+    """The up or the down projection: its frozen base, and LoRA by address; None for what it does not have.
 
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    Attributes:
+        weight: "E in out", a view of the parameter.
+        bias: "E out".
+        A, B: "E r in" and "E r out".
+        packed: B as the products read it, see `factors.packed`.
+    """
 
-
-class Factors(NamedTuple):
-    """lora_A and lora_B of the two projections by address, "E r d"; None where a projection has none."""
-
-    up_A: Factor | None
-    up_B: Factor | None
-    down_A: Factor | None
-    down_B: Factor | None
+    weight: Tensor
+    bias: Tensor | None = None
+    A: Factor | None = None
+    B: Factor | None = None
+    packed: Factor | None = None
 
     @staticmethod
-    def of(up: ExpertLora | FlatLora | None, down: ExpertLora | FlatLora | None) -> Factors:
-        return Factors(*(up.factors() if up else (None, None)), *(down.factors() if down else (None, None)))
+    def of(weight: Tensor, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> Projection:
+        return Projection(weight, bias, *(lora.factors() if lora else ()))
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple([factor and factor.tensor for factor in self])
-
-    def holding(self, tensors: Sequence[Tensor | None]) -> Factors:
-        """The same of other tensors, or of none."""
-        return Factors(*[f and Factor(t, *f[1:]) for f, t in zip(self, tensors, strict=True)])  # type: ignore[arg-type]
+    def ready(self, rows: int) -> Projection:
+        """The same for a product of that many rows."""
+        return Projection(*self[:4], packed(self.B, self.weight, rows))
 
 
 def _kernels(function: ActivationOf) -> Any:
@@ -93,26 +88,33 @@ class Passed(NamedTuple):
     low_down: Tensor | None
 
 
-def routing(index: Tensor, W: Weights) -> Route:
-    """The routed rows sorted by the experts of `W`, for `forward_pass` and `backward_pass`."""
-    return route(index, W.up.shape[0], *_tile_sizes(index.numel(), W.up.shape[0]))
+def routing(index: Tensor, num_experts: int) -> Route:
+    """The routed rows sorted by their experts, for `forward_pass` and `backward_pass`."""
+    return route(index, num_experts, *_tile_sizes(index.numel(), num_experts))
 
 
 def forward_pass(
-    function: ActivationOf, hidden: Tensor, weights: Tensor, where: Route, W: Weights, factors: Factors
-) -> tuple[Tensor, Passed, Factors]:
-    """(output "T H", what the backward needs, the factors with each lora_B packed)."""
+    function: ActivationOf,
+    hidden: Tensor,
+    weights: Tensor,
+    where: Route,
+    up: Projection,
+    read_down: Callable[[], Projection],
+) -> tuple[Tensor, Passed, Projection, Projection]:
+    """(output "T H", what the backward needs, and both projections as they were used).
+
+    Whatever a kernel does not need is read and computed after its launch, which keeps the device busy meanwhile.
+    """
     k, S = weights.shape[1], where.rows
-    up_A, up_B, down_A, down_B = factors
-    x, low_up, _ = gather(hidden, where, k, W.up.dtype, up_A)
-    up_B = packed(up_B, W.up, S)  # after the gather, which keeps the device busy meanwhile
-    up = grouped_linear(x, W.up, where, low_up, up_B, W.up_bias)
+    x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A)
+    up = up.ready(S)
+    rows = grouped_linear(x, up.weight, where, low_up, up.packed, up.bias)
     del x
-    h, low_down = _kernels(function).activate(up, function, where, down_A)
-    down_B = packed(down_B, W.down, S)
-    down = grouped_linear(h, W.down, where, low_down, down_B, W.down_bias)
-    out = combine(down, where, weights, k, hidden.dtype)
-    return out, Passed(up, low_up, low_down), Factors(up_A, up_B, down_A, down_B)
+    down = read_down()
+    h, low_down = _kernels(function).activate(rows, function, where, down.A)
+    down = down.ready(S)
+    y = grouped_linear(h, down.weight, where, low_down, down.packed, down.bias)
+    return combine(y, where, weights, k, hidden.dtype), Passed(rows, low_up, low_down), up, down
 
 
 def backward_pass(
@@ -122,23 +124,22 @@ def backward_pass(
     weights: Tensor,
     where: Route,
     passed: Passed,
-    factors: Factors,
-    W: Weights,
+    up: Projection,
+    down: Projection,
     wanted: Sequence[Factor | None],
     wants_hidden: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the hidden states, the routing weights, and the tensors of `wanted`, each None where unwanted.
 
     Args:
-        factors: As the forward used them.
-        wanted: As the forward got them; None where no gradient is.
+        up, down: As the forward used them.
+        wanted: A and B of both; None where no gradient is.
     """
-    up_A, up_B, down_A, down_B = factors
     k, dout = weights.shape[1], dout.contiguous()
-    g, low_g, dots = gather(dout, where, k, W.up.dtype, down_B, W.down_bias)
-    dh = grouped_linear(g, W.down.transpose(1, 2), where, low_g, down_A)
+    g, low_g, dots = gather(dout, where, k, up.weight.dtype, down.packed, down.bias)
+    dh = grouped_linear(g, down.weight.mT, where, low_g, down.A)
     del g
-    low_y, dweights = _kernels(function).activate_backward(passed.up, dh, function, where, weights, up_B, dots)
+    low_y, dweights = _kernels(function).activate_backward(passed.up, dh, function, where, weights, up.packed, dots)
     dup, weighted_h = passed.up, dh
     d_down_A = factor_gradient(low_g, weighted_h, where, wanted[2])
     d_down_B = factor_gradient(passed.low_down, dout, where, wanted[3], gather_k=k, weights=weights)
@@ -147,55 +148,68 @@ def backward_pass(
     d_up_B = factor_gradient(passed.low_up, dup, where, wanted[1])
     dhidden = None
     if wants_hidden:
-        dx = grouped_linear(dup, W.up.transpose(1, 2), where, low_y, up_A)
+        dx = grouped_linear(dup, up.weight.mT, where, low_y, up.A)
         dhidden = combine(dx, where, None, k, hidden.dtype)
     return dhidden, dweights.to(weights.dtype), d_up_A, d_up_B, d_down_A, d_down_B
 
 
 class _FusedExperts(torch.autograd.Function):
-    """Takes the tensors that hold the factors themselves, so that there is no view to differentiate."""
+    """The backward of a forward that has run: its kernels are launched before autograd does its own work.
+
+    Takes the tensors that hold the factors themselves, so that there is no view to differentiate.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, function: ActivationOf, factors: Factors, hidden: Tensor, index: Tensor, weights: Tensor,
-        *tensors: Tensor | None,
+        ctx: Any, function: ActivationOf, where: Route, ran: tuple[Tensor, Passed, Projection, Projection],
+        hidden: Tensor, weights: Tensor, *_leaves: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        W = Weights(*tensors[:4])  # type: ignore[arg-type]
-        where = routing(index, W)
-        out, passed, used = forward_pass(function, hidden, weights, where, W, factors)
+        out, passed, up, down = ran
+        factors = *up[2:], *down[2:]
         ctx.function, ctx.spent = function, False
         ctx.tiles = where.small[1:], where.large[1:]
-        ctx.factors, ctx.used = factors.holding(_NOTHING), used.holding(_NOTHING)
+        ctx.places = [factor and factor[1:] for factor in factors]
         sorted_rows = where.order, where.position, where.offs, where.small.table, where.large.table
-        ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *used.tensors(), *tensors)
+        tensors = [factor and factor.tensor for factor in factors]
+        ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *up[:2], *down[:2], *tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        hidden, weights, up, low_up, low_down, order, position, offs, small, large, *rest = ctx.saved_tensors
+        hidden, weights, *kept = ctx.saved_tensors
+        passed, (order, position, offs, small, large) = Passed(*kept[:3]), kept[3:8]
         tiles = Tiles(small, *ctx.tiles[0]), Tiles(large, *ctx.tiles[1])
         where = Route(order, position, offs, *tiles, weights.numel())
-        used, W, factors = ctx.used.holding(rest[:4]), Weights(*rest[4:8]), ctx.factors.holding(rest[8:])
+        factors = [at and Factor(tensor, *at) for tensor, at in zip(kept[12:], ctx.places, strict=True)]
+        up, down = Projection(*kept[8:10], *factors[:3]), Projection(*kept[10:12], *factors[3:])
         if ctx.spent:  # a backward before this one has turned `up` into its gradient
-            x, _, _ = gather(hidden, where, weights.shape[1], W.up.dtype, None)
-            up = grouped_linear(x, W.up, where, low_up, used.up_B, W.up_bias)
+            x, _, _ = gather(hidden, where, weights.shape[1], up.weight.dtype, None)
+            passed = passed._replace(up=grouped_linear(x, up.weight, where, passed.low_up, up.packed, up.bias))
             del x
         ctx.spent = True
-        _, _, wants_hidden, _, _, *of_tensors = ctx.needs_input_grad
-        wanted = [factor if needs else None for factor, needs in zip(factors, of_tensors[4:], strict=True)]
-        passed = Passed(up, low_up, low_down)
-        dhidden, dweights, *gradients = backward_pass(
-            ctx.function, dout, hidden, weights, where, passed, used, W, wanted, wants_hidden
-        )
-        return None, None, dhidden, None, dweights, *_NOTHING, *gradients
+        _, _, _, wants_hidden, _, *needs = ctx.needs_input_grad
+        wanted = [f if needed else None for f, needed in zip((*up[2:4], *down[2:4]), needs, strict=True)]
+        gradients = backward_pass(ctx.function, dout, hidden, weights, where, passed, up, down, wanted, wants_hidden)
+        return None, None, None, *gradients
 
 
-_NOTHING = (None, None, None, None)
+def _leaves(hidden: Tensor, weights: Tensor, up: Projection, down: Projection) -> tuple[Tensor | None, ...]:
+    """What a gradient may be wanted of."""
+    return hidden, weights, *[factor and factor.tensor for factor in (*up[2:4], *down[2:4])]
+
+
+def _any_trains(leaves: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
 
 
 def fused_experts(
-    function: ActivationOf, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, W: Weights, factors: Factors
+    function: ActivationOf,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: Projection,
+    read_down: Callable[[], Projection],
 ) -> Tensor:
     """Routed experts with LoRA, forward and backward in fused kernels.
 
@@ -203,17 +217,18 @@ def fused_experts(
         function: A fused activation, or the module's own function of the up projection's rows.
         hidden: "T H".
         top_k_index, top_k_weights: "T k"; ids outside 0..E-1 contribute nothing.
-        W, factors: See there. The base weights must need no gradient.
+        up: The base weights must need no gradient.
+        read_down: Gives the down projection, once the device is busy with the other.
 
     Returns:
         "T H" in the dtype of `hidden`.
     """
     hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
-    tensors = factors.tensors()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, top_k_weights, *tensors)):
-        out: Tensor = _FusedExperts.apply(function, factors, hidden, top_k_index, top_k_weights, *W, *tensors)
-        return out
     if top_k_index.numel() <= MOST_ROWS and isinstance(function, Activation):
-        return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, W, factors)
-    with torch.no_grad():
-        return forward_pass(function, hidden, top_k_weights, routing(top_k_index, W), W, factors)[0]
+        down = read_down()
+        if not _any_trains(_leaves(hidden, top_k_weights, up, down)):
+            return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
+    where = routing(top_k_index, up.weight.shape[0])
+    ran = forward_pass(function, hidden, top_k_weights, where, up, read_down)
+    leaves = _leaves(hidden, top_k_weights, *ran[2:])
+    return _FusedExperts.apply(function, where, ran, *leaves) if _any_trains(leaves) else ran[0]

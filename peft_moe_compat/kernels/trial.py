@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..fused import Activation
 from ..layout import ExpertLora
-from .layer import Factors, Weights, fused_experts
+from .layer import Projection, fused_experts
 
 __all__ = ["worst_error"]
 
@@ -43,10 +43,10 @@ def worst_error(device: torch.device, dtype: torch.dtype) -> float:
     hidden, weights = (8 * draw(_T, _H)).requires_grad_(), draw(_T, _K).abs().requires_grad_()
     leaves = [hidden, weights, *loras]
 
-    of_up, of_down = (ExpertLora(A, B, _SCALING) for A, B in (loras[:2], loras[2:]))
-    arguments = index, weights, Weights(up, None, down, None), Factors.of(of_up, of_down)
     function = Activation("silu", True)
-    found = fused_experts(function, hidden, *arguments)
+    of_up = Projection.of(up, None, ExpertLora(loras[0], loras[1], _SCALING))
+    of_down = Projection.of(down, None, ExpertLora(loras[2], loras[3], _SCALING))
+    found = fused_experts(function, hidden, index, weights, of_up, lambda: of_down)
     gates = torch.zeros(_T, _E, device=device, dtype=torch.float32).scatter_add(1, index, weights.float())
     expected = _dense(hidden, gates, up, down, loras)
     gradient = draw(_T, _H)
@@ -54,7 +54,7 @@ def worst_error(device: torch.device, dtype: torch.dtype) -> float:
     theirs = torch.autograd.grad(expected, leaves, gradient.float())
     pairs += zip(torch.autograd.grad(found, leaves, gradient), theirs, strict=True)
     with torch.no_grad():
-        few = fused_experts(function, hidden[:16], index[:16], weights[:16], *arguments[2:])
+        few = fused_experts(function, hidden[:16], index[:16], weights[:16], of_up, lambda: of_down)
     pairs.append((few, expected[:16]))
     with torch.no_grad():
         return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)

@@ -18,7 +18,8 @@ Rows = Callable[[Tensor], Tensor]
 
 def activate(up: Tensor, function: Rows, route: Route, factor: Factor | None) -> tuple[Tensor, Tensor | None]:
     """As `activation.activate`, of any row-wise function."""
-    h = function(up.float()).to(up.dtype).contiguous()
+    with torch.no_grad():  # which may have parameters
+        h = function(up.float()).to(up.dtype).contiguous()
     return h, project(h, route, factor)
 
 
