@@ -42,7 +42,7 @@ def compiled(kernel, capability, dtype, constants, config, **types):
         signature[name] = types.get(name) or TYPES.get(name) or ("i32" if name in integers else f"*{dtype}")
         if signature[name].startswith("*") or name in ALIGNED:
             attributes[place,] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     source = ASTSource(kernel.jit, signature, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -114,13 +114,15 @@ def launched():
             layout.flat(torch.empty(E * 16, i), torch.empty(o, 16 * E), E, orientation="linear", scaling=1.0)
             for i, o in ((H, 128), (64, H))
         ]
-        W, factors = layer.Weights(up, None, down, None), layer.Factors.of(*flat)
+        base = (up, None, flat[0]), (down, None, flat[1])
         for tokens, grad in ((T, True), (T, True), (8, False)):
             hidden = torch.empty(tokens, H, dtype=dtype, requires_grad=grad)
             index, weights = torch.zeros(tokens, k, dtype=torch.int64), torch.empty(tokens, k, dtype=dtype)
-            for tensor in factors.tensors():
-                tensor.requires_grad_(grad)
-            out = layer.fused_experts(Activation("silu", True), hidden, index, weights, W, factors)
+            of_up, of_down = (layer.Projection.of(*held) for held in base)
+            for factor in (*of_up[2:4], *of_down[2:4]):
+                factor.tensor.requires_grad_(grad)
+            routed = hidden, index, weights
+            out = layer.fused_experts(Activation("silu", True), *routed, of_up, lambda of_down=of_down: of_down)
             if grad:
                 out.sum().backward()
     modules = activation, decode, _factors, gemm, gradients, routing, rows
