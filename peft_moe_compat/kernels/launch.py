@@ -70,7 +70,8 @@ class Kernel:
                     how = stream, compiled.function, compiled.packed_metadata, None, None, None
                     compiled.run(*grid, *how, *arguments, *constants)
                 return
-        compiled = self.jit[grid](*arguments, enable_fp_fusion=True, **meta)  # said, since triton 3.10 changes its default
+        # Fusion by name, since triton 3.10 changes its default.
+        compiled = self.jit[grid](*arguments, enable_fp_fusion=True, **meta)
         if compiled is not None:  # None from triton's interpreter
             constants = tuple(meta[name] for name in self.jit.arg_names[len(arguments) :])
             self._compiled[key] = compiled, constants
