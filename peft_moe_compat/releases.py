@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 from .errors import UnsupportedPeftError
 
 __all__ = [
+    "FIRST_PEFT_FOR_TRANSFORMERS_5",
     "KNOWN_ISSUES",
     "NEWEST_TESTED",
     "RULES",
@@ -81,6 +82,8 @@ NEWEST_TESTED = Version("0.21.2")
 
 # The first PEFT release that writes its own version into adapter_config.json.
 _FIRST_PEFT_WITH_STAMP = Version("0.18.0")
+# The first PEFT release that imports beside transformers 5.
+FIRST_PEFT_FOR_TRANSFORMERS_5 = Version("0.18.0")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from packaging.version import Version
 
-from .releases import LayoutRule, base_release, parse_version, release_for
+from .releases import FIRST_PEFT_FOR_TRANSFORMERS_5, LayoutRule, base_release, parse_version, release_for
 
 __all__ = ["expert_parameter", "has_separate_experts", "orientations", "orientations_after"]
 
@@ -70,8 +70,6 @@ RENAMED_EXPERTS: dict[str, RenamedExperts] = {
 FUSED_IN_TRANSFORMERS_4 = frozenset(
     {"aria", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "jetmoe", "llama4", "qwen3_vl_moe"}
 )
-# The first PEFT release that imports beside transformers 5.
-_FIRST_PEFT_FOR_TRANSFORMERS_5 = Version("0.18.0")
 
 
 def orientations(
@@ -147,7 +145,7 @@ def has_separate_experts(model_type: str, peft: str, transformers: str | None) -
     if transformers is not None:
         old = base_release(parse_version(transformers)) < parse_version("5.0.0")
     else:
-        old = base_release(parse_version(peft)) < _FIRST_PEFT_FOR_TRANSFORMERS_5
+        old = base_release(parse_version(peft)) < FIRST_PEFT_FOR_TRANSFORMERS_5
     return old and model_type not in FUSED_IN_TRANSFORMERS_4
 
 
@@ -182,6 +180,6 @@ def _transformers_beside(peft: Version, transformers: str | None, family: Stored
     if transformers is not None:
         return [base_release(parse_version(transformers))]
     oldest = Version("4.57")
-    if base_release(peft) < _FIRST_PEFT_FOR_TRANSFORMERS_5:
+    if base_release(peft) < FIRST_PEFT_FOR_TRANSFORMERS_5:
         return [oldest]
     return [oldest, *(version for version in (family.until, family.declared) if version is not None)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import AdapterError
-from ..releases import installed_versions, parse_releases, release_for
+from ..releases import NEWEST_TESTED, installed_versions, parse_releases, release_for
 
 __all__ = ["READERS", "SGLANG_WITHOUT_EXPERTS", "VLLM_FUSED", "Target", "parse_target"]
 
@@ -79,7 +79,7 @@ def parse_target(to: str) -> Target:
     if to == "peft":
         found = installed_versions("peft", "transformers")
         if found["peft"] == "not installed":
-            raise AdapterError("No PEFT is installed to convert for. Name a release: --to peft==0.21.2.")
+            raise AdapterError(f"No PEFT is installed to convert for. Name a release: --to peft=={NEWEST_TESTED}.")
         release_for(found["peft"])
         beside = found["transformers"]
         return Target("peft", found["peft"], None if beside == "not installed" else beside)
