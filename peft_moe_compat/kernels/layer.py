@@ -8,6 +8,7 @@ products with lora_A. Never the gathered rows, the activation or the down projec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -225,6 +226,7 @@ def fused_experts(
     """
     hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
     if top_k_index.numel() <= MOST_ROWS and isinstance(function, Activation):
+        read_down = cache(read_down)  # read once, also where it turns out that something trains
         down = read_down()
         if not _any_trains(_leaves(hidden, top_k_weights, up, down)):
             return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
