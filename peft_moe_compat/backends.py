@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .compiling import constant_when_compiled
 from .errors import CompatWarning, PeftMoeCompatError
 
 __all__ = [
@@ -86,13 +87,7 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
-def _constant_when_compiled(function: Any) -> Any:
-    """As `torch.compiler.assume_constant_result`, which imports all of dynamo, and with it triton, to set this."""
-    function._dynamo_marked_constant = True
-    return function
-
-
-@_constant_when_compiled
+@constant_when_compiled
 def device_reason(device: torch.device) -> str | None:
     """Why the fused kernels cannot run on a device, None where they can."""
     if device in _given_up:
@@ -114,7 +109,7 @@ def _unsupported(device: torch.device) -> str | None:
     return None
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def trial_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a trial of the fused kernels on a device failed, None where it gave the numbers it should.
 

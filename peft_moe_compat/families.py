@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import quantised
+from .compiling import constant_when_compiled
 from .errors import LayoutError
 
 __all__ = [
@@ -96,7 +96,7 @@ def is_transposed(module: nn.Module) -> bool | None:
     return next((value for value in known if value is not None), None)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def dispatching_registry(cls: type[nn.Module]) -> str | None:
     """The module of the registry in which `cls.forward`, made by `@use_experts_implementation`, looks its function up.
 

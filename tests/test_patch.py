@@ -259,7 +259,7 @@ def test_the_import_is_light_and_waits_for_peft():
         import sys
 
         def came():
-            heavy = ("torch", "numpy", "transformers", "peft", "triton")
+            heavy = ("torch", "numpy", "transformers", "peft", "torch._dynamo", "triton")
             print(*[m for m in heavy if m in sys.modules], peft_moe_compat.is_active())
 
         import peft_moe_compat; came()
