@@ -63,7 +63,7 @@ def _weight(
             "peft_moe_compat.declare_layout or from the module's is_transposed: correct the one that is wrong."
         )
     if lora is not None:
-        if lora.is_meta and not hidden_states.is_meta:
+        if not (lora.has_data() or hidden_states.is_meta):
             raise PeftMoeCompatError(_LORA_WITHOUT_DATA.format(name))
         lora.check(num_experts, out_features, in_features, f"{type(module).__name__}.{name}")
         quantised.refuse_leftovers(module, name)

@@ -81,9 +81,8 @@ class ExpertLora:
     def out_features(self) -> int:
         return self.B.shape[1]
 
-    @property
-    def is_meta(self) -> bool:
-        return self.A.is_meta or self.B.is_meta
+    def has_data(self) -> bool:
+        return not (self.A.is_meta or self.B.is_meta)
 
     def delta(self) -> Tensor:
         """The per-expert update, scaling * B @ A: "E out in"."""
@@ -132,9 +131,8 @@ class FlatLora(NamedTuple):
     packing: str
     scaling: float
 
-    @property
-    def is_meta(self) -> bool:
-        return self.lora_A.is_meta or self.lora_B.is_meta
+    def has_data(self) -> bool:  # no property: torch 2.9 compiles none of a named tuple
+        return not (self.lora_A.is_meta or self.lora_B.is_meta)
 
     def check(self, num_experts: int, out_features: int, in_features: int, what: str = "the expert parameter") -> None:
         """As `ExpertLora.check`."""

@@ -116,7 +116,7 @@ def _activate(
     dtype = h.dtype.element_ty
     up_row = up + s.to(tl.int64)[:, None] * (2 * I if GATED else I)
     h_row = h + s.to(tl.int64)[:, None] * I
-    product = tl.zeros([BLOCK, max(R, 1)], tl.float32)
+    product = tl.zeros([BLOCK, R if R else 1], tl.float32)
     for start in range(0, I, BLOCK_I):
         g, u, i, mask = _load_up(up_row, here, start, I, GATED, INTERLEAVED, BLOCK, BLOCK_I)
         if GATED:
@@ -182,7 +182,7 @@ def _backward(
     weight = tl.load(weights + flat, mask=here, other=0.0).to(tl.float32)
     width = 2 * I if GATED else I
     up_row, dh_row = up + s.to(tl.int64)[:, None] * width, dh + s.to(tl.int64)[:, None] * I
-    product = tl.zeros([BLOCK, max(R, 1)], tl.float32)
+    product = tl.zeros([BLOCK, R if R else 1], tl.float32)
     dot = tl.zeros([BLOCK], tl.float32)
     if DOTS:
         dot += tl.load(dots + s, mask=here, other=0.0)

@@ -34,7 +34,7 @@ def _gather(
         from_row = source + (tl.load(order + s, mask=here, other=0) // k).to(tl.int64)[:, None] * D
     else:
         from_row = source + s.to(tl.int64)[:, None] * D
-    product = tl.zeros([BLOCK, max(R, 1)], tl.float32)
+    product = tl.zeros([BLOCK, R if R else 1], tl.float32)
     dot = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -111,7 +111,7 @@ def _combine(rows, position, weights, out, D, K: tl.constexpr, WEIGHTED: tl.cons
     for j in tl.static_range(K):
         at = token.to(tl.int64) * K + j
         place = tl.load(position + at)
-        row = tl.load(rows + place.to(tl.int64) * D + d, mask=(d < D) & (place >= 0), other=0.0).to(tl.float32)
+        row = tl.load(rows + place.to(tl.int64) * D + d, mask=d < tl.where(place >= 0, D, 0), other=0.0).to(tl.float32)
         total += row * tl.load(weights + at).to(tl.float32) if WEIGHTED else row
     tl.store(out + token.to(tl.int64) * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
