@@ -12,26 +12,27 @@ ROOT = Path(__file__).parent.parent
 START, END = "<!-- support table -->\n", "<!-- end of support table -->"
 
 
-def pairs() -> list[tuple[str, str]]:
-    """(PEFT version, transformers version) of every matrix environment in tox.ini."""
+def matrix() -> list[tuple[str, str, str]]:
+    """(PEFT version, transformers version, torch version) of every matrix environment in tox.ini."""
     tox = configparser.ConfigParser()
     tox.read(ROOT / "tox.ini")
-    pins = dict(re.findall(r"^(\w+): \w+==([\d.]+)$", tox["testenv"]["deps"], re.MULTILINE))
-    names = re.findall(r"^(peft\d+)-(tf\d+)$", tox["tox"]["env_list"], re.MULTILINE)
-    return [(pins[peft], pins[transformers]) for peft, transformers in names]
+    pins = dict(re.findall(r"^([\w!-]+): \w+==([\d.]+)$", tox["testenv"]["deps"], re.MULTILINE))
+    (default,) = (version for factor, version in pins.items() if factor.startswith("!torch"))
+    names = re.findall(r"^(peft\d+)-(tf\d+)-?(torch\d+)?$", tox["tox"]["env_list"], re.MULTILINE)
+    return [(pins[peft], pins[transformers], pins.get(torch, default)) for peft, transformers, torch in names]
 
 
 def support_table() -> str:
     rows = [
-        "| PEFT | tested with transformers | `(E, out, in)` weights | `(E, in, out)` weights |",
-        "|---|---|---|---|",
+        "| PEFT | tested with transformers | and torch | `(E, out, in)` weights | `(E, in, out)` weights |",
+        "|---|---|---|---|---|",
     ]
-    by_peft: dict[str, list[str]] = {}
-    for peft, transformers in pairs():
-        by_peft.setdefault(peft, []).append(transformers)
-    for peft, transformers in by_peft.items():
+    by_peft: dict[tuple[str, str], list[str]] = {}
+    for peft, transformers, torch in matrix():
+        by_peft.setdefault((peft, torch), []).append(transformers)
+    for (peft, torch), transformers in by_peft.items():
         rule = releases.release_for(peft)
-        cells = (peft, ", ".join(transformers), rule.orientation(False), rule.orientation(True))
+        cells = (peft, ", ".join(transformers), torch, rule.orientation(False), rule.orientation(True))
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -42,7 +43,7 @@ def test_readme_has_the_table_of_this_matrix():
 
 
 def test_the_matrix_covers_the_table_and_ends_with_the_newest():
-    tested = [peft for peft, _ in pairs()]
+    tested = [peft for peft, _, _ in matrix()]
     assert tested == sorted(tested, key=releases.parse_version)
     assert releases.parse_version(tested[-1]) == releases.NEWEST_TESTED
     assert {str(rule.since) for rule in releases.RULES} <= set(tested)
@@ -50,9 +51,8 @@ def test_the_matrix_covers_the_table_and_ends_with_the_newest():
 
 def test_constraints_pin_the_newest_pair():
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    peft, transformers = pairs()[-1]
-    assert f"peft=={peft}\n" in constraints
-    assert f"transformers=={transformers}\n" in constraints
+    for package, version in zip(("peft", "transformers", "torch"), matrix()[-1], strict=True):
+        assert f"{package}=={version}\n" in constraints
 
 
 def test_every_test_and_result_the_engines_table_names_exists():

@@ -174,10 +174,10 @@ def test_weights_of_all_experts_are_gathered():
 
 def test_the_torch_backend_never_waits_for_the_device(monkeypatch):
     """Every way to read a tensor's value on the host raises; shapes alone must be enough, forward and backward."""
-    experts = Experts(4, 16, 8, gated=True, transposed=False, biased=True, normed=True, dtype=torch.float32)
-    loras = factors(experts, 4, 16, 8, (3, 5), 1.0, torch.float32)
+    experts = Experts(4, 16, 8, gated=True, transposed=False, biased=True, normed=True, dtype=torch.bfloat16)
+    loras = factors(experts, 4, 16, 8, (3, 5), 1.0, torch.bfloat16)
     index, weights = zoo.routing(4, 6, 2)
-    hidden = torch.randn(6, 16, requires_grad=True)
+    hidden = torch.randn(6, 16, dtype=torch.bfloat16, requires_grad=True)
 
     def waits(*args, **kwargs):
         raise AssertionError("a host synchronisation")

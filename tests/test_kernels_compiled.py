@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip(
-    "triton", reason="triton is on no CPU-only install but the tox environments `kernels` and `triton390`"
+    "triton", reason="triton is on no CPU-only install but tox's `kernels`, `triton360` and `...-torch...`"
 )
 
 # Bytes of shared memory of a program: the least of any device of compute capability 8.x and 12.x, and Hopper's.
