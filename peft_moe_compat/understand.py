@@ -83,6 +83,11 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     if config.get("peft_type", "LORA") != "LORA" or not (config.get("target_parameters") or facts.stacks):
         return None
     source, _ = open_with_model(folder, facts)
+    if source.form == "stacked":
+        raise LayoutError(
+            f"{model_id} holds the experts' LoRA as 3-D stacks, which PEFT leaves out without a word. Convert it: "
+            f"`peft-moe-compat convert {model_id} OUT --to peft --model BASE`."
+        )
     if source.form != "fused":
         return source if source.form == "per_expert" else None
     paths = counterparts((module.path for module in source.keys.modules), facts)

@@ -79,6 +79,7 @@ BAD = {
     "another E": changed(
         lambda t: t.update({n: torch.cat([x, x], 0 if "_A" in n else 1) for n, x in t.items() if "experts" in n})
     ),
+    "integers": changed(lambda t: t.update({n: x.to(torch.int8) for n, x in t.items() if "experts" in n})),
     "no config": lambda folder: (folder / CONFIG).unlink(),
     "no tensors": lambda folder: (folder / NAME).unlink(),
     "path trick": index,
@@ -122,6 +123,7 @@ def test_bad_files(tmp_path, case):
         {"rank_pattern": ["experts"]},
         {"alpha_pattern": {"experts.down_proj": "x"}},
         {"alpha_pattern": {"(": 2}},
+        {"alpha_pattern": {"a{99999999999999}": 2}},
         {"lora_alpha": 10**400},
         {"lora_alpha": True},
         {"r": 0},
@@ -135,6 +137,28 @@ def test_config_values_that_make_no_sense(tmp_path, values):
     source, model = adapter(tmp_path), base(tmp_path)
     (source / CONFIG).write_text(json.dumps({**read_config(source), **values}))
     assert_refused(run_convert(source, tmp_path / "out", model), tmp_path, {"in", "config.json"})
+
+
+@pytest.mark.parametrize("role", ["up", "gate"])
+def test_per_expert_factors_that_do_not_fit_together(tmp_path, role):
+    """Another size of up than of gate; experts of rank 0."""
+    factors = SPEC.factors(("gate", "up", "down"))
+    for layer in SPEC.layers:
+        A, B = factors[layer, role]
+        factors[layer, role] = (A, torch.cat([B, B], 1)) if role == "up" else (A[:, :0], B[:, :, :0])
+    source = save_per_expert(tmp_path / "in", SPEC, factors)
+    result = run_convert(source, tmp_path / "out", base(tmp_path))
+    assert_refused(result, tmp_path, {"in", "config.json"})
+
+
+def test_an_adapter_of_a_dense_model_is_none_of_ours(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text('{"model_type": "mamba", "hidden_size": 8, "intermediate_size": 6}')
+    names = [f"base_model.model.layers.0.mixer.conv1d.lora_{letter}.weight" for letter in "AB"]
+    tensors = dict(zip(names, (torch.randn(2, 8, 4), torch.randn(8, 2, 1)), strict=True))
+    config = {**read_config(adapter(tmp_path)), "target_parameters": None, "target_modules": ["conv1d"]}
+    source = save(tmp_path / "dense", tensors, {**config, "base_model_name_or_path": str(tmp_path / "base")})
+    assert inspect_adapter(source).form == "none"
 
 
 def test_a_base_model_without_experts(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from adapter_files import (
     FAMILIES,
     GPT_OSS,
+    PREFIX,
     QWEN,
     Spec,
     assert_identical,
@@ -17,6 +18,7 @@ from adapter_files import (
     load,
     read_adapter,
     read_config,
+    save,
     save_fused,
     save_per_expert,
     save_stacked,
@@ -26,7 +28,7 @@ from hypothesis import strategies as st
 
 from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.verify import verify_adapters
-from peft_moe_compat.errors import AdapterError, LossyConversionError
+from peft_moe_compat.errors import AdapterError, AdapterFileError, LossyConversionError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -210,6 +212,7 @@ def test_dora_and_modules_to_save(tmp_path, to):
     assert not (tmp_path / "out").exists()
     assert convert_adapter(whole, tmp_path / "out", **how, allow_lossy=True).exactness == "lossy"
     assert not any("lm_head" in name for name in load(tmp_path / "out"))
+    assert read_config(tmp_path / "out")["modules_to_save"] is None
 
 
 @pytest.mark.parametrize("to", [NEW, "per-expert", "sglang", "llama.cpp"])
@@ -239,3 +242,110 @@ def test_experts_that_were_renamed_get_the_names_of_the_release_asked_for(tmp_pa
     assert {target.rpartition(".")[2] for target in targets} == {"gate_up_proj", "down_proj"}
     convert_adapter(tmp_path / "new", tmp_path / "back", to="peft==0.18.1,transformers==4.57.6", model=model)
     assert_identical(load(tmp_path / "back"), load(old))
+
+
+@pytest.mark.parametrize("patterns", [{".*_proj": 6}, {"experts.down_proj": 12, ".*_proj": 6}])
+def test_patterns_that_overlap_keep_their_order(tmp_path, patterns):
+    """PEFT takes the first one that matches."""
+    fused = len(patterns) > 1
+    roles = ("gate_up", "down") if fused else ("gate", "up", "down")
+    spec = Spec(alphas={**dict.fromkeys(roles, 6), "down": next(iter(patterns.values()))})
+    factors = spec.factors(roles)
+    source = (save_fused if fused else save_per_expert)(tmp_path / "in", spec, factors, alpha_pattern=patterns)
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model(), packing="rank_major")
+    found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=QWEN.parameters)
+    assert_updates(found.experts, spec.updates(factors))
+
+
+@pytest.mark.parametrize("to", ["per-expert", "llama.cpp", "sglang"])
+def test_lora_on_a_router_keeps_its_target_and_its_scaling(tmp_path, to):
+    spec = Spec()
+    factors, gate = spec.factors(("gate_up", "down")), "model.layers.0.mlp.gate"
+    extra = {f"{PREFIX}{gate}.lora_A.weight": torch.randn(2, 8), f"{PREFIX}{gate}.lora_B.weight": torch.randn(4, 2)}
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    source = save_fused(
+        tmp_path / "in", spec, factors, extra=extra, target_parameters=targets, alpha_pattern={"gate.weight": 12}
+    )
+    convert_adapter(source, tmp_path / "out", to=to, model=spec.model(), packing="rank_major")
+    tensors, config = load(tmp_path / "out"), read_config(tmp_path / "out")
+    scaling = 6.0 if to == "per-expert" else config["lora_alpha"] / 2
+    B, A = (tensors[f"{PREFIX}{gate}.lora_{letter}.weight"] for letter in "BA")
+    expected = 6.0 * extra[f"{PREFIX}{gate}.lora_B.weight"] @ extra[f"{PREFIX}{gate}.lora_A.weight"]
+    torch.testing.assert_close(scaling * B @ A, expected)
+    assert config["target_parameters"] == ["mlp.gate.weight"]
+    assert not any("gate" in name.split(".") for name in config["target_modules"])
+    assert to != "per-expert" or config["alpha_pattern"]["gate.weight"] == 12
+
+
+def test_what_narrowed_the_linears_alone_does_not_narrow_the_experts(tmp_path):
+    spec = Spec(attention=True)
+    source = save_fused(
+        tmp_path / "in", spec, spec.factors(("gate_up", "down")), layers_to_transform=[0], exclude_modules=".*experts.*"
+    )
+    convert_adapter(source, tmp_path / "out", to="per-expert", model=spec.model(), packing="rank_major")
+    config = read_config(tmp_path / "out")
+    assert (config["layers_to_transform"], config["exclude_modules"]) == (None, None)
+    attention = [f"model.layers.{layer}.self_attn.q_proj" for layer in spec.layers]
+    assert set(config["target_modules"]) == {"gate_proj", "up_proj", "down_proj", *attention}
+
+
+def test_dora_of_single_experts_is_not_lost_in_fused_ones(tmp_path):
+    spec = Spec()
+    extra = {f"{PREFIX}{QWEN.apart.format(0)}.0.gate_proj.lora_magnitude_vector": torch.ones(6)}
+    source = save_per_expert(tmp_path / "in", spec, spec.factors(("gate", "up", "down")), extra=extra, use_dora=True)
+    with pytest.raises(AdapterError, match="neither DoRA nor biases.*--to per-expert"):
+        convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+
+
+@pytest.mark.parametrize("to", ["vllm", "sglang", "llama.cpp", NEW])
+def test_a_base_that_the_initialisation_changes_is_peft_s_alone(tmp_path, to):
+    spec = Spec()
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")), init_lora_weights="pissa_niter_4")
+    how = {"to": to, "model": spec.model(), "packing": "rank_major"}
+    if to == NEW:
+        convert_adapter(source, tmp_path / "out", **how)
+        return
+    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+        convert_adapter(source, tmp_path / "out", **how)
+
+
+@pytest.mark.parametrize("change", ["no prefix", "adapter's name"])
+def test_a_file_comes_out_under_one_set_of_names(tmp_path, change):
+    spec = Spec(attention=True)
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")))
+    tensors, config = load(source), read_config(source)
+    named = {
+        name.removeprefix(PREFIX) if change == "no prefix" else name.replace(".weight", ".default.weight"): tensor
+        for name, tensor in tensors.items()
+    }
+    other = save(tmp_path / "other", named, config)
+    for folder in (source, other):
+        convert_adapter(folder, tmp_path / f"{folder.name}-out", to=NEW, model=spec.model(), packing="rank_major")
+    assert_identical(load(tmp_path / "other-out"), load(tmp_path / "in-out"))
+    assert verify_adapters(other, tmp_path / "in-out", model=spec.model(), packing="rank_major").same
+    twice = save(tmp_path / "twice", {**tensors, **{n: t for n, t in named.items() if "q_proj" in n}}, config)
+    with pytest.raises(AdapterFileError, match="the same tensor under two names"):
+        convert_adapter(twice, tmp_path / "out", to=NEW, model=spec.model(), packing="rank_major")
+
+
+@pytest.mark.parametrize("form", ["per-expert", "stacked", "stamped"])
+def test_another_base_model_is_refused(tmp_path, form):
+    spec, other = Spec(), Spec(H=16)
+    factors = spec.factors(("gate", "up", "down") if form == "per-expert" else ("gate_up", "down"))
+    save_as = {"per-expert": save_per_expert, "stacked": save_stacked, "stamped": save_fused}[form]
+    source = save_as(tmp_path / "in", spec, factors)
+    if form == "stamped":
+        how = {"to": NEW, "model": spec.model(), "packing": "rank_major"}
+        source = convert_adapter(source, tmp_path / "stamped", **how).out
+    for model in (other.model(), Spec(E=8).model()):
+        with pytest.raises(AdapterError, match="base model|of 8 experts"):
+            convert_adapter(source, tmp_path / "out", to=OLD, model=model)
+
+
+def test_factors_in_float8(tmp_path):
+    spec = Spec(dtype=torch.float8_e4m3fn, E=4)
+    factors = spec.factors(("gate_up", "down"))
+    source = save_fused(tmp_path / "in", spec, factors, peft_version="0.18.1")
+    out = convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model()).out
+    assert {tensor.dtype for tensor in load(out).values()} == {torch.float8_e4m3fn}
+    assert verify_adapters(source, out, model=spec.model()).same

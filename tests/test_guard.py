@@ -301,6 +301,18 @@ def test_adapters_without_expert_lora_are_none_of_its_business(tmp_path, monkeyp
     PeftModel.from_pretrained(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 3)}), tmp_path / "dense")
 
 
+def test_stacks_that_peft_would_leave_out_are_an_error(tmp_path):
+    _, fresh = save(tmp_path, target_modules=["q_proj"])
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "experts" not in name}
+    stem = next(iter(tensors)).partition("self_attn")[0] + "mlp.experts.down_proj"
+    tensors |= {f"{stem}.lora_A.weight": torch.randn(E, 2, 12), f"{stem}.lora_B.weight": torch.randn(E, 24, 2)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    rewrite(tmp_path, target_parameters=[])
+    with pytest.raises(LayoutError, match="convert .* --to peft"):
+        PeftModel.from_pretrained(fresh(), tmp_path)
+
+
 def test_everything_comes_back_and_a_foreign_patch_is_refused():
     peft_moe_compat.deactivate()
     before = [vars(r.owner)[r.name] for r in replacements()]

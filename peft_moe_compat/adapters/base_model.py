@@ -107,6 +107,15 @@ class BaseModel:
             return self.stacks.get((path, parameter)) == (num_experts, *features)
         return any(scope.fits(role, num_experts, features) for scope in self.scopes)
 
+    def described(self) -> str:
+        """Its name and what it has, for messages."""
+        if self.stacks:
+            return f"{self.name} ({len(self.stacks)} expert parameters)"
+        scope = self.scopes[0]
+        sizes = zip(("E", "H", "I"), (scope.num_experts, scope.hidden, scope.intermediate), strict=True)
+        shown = ", ".join(f"{letter} {' or '.join(map(str, sorted(values)))}" for letter, values in sizes)
+        return f"{self.name} ({shown})"
+
     def sizes(self, hidden: int | None = None, intermediate: int | None = None) -> tuple[int, int]:
         """(H, I) of the experts, given what an adapter shows of them.
 
@@ -196,7 +205,9 @@ def base_model_of(
         beside = (Path(named) / "config.json").is_file()
     except (OSError, ValueError):  # no name of a file at all
         return None
-    return load_base_model(named) if beside else None
+    if not beside or not any(_scopes(config := load_config(named))):
+        return None  # a dense model's adapter has nothing that its config would tell
+    return _from_config(config, named)
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:

@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..releases import stamps_its_version
-from .keys import LINEAR_NAMES
+from .keys import LINEAR_NAMES, targeted_matrix
 from .outputs import Named
 from .ranks import lora_alpha, lora_rank
 from .targets import Target
 from .writer import UNSLOTH_DETAIL, UNSLOTH_LAYOUT
 
-__all__ = ["evened_config", "target_config"]
+__all__ = ["evened_config", "target_config", "without_the_rest"]
+
+# PEFT heeds these for target_modules, not for target_parameters: they said nothing of fused experts.
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# What else than LoRA of linears a config speaks of -> that there is none.
+_THE_REST = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none", "lora_bias": False}
 
 
 def target_config(
@@ -40,7 +45,7 @@ def target_config(
         if target.peft is not None and stamps_its_version(target.peft):
             config["peft_version"] = target.peft
     if not (keep_targets and form == "fused"):
-        _retarget(config, form, loras, others)
+        _retarget(config, form, loras, {path: targeted_matrix(source, path) for path in others})
     for patterns, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         wanted = {named: named.rank if default == "r" else number(named.alpha) for named in loras}
         config[patterns] = _patterns(config, patterns, default, wanted)
@@ -57,6 +62,11 @@ def evened_config(config: Mapping[str, Any], rank: int, alpha: float) -> dict[st
         "alpha_pattern": {},
         "use_rslora": False,
     }
+
+
+def without_the_rest(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a file that holds LoRA of linears and nothing else."""
+    return {**config, **{name: value for name, value in _THE_REST.items() if name in config}}
 
 
 def number(value: float) -> int | float:
@@ -79,19 +89,27 @@ def _without_marks(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _retarget(config: dict[str, Any], form: str, loras: Sequence[Named], others: Sequence[str]) -> None:
-    """target_parameters and target_modules for experts that are called otherwise than before."""
+def _retarget(config: dict[str, Any], form: str, loras: Sequence[Named], others: Mapping[str, str | None]) -> None:
+    """target_parameters and target_modules for experts that are called otherwise than before.
+
+    Args:
+        others: Path of every other module with LoRA -> see `targeted_matrix`.
+    """
+    kept = sorted({target for target in others.values() if target is not None})
+    linears = [path for path, target in others.items() if target is None]
     given = config.get("target_modules")
-    if isinstance(given, list):
+    narrowing = [name for name in _NARROWING if form != "fused" and config.get(name)]
+    config.update(dict.fromkeys(narrowing))
+    if isinstance(given, list) and not narrowing:
         names = [name for name in given if name.rpartition(".")[2] not in LINEAR_NAMES]
         # Linears of dense and shared MLPs go by their full names: their short ones may mean experts.
-        names += [path for path in others if path.rpartition(".")[2] in LINEAR_NAMES]
+        names += [path for path in linears if path.rpartition(".")[2] in LINEAR_NAMES]
     else:
-        names = list(others)
+        names = linears
     if form == "fused":
-        config["target_parameters"] = sorted(named.key for named in loras)
+        config["target_parameters"] = sorted([*kept, *(named.key for named in loras)])
     else:
-        config["target_parameters"] = None
+        config["target_parameters"] = kept or None
         names += sorted({named.key.rpartition(".")[2] for named in loras})
     config["target_modules"] = sorted(dict.fromkeys(names))
 

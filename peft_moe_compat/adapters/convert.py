@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, LossyConversionError
 from .base_model import BaseModel
-from .config import evened_config, target_config
+from .config import evened_config, target_config, without_the_rest
 from .decide import Decision, decide
 from .files import usable_path
 from .modules import ModuleOutputs, Refit, module_parts, refit
@@ -21,7 +21,7 @@ from .outputs import Item, Output, copied, evened, plain
 from .parts import plain_parts
 from .source import CONFIG_NAME, AdapterSource, open_with_model
 from .stamp import Stamp
-from .targets import Target, parse_target
+from .targets import KEEP_THE_BASE, Target, parse_target
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
 
 __all__ = ["Conversion", "Progress", "convert_adapter", "planned_modules"]
@@ -138,11 +138,13 @@ def _plan(
     how = refit(source, decision, target, base)
     done = _modules(how, source, decision, base, fill_missing)
     outputs = [output for module in done for output in module.outputs]
-    linears, rest, dropped = _others(source, target)
+    linears, rest, dropped = _others(source, target, how.form)
     steps = list(dict.fromkeys(step for module in done for step in module.steps))
     loras = [named for output in outputs if (named := output.item().lora) is not None]
     paths = [output.part.path for output in linears]
     config = target_config(source.config, target, how.form, loras, paths, keep_targets=how.keeps_names(done))
+    if dropped:
+        config = without_the_rest(config)
     outputs += linears
     if target.scaling != "config":
         outputs, rank, alpha, said = evened(outputs, target.scaling)
@@ -167,15 +169,30 @@ def _modules(
     return [outputs for group in groups for outputs in how.outputs(group)]
 
 
-def _others(source: AdapterSource, target: Target) -> tuple[list[Output], list[Item], list[str]]:
+def _others(source: AdapterSource, target: Target, form: str) -> tuple[list[Output], list[Item], list[str]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     pairs, rest = plain_parts(source)
     linears = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
+    start = source.config.get("init_lora_weights")
+    if not target.takes_all_peft and isinstance(start, str) and start not in KEEP_THE_BASE:
+        raise AdapterError(
+            f"The adapter was made with init_lora_weights={start!r}, which changes the base model, and {target} does "
+            "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
+            "conversion=...)."
+        )
+    if form == "fused" and source.form != "fused":
+        for module in source.keys.modules:
+            stem = f"{source.keys.prefix}{module.path}."
+            if left := next((name for name in rest.values() if name.startswith(stem)), None):
+                raise AdapterError(
+                    f"{left!r} belongs to an expert's LoRA, and PEFT's LoRA on fused experts takes neither DoRA nor "
+                    "biases. Convert it for a reader of experts one by one: --to per-expert."
+                )
     if target.takes_all_peft or not rest:
-        return linears, [copied(name) for name in rest], []
+        return linears, [copied(name, new_name) for new_name, name in rest.items()], []
     if source.config.get("use_dora"):
         raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
-    shown = ", ".join(rest[:3]) + (", ..." if len(rest) > 3 else "")
+    shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
     return linears, [], [f"{len(rest)} tensors that are no LoRA of linears ({shown})"]
 
 
@@ -201,7 +218,8 @@ def _write(folder: Path, source: AdapterSource, plan: _Plan, progress: Progress 
 
     metadata = {"format": "pt"} | (plan.stamp.to_metadata() if plan.stamp else {})
     write_safetensors(folder / SAFETENSORS, layout, _ahead(made()), metadata)
-    text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+    # Fields in order, as PEFT has them; not what is in them, since PEFT takes the first pattern that matches.
+    text = json.dumps(dict(sorted(plan.config.items())), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 

@@ -113,7 +113,7 @@ def decide(
         return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, stamp=stamp, peft=writer.peft)
     modules = source.keys.modules
     shapes = {module.path: slot_shapes(module, source.tensors.infos) for module in modules}
-    votes = stamped(stamp, modules, shapes) if stamp else vote(source, modules, shapes, model, nesting)
+    votes = stamped(source, stamp, modules, shapes, model) if stamp else vote(source, modules, shapes, model, nesting)
     oriented = _orientation(votes, writer, stamp, model, source, orientation)
     nested, readings = _nesting(votes, oriented, stamp, nesting)
     counts = expert_counts(source, votes, shapes)

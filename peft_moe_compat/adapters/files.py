@@ -106,9 +106,9 @@ def read_json(path: str | Path, *, python_numbers: bool = False) -> dict[str, An
         AdapterFileError: No such file, too large, or not one JSON object.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AdapterFileError(f"{path} was needed, but there is no such file. Is the adapter folder complete?")
     try:
+        if not path.is_file():
+            raise AdapterFileError(f"{path} was needed, but there is no such file. Is the adapter folder complete?")
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
             raise AdapterFileError(
@@ -178,7 +178,8 @@ def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
         source: The file or folder that is read meanwhile; `out` must lie apart from it.
 
     Raises:
-        AdapterError: `out` exists, before or after the block, or overlaps `source`, or cannot be made.
+        AdapterError: `out` exists, before or after the block, or overlaps `source`, or cannot be made, a full disk
+            included.
     """
     _check_apart(out, source)
     _check_absent(out)
@@ -196,6 +197,8 @@ def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
         _check_absent(out)
         _rename(temporary, out)
         _sync(out.parent)
+    except OSError as error:
+        raise AdapterError(f"{out} was not made: {error}. Is there room, and may you read and write there?") from error
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)

@@ -25,7 +25,9 @@ __all__ = [
     "ExpertsKeys",
     "Pair",
     "parse_keys",
+    "peft_name",
     "role_of",
+    "targeted_matrix",
     "targeted_parameters",
 ]
 
@@ -128,6 +130,32 @@ def targeted_parameters(config: Mapping[str, Any], path: str) -> tuple[str, ...]
     return tuple(dict.fromkeys(found))
 
 
+def targeted_matrix(config: Mapping[str, Any], path: str) -> str | None:
+    """The entry of `target_parameters` that LoRA on an ordinary module is for, a router's weight, say; else None.
+
+    PEFT matches its patterns with the name of that parameter, and those of a linear with the linear's own.
+    """
+    for target in config.get("target_parameters") or ():
+        module = str(target).rpartition(".")[0]
+        if module and _reaches(module, path):
+            return str(target)
+    return None
+
+
+def peft_name(name: str, prefix: str) -> str:
+    """A tensor's name as PEFT saves it: with its prefix, and without the name of the adapter.
+
+    Args:
+        name: In the file.
+        prefix: See `AdapterKeys`.
+    """
+    name = name.removeprefix(prefix)
+    match = _LORA.match(name)
+    if match is not None and match["adapter"] != "bias":
+        name = f"{match['module']}.lora_{match['factor']}.weight"
+    return PREFIX + name
+
+
 def _reaches(target: str, path: str) -> bool:
     """Whether a targeted module's name and a module's path can mean the same: one ends with the other."""
     return path == target or path.endswith(f".{target}") or target.endswith(f".{path}")
@@ -201,7 +229,7 @@ def _place(name: str, ndim: int, config: Mapping[str, Any]) -> tuple[str, str, s
     path = ".".join(parts)
     module, _, parameter = path.rpartition(".")
     shared = parameter in LINEAR_NAMES and module.rpartition(".")[2] == "experts"
-    if ndim == 3 or (ndim == 2 and shared):
+    if (ndim == 3 and (parameter in LINEAR_NAMES or "expert" in module)) or (ndim == 2 and shared):
         return module, f"stack {parameter}", match["factor"]
     expert = _EXPERT.match(path)
     if expert and expert["projection"] in LINEAR_NAMES and "expert" in expert["path"].rpartition(".")[2]:

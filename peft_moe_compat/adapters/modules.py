@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import AdapterError, AmbiguousAdapterError
+from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError
 from ..layout import ExpertLora
 from ..releases import NEWEST_TESTED
 from ..storage import expert_parameter, has_separate_experts, orientations, orientations_after
@@ -31,12 +31,29 @@ def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | No
     for module in source.keys.modules:
         if module.form == "fused":
             found += fused_parts(source, module, decision.readings[module.path], decision.packing_of)
-        elif module.form == "stacked":
-            found += stacked_parts(source, module, total)
+            continue
+        if module.form == "stacked":
+            parts = stacked_parts(source, module, total)
         else:
             parts = per_expert_parts(source, module, num_experts=total, fill_missing=fill_missing)
-            found += [alternating(part) if base is not None and base.interleaved else part for part in parts]
+        if base is not None:
+            _check_sizes(source, parts, base)
+            if module.form == "per_expert" and base.interleaved:
+                parts = [alternating(part) for part in parts]
+        found += parts
     return found
+
+
+def _check_sizes(source: AdapterSource, parts: Iterable[Part], base: BaseModel) -> None:
+    """Raises `AdapterFileError` where a part is of no stack of the model; fused ones were checked by `decide`."""
+    for part in parts:
+        lora = part.load(source.meta(part.reads))
+        if not base.fits(part.path, part.name, part.role, lora.num_experts, (lora.in_features, lora.out_features)):
+            raise AdapterFileError(
+                f"The LoRA on {part.name} of {part.path!r} is for {lora.num_experts} experts of {lora.in_features} in- "
+                f"and {lora.out_features} out-features; {base.described()} has none of these sizes. Is it the "
+                "adapter's base model?"
+            )
 
 
 @dataclass(frozen=True)
@@ -206,7 +223,8 @@ class Refit:
 
     def _same_A(self, gate: Part, up: Part) -> bool:
         with self.source.tensors.reading([*gate.reads, *up.reads]) as tensors:
-            return torch.equal(gate.load(tensors).A, up.load(tensors).A)
+            ours, theirs = gate.load(tensors).A, up.load(tensors).A
+            return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
     def keeps_names(self, done: Sequence[ModuleOutputs]) -> bool:
         """Whether every parameter is called as it was, so that the config's targets stay right."""

@@ -47,11 +47,11 @@ class Item:
     lora: Named | None = None
 
 
-def copied(name: str) -> Item:
+def copied(name: str, new_name: str) -> Item:
     """A tensor as it is."""
 
     def emit(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        yield name, tensors[name]
+        yield new_name, tensors[name]
 
     return Item((name,), emit)
 
@@ -121,11 +121,11 @@ def gguf(part: Part, meta: ExpertLora, path: str) -> Output:
 
 
 def plain(part: Part, meta: ExpertLora) -> Output:
-    """LoRA of an ordinary linear, under the names it came with; its part has a single expert."""
+    """LoRA of an ordinary linear; its part has a single expert."""
 
     def write(lora: ExpertLora) -> Iterator[tuple[str, Tensor]]:
-        for name, factor in zip(part.reads, (lora.A, lora.B), strict=True):
-            yield name, factor[0]
+        for letter, factor in (("A", lora.A), ("B", lora.B)):
+            yield f"{PREFIX}{part.path}.lora_{letter}.weight", factor[0]
 
     return Output(part, meta.rank, meta.scaling, part.path, part.path, write)
 

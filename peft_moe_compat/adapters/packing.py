@@ -55,7 +55,8 @@ def test_packing(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
     seen = 0
     for lora_B, num_experts in matrices:
         rank = lora_B.shape[1] // num_experts
-        norms = torch.linalg.vector_norm(lora_B, dim=0, dtype=torch.float64)
+        wide = lora_B.float() if lora_B.dtype.itemsize == 1 else lora_B
+        norms = torch.linalg.vector_norm(wide, dim=0, dtype=torch.float64)
         if num_experts < 2 or rank < 2 or not norms.gt(0).all():
             continue
         seen += 1

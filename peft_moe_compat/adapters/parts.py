@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import AdapterError, AdapterFileError
 from ..layout import ExpertLora, from_flat
 from .detect import Reading
-from .keys import ExpertsKeys, Pair, linear_role, role_of
+from .keys import PREFIX, ExpertsKeys, Pair, linear_role, peft_name, role_of, targeted_matrix
 from .ranks import lora_alpha, lora_rank, lora_scaling
 from .source import AdapterSource
 
@@ -143,23 +143,32 @@ def _from_stacks(pair: Pair, tensors: Mapping[str, Tensor], *, transposed: bool,
     return ExpertLora(A.transpose(1, 2), B.transpose(1, 2), scaling) if transposed else ExpertLora(A, B, scaling)
 
 
-def plain_parts(source: AdapterSource) -> tuple[list[Part], list[str]]:
-    """The LoRA of ordinary linears, each as that of a single expert, and the names of all tensors that are neither."""
-    rest = dict.fromkeys(source.keys.other)
+def plain_parts(source: AdapterSource) -> tuple[list[Part], dict[str, str]]:
+    """The LoRA of ordinary linears, each as that of a single expert, and all tensors that are neither.
+
+    Returns:
+        The linears', and of the others PEFT's name -> the file's.
+    """
+    rest: dict[str, str] = {}
+    for name in source.keys.other:
+        if (other := rest.setdefault(peft_name(name, source.keys.prefix), name)) != name:
+            raise AdapterFileError(
+                f"{other!r} and {name!r} are the same tensor under two names. Does the file hold two adapters? "
+                "Save each one by itself."
+            )
     found = []
-    for lora_A in source.keys.other:
-        lora_B = lora_A.replace(".lora_A.weight", ".lora_B.weight")
-        shape = source.tensors.infos[lora_A].shape
-        if lora_A.endswith(".lora_A.weight") and lora_B in rest and len(shape) == 2 and shape[0]:
-            found.append(_plain_part(source, lora_A, lora_B))
-            del rest[lora_A], rest[lora_B]
-    return found, list(rest)
+    for name in list(rest):
+        stem = name.removesuffix(".lora_A.weight")
+        lora_B = f"{stem}.lora_B.weight"
+        if stem != name and lora_B in rest and len(shape := source.tensors.infos[rest[name]].shape) == 2 and shape[0]:
+            found.append(_plain_part(source, stem.removeprefix(PREFIX), rest.pop(name), rest.pop(lora_B)))
+    return found, rest
 
 
-def _plain_part(source: AdapterSource, lora_A: str, lora_B: str) -> Part:
-    path = lora_A.removeprefix(source.keys.prefix).removesuffix(".lora_A.weight")
-    rank = source.tensors.infos[lora_A].shape[0]
-    scaling, alpha = lora_scaling(source.config, path, rank), lora_alpha(source.config, path)
+def _plain_part(source: AdapterSource, path: str, lora_A: str, lora_B: str) -> Part:
+    rank, target = source.tensors.infos[lora_A].shape[0], targeted_matrix(source.config, path)
+    key = path if target is None else f"{path}.{target.rpartition('.')[2]}"
+    scaling, alpha = lora_scaling(source.config, key, rank), lora_alpha(source.config, key)
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         return ExpertLora(tensors[lora_A][None], tensors[lora_B][None], scaling)

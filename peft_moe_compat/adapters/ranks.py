@@ -38,6 +38,8 @@ def lora_alpha(config: Mapping[str, Any], key: str) -> float:
 def lora_scaling(config: Mapping[str, Any], key: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) under rsLoRA, of the LoRA on `key`."""
     alpha = lora_alpha(config, key)
+    if not rank:
+        raise AdapterFileError(f"The LoRA on {key!r} is of rank 0. Is the file complete?")
     return alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -47,7 +49,7 @@ def pattern_key(patterns: Iterable[str], key: str) -> str | None:
         try:
             if re.match(rf"(.*\.)?({pattern})$", key):
                 return pattern
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise AdapterFileError(
                 f"adapter_config.json has the pattern {show(pattern)}, no regular expression: {error}."
             ) from None

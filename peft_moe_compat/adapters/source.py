@@ -70,6 +70,12 @@ def open_adapter(source: str | Path) -> AdapterSource:
         raise AdapterFileError(
             f"{folder} holds LoRA on experts in several forms: {', '.join(forms)}. Were two adapters merged into one?"
         )
+    for pair in (pair for module in keys.modules for pair in module.pairs()):
+        for name in (pair.lora_A, pair.lora_B):
+            if not tensors.infos[name].dtype.is_floating_point:
+                raise AdapterFileError(
+                    f"{name!r} is {tensors.infos[name].dtype}; LoRA of floating-point numbers was needed."
+                )
     return AdapterSource(folder, config, side, tensors, keys)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..errors import AdapterError
 from ..releases import NEWEST_TESTED, installed_versions, parse_releases, release_for
 
-__all__ = ["READERS", "SGLANG_WITHOUT_EXPERTS", "VLLM_FUSED", "Target", "parse_target"]
+__all__ = ["KEEP_THE_BASE", "READERS", "SGLANG_WITHOUT_EXPERTS", "VLLM_FUSED", "Target", "parse_target"]
 
 READERS = ("peft", "per-expert", "vllm", "sglang", "llama.cpp")
 
@@ -19,6 +19,9 @@ READERS = ("peft", "per-expert", "vllm", "sglang", "llama.cpp")
 # all others per expert.
 VLLM_FUSED = {"gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
 
+
+# Values of `init_lora_weights` that leave the base model as it was, as vLLM lists them; PEFT alone redoes the others.
+KEEP_THE_BASE = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
 
 # Families whose model class refuses LoRA on experts in SGLang.
 SGLANG_WITHOUT_EXPERTS = {"llama4"}

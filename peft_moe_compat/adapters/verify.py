@@ -74,7 +74,7 @@ class _Side:
     source: AdapterSource
     base: BaseModel | None
     parts: dict[tuple[str, str], Part]
-    rest: tuple[str, ...]
+    rest: Mapping[str, str]
 
 
 def verify_adapters(
@@ -129,7 +129,7 @@ def _side(adapter: str | Path, model: str | Path | Mapping[str, Any] | BaseModel
         parts[_place(part.path, paths), role] = part
     plain, rest = plain_parts(source)
     parts |= {(part.path, "linear"): part for part in plain}
-    return _Side(source, base, parts, tuple(rest))
+    return _Side(source, base, parts, rest)
 
 
 def _place(path: str, paths: Sequence[str]) -> str:
@@ -201,14 +201,14 @@ def _delta(lora: ExpertLora | None, expert: int, known: ExpertLora) -> Tensor:
 
 def _compare_tensor(name: str, first: _Side, second: _Side) -> Comparison:
     """A tensor that is no LoRA of a linear: an embedding, a magnitude, a module saved whole."""
-    sides = [side for side in (first, second) if name in side.source.tensors]
+    sides = [side for side in (first, second) if name in side.rest]
     if len(sides) < 2:
         where = "first" if sides[0] is first else "second"
         return Comparison(name, "", float("inf"), float("inf"), f"only the {where} adapter has it")
     values = []
     for side in sides:
-        with side.source.tensors.reading([name]) as tensors:
-            values.append(tensors[name].double())
+        with side.source.tensors.reading([side.rest[name]]) as tensors:
+            values.append(tensors[side.rest[name]].double())
     if values[0].shape != values[1].shape:
         return Comparison(name, "", float("inf"), float("inf"), "the two have different sizes")
     difference = values[0] - values[1]

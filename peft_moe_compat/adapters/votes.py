@@ -9,7 +9,7 @@ from ..errors import AdapterError, AdapterFileError
 from ..layout import ORIENTATIONS
 from .base_model import BaseModel
 from .detect import Reading, SlotShape, nestings, parameter_order, possible_readings
-from .keys import ExpertsKeys
+from .keys import ExpertsKeys, role_of
 from .ranks import lora_rank
 from .source import AdapterSource
 from .stamp import Stamp
@@ -113,19 +113,11 @@ def _no_reading(
     path = stuck[0]
     sizes = ", ".join(f"lora_A {s.rows} x {s.p} and lora_B {s.q} x {s.rows}" for s in shapes[path])
     ranks = sorted({lora_rank(source.config, f"{path}.{name}") for name in candidates[path][0]})
-    expected = f"no stack of {model.name} ({_described(model)})" if model else "no experts module"
+    expected = f"no stack of {model.described()}" if model else "no experts module"
     return (
         f"The LoRA of {path!r} ({sizes}, rank {', '.join(map(str, ranks))}) fits {expected} in any orientation or "
         "nesting. Was the adapter trained with another num_experts or rank, or for another model?"
     )
-
-
-def _described(model: BaseModel) -> str:
-    if model.stacks:
-        return f"{len(model.stacks)} expert parameters"
-    scope = model.scopes[0]
-    sizes = zip(("E", "H", "I"), (scope.num_experts, scope.hidden, scope.intermediate), strict=True)
-    return ", ".join(f"{letter} {' or '.join(map(str, sorted(values)))}" for letter, values in sizes)
 
 
 def _names(readings: Sequence[Reading]) -> str:
@@ -146,8 +138,14 @@ def _hidden_size(source: AdapterSource) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def stamped(stamp: Stamp, modules: Sequence[ExpertsKeys], shapes: Mapping[str, tuple[SlotShape, ...]]) -> Votes:
-    """What the stamp says of each module, once it is known to speak of this file."""
+def stamped(
+    source: AdapterSource,
+    stamp: Stamp,
+    modules: Sequence[ExpertsKeys],
+    shapes: Mapping[str, tuple[SlotShape, ...]],
+    model: BaseModel | None,
+) -> Votes:
+    """What the stamp says of each module, once it is known to speak of this file, and the file of this model."""
     readings = {}
     for module in modules:
         said = stamp.modules.get(module.path)
@@ -157,6 +155,20 @@ def stamped(stamp: Stamp, modules: Sequence[ExpertsKeys], shapes: Mapping[str, t
                 f"The stamp of peft_moe_compat in this file does not describe the LoRA of {module.path!r}: it says "
                 f"{said.features if said else 'nothing'} (in, out), the tensors {sizes}. Was the file edited?"
             )
+        ranks = [lora_rank(source.config, f"{module.path}.{name}") for name in said.nesting]
+        counts = [shape.rows // rank for shape, rank in zip(shapes[module.path], ranks, strict=True)]
+        if max(counts) != said.num_experts:
+            raise AdapterFileError(
+                f"The stamp of peft_moe_compat in this file says {said.num_experts} experts for {module.path!r}, and "
+                f"with the ranks in adapter_config.json it has {max(counts)}. Was one of them edited?"
+            )
+        for name, count, features in zip(said.nesting, counts, said.features, strict=True):
+            role = role_of(module.path, name)
+            if model is not None and not model.fits(module.path, name, role, count, features):
+                raise AdapterFileError(
+                    f"The LoRA on {module.path}.{name} ({count} experts, (in, out) {features}) fits no stack of "
+                    f"{model.described()}. Is it the adapter's base model?"
+                )
         in_order = said.nesting == parameter_order(module.path, said.nesting)
         readings[module.path] = (Reading(said.orientation, said.nesting, in_order),)
     return Votes(readings, "the stamp of peft_moe_compat")
