@@ -38,6 +38,13 @@ def device_backend(device: torch.device) -> str:
     return "torch" if device.type == "cpu" else "loop"
 
 
+def _starts_aligned(tensor: Tensor) -> bool:
+    try:
+        return tensor.data_ptr() % _ALIGNMENT_BYTES == 0
+    except RuntimeError:  # of torch.func, which batches gradients: one without an address
+        return True
+
+
 def backend_for(*operands: Tensor) -> str:
     """The backend for operands of one dtype: `"torch"`, or `"loop"`, a product per expert.
 
@@ -47,8 +54,7 @@ def backend_for(*operands: Tensor) -> str:
     first = operands[0]
     unit = alignment(first.dtype)
     fits = first.dtype in _TORCH_DTYPES and all(
-        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and t.data_ptr() % _ALIGNMENT_BYTES == 0
-        for t in operands
+        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and _starts_aligned(t) for t in operands
     )
     return device_backend(first.device) if fits else "loop"
 
@@ -122,13 +128,33 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, offs = ctx.saved_tensors
-        dy, compiling = grads[0], torch.compiler.is_compiling()
         dx = dw = None
+        multiply: Any = _multiply
+        outer: Any = _weight_gradient
+        if torch.compiler.is_compiling():
+            multiply, outer = _multiply_op, _weight_gradient_op
+        elif torch.is_grad_enabled():  # a gradient that is differentiated itself
+            multiply, outer = _GroupedMM.apply, _GroupedOuter.apply
         if weight is not None:
-            dx = (_multiply_op if compiling else _multiply)(dy, weight.transpose(1, 2), offs)
+            dx = multiply(grads[0], weight.transpose(1, 2), offs)
         if x is not None:
-            dw = (_weight_gradient_op if compiling else _weight_gradient)(x, dy, offs)
+            dw = outer(x, grads[0], offs)
         return dx, dw, None
+
+
+class _GroupedOuter(torch.autograd.Function):
+    """`_weight_gradient`, differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(x, dy, offs)
+        return _weight_gradient(x, dy, offs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        x, dy, offs = ctx.saved_tensors
+        multiply: Any = _GroupedMM.apply
+        return multiply(dy, grads[0].transpose(1, 2), offs), multiply(x, grads[0], offs), None
 
 
 class Gather(NamedTuple):
