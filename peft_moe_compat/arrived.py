@@ -92,7 +92,7 @@ def _held(chain: list[Any], adapter_name: str) -> dict[str, ExpertLora]:
         if adapter_name in w.lora_A:
             experts, rule = w.get_base_layer(), installed_rule()
             held = local_experts(experts, w.parameter_name)
-            lora = read_adapter(w, adapter_name, bool(families.is_transposed(experts)), rule, held)
+            lora = read_adapter(w, adapter_name, families.stored_transposed(experts, w.parameter_name), rule, held)
             found[w.parameter_name] = lora.canonical()
     return found
 

@@ -25,6 +25,7 @@ __all__ = [
     "projections",
     "routed_experts",
     "stored_shape",
+    "stored_transposed",
     "up_name",
 ]
 
@@ -129,6 +130,12 @@ def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
     if not isinstance(weight, Tensor):
         return None
     return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def stored_transposed(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is "E in out", for PEFT: nobody's orientation is "E out in", and two axes are a matrix's."""
+    shape = stored_shape(module, name)
+    return bool(is_transposed(module)) and not (shape is not None and len(shape) == 2)
 
 
 def _held_parameters(module: nn.Module) -> list[str]:

@@ -75,6 +75,11 @@ def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
         if shape is not None and len(shape) == 3 and shape[0] > 1:
             E, d1, d2 = shape
             stacks[path, parameter] = (E, d1, d2) if families.is_transposed(module) else (E, d2, d1)
+    holders = {path for path, _ in stacks}
+    for (path, parameter), module in found.items():
+        shape = families.stored_shape(module, parameter)
+        if path in holders and shape is not None and len(shape) == 2:  # but its LoRA is nested among that of stacks
+            stacks[path, parameter] = (1, shape[1], shape[0])
     return BaseModel(_model_type(inner), stacks=stacks, name=type(inner).__name__)
 
 
@@ -116,16 +121,21 @@ def chains(model: Any) -> dict[str, list[Any]]:
 
 def _orientation(wrapper: Any) -> str:
     """Orientation of a live wrapper's factors, `"linear"` or `"reversed"`, as its own `get_delta_weight` has it."""
-    return live_orientation(wrapper, bool(families.is_transposed(wrapper.get_base_layer())), installed_rule())
+    return live_orientation(wrapper, families.stored_transposed(*_parameter(wrapper)), installed_rule())
 
 
 def _features(wrapper: Any) -> tuple[int, int]:
     """(in, out) of the parameter a wrapper is on."""
-    experts = wrapper.get_base_layer()
-    shape = families.stored_shape(experts, wrapper.parameter_name)
+    experts, name = _parameter(wrapper)
+    shape = families.stored_shape(experts, name)
     if shape is None:
-        raise LayoutError(f"{type(experts).__name__} has no weight {wrapper.parameter_name!r}, which is targeted.")
-    return (shape[-2], shape[-1]) if families.is_transposed(experts) else (shape[-1], shape[-2])
+        raise LayoutError(f"{type(experts).__name__} has no weight {name!r}, which is targeted.")
+    return (shape[-2], shape[-1]) if families.stored_transposed(experts, name) else (shape[-1], shape[-2])
+
+
+def _parameter(wrapper: Any) -> tuple[Any, str]:
+    """The module and the name of the parameter a wrapper is on."""
+    return wrapper.get_base_layer(), wrapper.parameter_name
 
 
 @dataclass(frozen=True)

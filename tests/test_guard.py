@@ -301,6 +301,16 @@ def test_adapters_without_expert_lora_are_none_of_its_business(tmp_path, monkeyp
     PeftModel.from_pretrained(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 3)}), tmp_path / "dense")
 
 
+@pytest.mark.parametrize("biases", [["down_proj_bias"], ["down_proj_bias", "gate_up_proj_bias"]])
+@pytest.mark.parametrize("weights", [[], ["down_proj"], ["gate_up_proj", "down_proj"]])
+def test_biases_of_experts_may_have_lora_too(tmp_path, weights, biases, stock):
+    targets = [f"experts.{name}" for name in weights + biases]
+    expected, fresh = save(tmp_path, family="gpt_oss", target_parameters=targets)
+    reference = stock(PeftModel.from_pretrained, fresh(), tmp_path)
+    assert_equal(reference, expected)
+    assert_equal(PeftModel.from_pretrained(fresh(), tmp_path), expected)
+
+
 def test_stacks_that_peft_would_leave_out_are_an_error(tmp_path):
     _, fresh = save(tmp_path, target_modules=["q_proj"])
     file = tmp_path / "adapter_model.safetensors"
