@@ -16,7 +16,7 @@ from . import families, quantised
 from .errors import CompatWarning, NoExpertParametersError
 from .fused import backend_of
 from .patch import inactive_reason
-from .wrappers import is_param_wrapper, native_reason
+from .wrappers import active_adapters, is_param_wrapper, native_reason
 
 __all__ = ["AdapterRow", "ExpertsRow", "ParameterRow", "Report", "expert_parameters", "report"]
 
@@ -256,6 +256,8 @@ def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> Parame
         merged = merged if stored else "adapters are merged into the weight"
         reason = "adapters are disabled" if wrapper.disable_adapters else merged
         return ParameterRow(name, shape, True, "base", reason, adapters, format=stored)
+    if not active_adapters(wrapper):
+        return ParameterRow(name, shape, True, "base", "none of its adapters is active", adapters, format=stored)
     reason = inactive_reason() or native_reason(wrapper) or ""
     if reason:
         reason = "; ".join(filter(None, (reason, quantised.peft_caveat(stored))))

@@ -276,7 +276,9 @@ def native_reason(wrapper: Any) -> str | None:
 
     About the module alone: a wrapper whose adapters are disabled or merged goes through PEFT's forward as well.
     """
-    experts = wrapper.get_base_layer()
+    experts, hooked = wrapper.get_base_layer(), getattr(wrapper, "_old_forward", None)
+    if hooked is not None and getattr(hooked, "__func__", None) is not type(wrapper).forward:
+        return "accelerate hooked this wrapper before peft_moe_compat was active, and calls the forward of then"
     return experts_reason(experts, families.is_transposed(experts)) or parameter_reason(wrapper, experts)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 import zoo
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig
 from torch import nn
 
 import peft_moe_compat
@@ -176,6 +178,25 @@ def test_eager_and_replaced_forwards_are_reported_with_their_reason():
         experts.config._experts_implementation = "eager"
         (row,) = report(holder).rows
         assert "'eager'" in row.parameters[0].reason
+
+
+def test_adapters_that_are_not_active_are_said():
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    row = report(model).rows[0].parameters[0]
+    assert (row.path, row.reason) == ("base", "none of its adapters is active")
+
+
+def test_a_forward_that_was_hooked_before_the_activation_is_said():
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    hooked, later = zoo.wrappers(model)[:2]
+    peft_moe_compat.deactivate()
+    add_hook_to_module(hooked, ModelHook())
+    peft_moe_compat.activate()
+    add_hook_to_module(later, ModelHook())
+    rows = [row for layer in report(model).rows for row in layer.parameters]
+    assert [row.path for row in rows if "hooked this wrapper before" in row.reason] == ["peft"]
 
 
 def test_disabled_and_merged_are_said():
