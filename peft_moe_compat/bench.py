@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from . import backends, patch, releases
 from .errors import PeftMoeCompatError
+from .grouped_mm import alignment
 
-__all__ = ["Row", "Settings", "Shape", "run", "shape_of_config"]
+__all__ = ["Row", "Settings", "Shape", "run", "shape_of_config", "token_counts"]
 
+_DTYPES = ("bfloat16", "float16", "float32")
 _METHODS = ("frozen base", "stock PEFT", "peft_moe_compat")
 _SIZES = {
     "E": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -49,6 +51,14 @@ class Shape:
         return cls(E, k, H, I)
 
 
+def token_counts(text: str) -> tuple[int, ...]:
+    """Of "512,2048"."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PeftMoeCompatError(f"--tokens is {text!r}; integers with commas between them were expected.") from None
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is measured, and on what."""
@@ -60,6 +70,15 @@ class Settings:
     dtype: str = "bfloat16"
     repeats: int = 9
     backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise PeftMoeCompatError(f"--dtype is {self.dtype!r}; one of {', '.join(_DTYPES)} was expected.")
+        E, k, H, I = astuple(self.shape)  # noqa: E741
+        if min(E, k, H, I, self.rank, self.repeats, *self.tokens) < 1 or k > E:
+            raise PeftMoeCompatError("The shape, --tokens, --rank and --repeats must be positive, and k at most E.")
+        if any(size % (unit := alignment(getattr(torch, self.dtype))) for size in (H, I)):
+            raise PeftMoeCompatError(f"H and I are {H} and {I}; transformers' own experts take multiples of {unit}.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,10 @@ def shape_of_config(path: str) -> Shape:
     """
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(path).get_text_config()
+    try:
+        config: Any = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise PeftMoeCompatError(f"--model {path} cannot be read: {error}") from error
     found = {}
     for letter, names in _SIZES.items():
         value = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
@@ -211,11 +233,17 @@ def run(settings: Settings, out: Path, console: Console) -> list[Row]:
     """Measures, prints a table, and writes bench.json and, with matplotlib, bench.png into `out`.
 
     Raises:
-        PeftMoeCompatError: The device is not there, or the backend has another name.
+        PeftMoeCompatError: The device is not there, the backend has another name, or `out` cannot be made.
     """
+    if settings.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise PeftMoeCompatError(f"--device is {settings.device!r}; cpu, cuda or cuda:N was expected.")
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PeftMoeCompatError("--device is cuda, but torch sees no CUDA device. Pass --device cpu.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PeftMoeCompatError(f"--out {out} cannot be made: {error}") from error
     torch.manual_seed(0)
     with backends.set_backend(settings.backend):
         rows = list(_measure(settings))
@@ -229,7 +257,6 @@ def run(settings: Settings, out: Path, console: Console) -> list[Row]:
     for row in sorted(rows, key=lambda row: row.tokens):
         table.add_row(str(row.tokens), row.method, f"{row.both_ms:.2f}", f"{row.forward_ms:.2f}", f"{row.peak_mib:.0f}")
     console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
     found = {"device": where, "versions": versions, "settings": asdict(settings), "rows": [asdict(row) for row in rows]}
     (out / "bench.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
     console.print(f"written: {out / 'bench.json'}{_plot(rows, title, out / 'bench.png')}", markup=False)

@@ -247,7 +247,7 @@ def bench(
         sizes = layer_bench.shape_of_config(model) if model else layer_bench.Shape.parse(shape or "128,8,2048,768")
         settings = layer_bench.Settings(
             shape=sizes,
-            tokens=tuple(int(n) for n in tokens.split(",")),
+            tokens=layer_bench.token_counts(tokens),
             rank=rank,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=dtype,

@@ -54,6 +54,32 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
+@needs_registry
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--tokens", "abc"),
+        ("--tokens", ""),
+        ("--tokens", "-3"),
+        ("--dtype", "int8"),
+        ("--dtype", "foo"),
+        ("--repeats", "0"),
+        ("--rank", "0"),
+        ("--device", "tpu"),
+        ("--shape", "2,4,32,32"),
+        ("--shape", "4,2,33,7"),
+        ("--model", "/nonexistent"),
+        ("--out", "/dev/null/x"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_measured_is_one_sentence(wrong):
+    result = run(*SMALL, *wrong)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.output.startswith("error: ")
+
+
 @pytest.mark.parametrize("text", ["4,2,16", "4,2,16,many", ""])
 def test_a_shape_is_four_integers(text):
     with pytest.raises(bench.PeftMoeCompatError, match="four integers"):
