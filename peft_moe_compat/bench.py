@@ -235,9 +235,12 @@ def run(settings: Settings, out: Path, console: Console) -> list[Row]:
     Raises:
         PeftMoeCompatError: The device is not there, the backend has another name, or `out` cannot be made.
     """
-    if settings.device.partition(":")[0] not in ("cpu", "cuda"):
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
         raise PeftMoeCompatError(f"--device is {settings.device!r}; cpu, cuda or cuda:N was expected.")
-    device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PeftMoeCompatError("--device is cuda, but torch sees no CUDA device. Pass --device cpu.")
     try:

@@ -69,15 +69,15 @@ def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
             path, held = live_path(name), [*module._parameters, *getattr(module, "parametrizations", ())]
             found |= {(path, p): module for p in held if f".{path}.{p}".endswith(endings)}
     stacks = {}
-    for (path, parameter), module in found.items():
-        shape = families.stored_shape(module, parameter)
+    shapes = {key: families.stored_shape(module, key[1]) for key, module in found.items()}
+    for (path, parameter), shape in shapes.items():
         # One expert, or a 2-D parameter, is laid out alike by every release: nothing there is to be converted.
         if shape is not None and len(shape) == 3 and shape[0] > 1:
             E, d1, d2 = shape
-            stacks[path, parameter] = (E, d1, d2) if families.is_transposed(module) else (E, d2, d1)
+            transposed = families.is_transposed(found[path, parameter])
+            stacks[path, parameter] = (E, d1, d2) if transposed else (E, d2, d1)
     holders = {path for path, _ in stacks}
-    for (path, parameter), module in found.items():
-        shape = families.stored_shape(module, parameter)
+    for (path, parameter), shape in shapes.items():
         if path in holders and shape is not None and len(shape) == 2:  # but its LoRA is nested among that of stacks
             stacks[path, parameter] = (1, shape[1], shape[0])
     return BaseModel(_model_type(inner), stacks=stacks, name=type(inner).__name__)
@@ -248,7 +248,8 @@ def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
             for w, n in zip(chain, names, strict=True)
             if f"{n}A.weight" in shapes and f"{n}B.weight" in shapes
         ]
-        if not slots or slots[0][0].num_experts == 1:
+        num_experts = max((wrapper.num_experts for wrapper, _, _ in slots), default=1)  # a bias counts as one
+        if num_experts == 1:
             continue
         orientations = {_orientation(wrapper) for wrapper, _, _ in slots}
         orientation = orientations.pop()
@@ -257,5 +258,5 @@ def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
         if orientations or features != written or families.is_transposed(chain[0].get_base_layer()) is None:
             return None
         nesting = tuple(wrapper.parameter_name for wrapper, _, _ in reversed(slots))
-        modules[path] = ModuleStamp(slots[0][0].num_experts, nesting, orientation, features)
+        modules[path] = ModuleStamp(num_experts, nesting, orientation, features)
     return Stamp(peft.__version__, transformers.__version__, "rank_major", modules) if modules else None

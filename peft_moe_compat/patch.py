@@ -181,7 +181,7 @@ def _fp8_experts_registry() -> Any:
 
 def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
     from .parallel import carry, check_zero3, refuse_native
-    from .wrappers import Handover, active_adapters, experts_of, experts_reason, parameter_reason
+    from .wrappers import TAKES_LORA, Handover, active_adapters, experts_of, experts_reason, parameter_reason
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """`ParamWrapper.forward` with peft_moe_compat active: hands itself down, or falls back to PEFT's own."""
@@ -218,6 +218,7 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
             )
         return result
 
+    setattr(forward, TAKES_LORA, True)
     return forward
 
 

@@ -85,7 +85,7 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     source, _ = open_with_model(folder, facts)
     if source.form == "stacked":
         raise LayoutError(
-            f"{model_id} holds the experts' LoRA as 3-D stacks, which PEFT leaves out without a word. Convert it: "
+            f"{model_id} holds the experts' LoRA as stacks, which PEFT leaves out without a word. Convert it: "
             f"`peft-moe-compat convert {model_id} OUT --to peft --model BASE`."
         )
     if source.form != "fused":

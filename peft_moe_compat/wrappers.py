@@ -34,7 +34,7 @@ __all__ = [
     "wrapper_chain",
 ]
 
-# The experts implementations whose registry entry `patch` replaces, and the mark on what it puts there.
+# The experts implementations whose registry entry `patch` replaces, and the mark on every forward it puts in place.
 TAKEN_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 TAKES_LORA = "_peft_moe_compat_takes_lora"
 
@@ -277,7 +277,7 @@ def native_reason(wrapper: Any) -> str | None:
     About the module alone: a wrapper whose adapters are disabled or merged goes through PEFT's forward as well.
     """
     experts, hooked = wrapper.get_base_layer(), getattr(wrapper, "_old_forward", None)
-    if hooked is not None and getattr(hooked, "__func__", None) is not type(wrapper).forward:
+    if hooked is not None and not hasattr(hooked, TAKES_LORA):
         return "accelerate hooked this wrapper before peft_moe_compat was active, and calls the forward of then"
     return experts_reason(experts, families.is_transposed(experts)) or parameter_reason(wrapper, experts)
 

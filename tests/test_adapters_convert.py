@@ -10,8 +10,10 @@ import torch
 from adapter_files import (
     FAMILIES,
     GPT_OSS,
+    MIXTRAL,
     PREFIX,
     QWEN,
+    Family,
     Spec,
     assert_identical,
     assert_updates,
@@ -277,24 +279,37 @@ def test_lora_on_a_router_keeps_its_target_and_its_scaling(tmp_path, to):
     assert to != "per-expert" or config["alpha_pattern"]["gate.weight"] == 12
 
 
-def test_what_narrowed_the_linears_alone_does_not_narrow_the_experts(tmp_path):
+@pytest.mark.parametrize("layers", [0, [0]])
+def test_what_narrowed_the_linears_alone_does_not_narrow_the_experts(tmp_path, layers):
     spec = Spec(attention=True)
-    source = save_fused(
-        tmp_path / "in", spec, spec.factors(("gate_up", "down")), layers_to_transform=[0], exclude_modules=".*experts.*"
-    )
+    narrowing = {"layers_to_transform": layers, "exclude_modules": ".*experts.*"}
+    embedding = {f"{PREFIX}model.embed_tokens.lora_embedding_{letter}": torch.randn(2, 8) for letter in "AB"}
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")), extra=embedding, **narrowing)
     convert_adapter(source, tmp_path / "out", to="per-expert", model=spec.model(), packing="rank_major")
     config = read_config(tmp_path / "out")
     assert (config["layers_to_transform"], config["exclude_modules"]) == (None, None)
     attention = [f"model.layers.{layer}.self_attn.q_proj" for layer in spec.layers]
-    assert set(config["target_modules"]) == {"gate_proj", "up_proj", "down_proj", *attention}
+    embeddings = ["model.embed_tokens"]
+    assert set(config["target_modules"]) == {"gate_proj", "up_proj", "down_proj", *attention, *embeddings}
 
 
 def test_dora_of_single_experts_is_not_lost_in_fused_ones(tmp_path):
     spec = Spec()
     extra = {f"{PREFIX}{QWEN.apart.format(0)}.0.gate_proj.lora_magnitude_vector": torch.ones(6)}
     source = save_per_expert(tmp_path / "in", spec, spec.factors(("gate", "up", "down")), extra=extra, use_dora=True)
-    with pytest.raises(AdapterError, match="neither DoRA nor biases.*--to per-expert"):
+    with pytest.raises(AdapterError, match="belongs to the LoRA of one expert"):
         convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+
+
+def test_dora_of_experts_that_are_renamed_is_not_left_behind(tmp_path):
+    spec = Spec(MIXTRAL)
+    extra = {f"{PREFIX}{MIXTRAL.fused.format(0)}.0.w1.lora_magnitude_vector": torch.ones(6)}
+    moved = Family(**{**vars(MIXTRAL), "apart": MIXTRAL.fused})
+    source = save_per_expert(
+        tmp_path / "in", Spec(moved), spec.factors(("gate", "up", "down")), extra=extra, use_dora=True
+    )
+    with pytest.raises(AdapterError, match="belongs to the LoRA of one expert"):
+        convert_adapter(source, tmp_path / "out", to="per-expert", model=spec.model())
 
 
 @pytest.mark.parametrize("to", ["vllm", "sglang", "llama.cpp", NEW])

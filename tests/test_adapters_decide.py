@@ -10,7 +10,7 @@ from adapter_files import GPT_OSS, NEMOTRON, QWEN, Spec, load, read_config, save
 
 from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.inspector import inspect_adapter
-from peft_moe_compat.adapters.stamp import STAMP_KEY
+from peft_moe_compat.adapters.stamp import STAMP_KEY, ModuleStamp, Stamp
 from peft_moe_compat.errors import AdapterError, AdapterFileError, AmbiguousAdapterError, UnsupportedPeftError
 
 SQUARE = Spec(I=8)
@@ -164,6 +164,22 @@ def test_a_stamp_that_does_not_describe_the_file_is_refused(tmp_path, change):
     edited = save(tmp_path / "edited", load(out), read_config(out), {STAMP_KEY: text})
     with pytest.raises(AdapterFileError, match="stamp|metadata entry"):
         inspect_adapter(edited, model=model)
+
+
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_a_stamp_counts_the_experts_of_one_of_the_parameters(tmp_path, count):
+    """longcat_flash has rows for its zero experts in gate_up_proj alone."""
+    spec, more = Spec(layers=(0,)), Spec(E=6, layers=(0,))
+    factors = {**more.factors(("gate_up",)), **spec.factors(("down",))}
+    path, features = QWEN.fused.format(0), ((8, 12), (6, 8))
+    stamp = Stamp("0.21.2", "5.24.0", "rank_major", {path: ModuleStamp(count, QWEN.parameters, "linear", features)})
+    plain = save_fused(tmp_path / "plain", spec, factors)
+    source = save(tmp_path / "in", load(plain), read_config(plain), stamp.to_metadata())
+    if count == 5:
+        with pytest.raises(AdapterFileError, match="says 5 experts"):
+            inspect_adapter(source)
+    else:
+        assert inspect_adapter(source).orientation.confidence == "certain"
 
 
 def test_a_target_that_depends_on_what_is_not_known_is_refused(tmp_path):

@@ -66,6 +66,8 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
         ("--repeats", "0"),
         ("--rank", "0"),
         ("--device", "tpu"),
+        ("--device", "cuda:x"),
+        ("--device", "meta"),
         ("--shape", "2,4,32,32"),
         ("--shape", "4,2,33,7"),
         ("--model", "/nonexistent"),

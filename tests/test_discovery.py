@@ -195,6 +195,8 @@ def test_a_forward_that_was_hooked_before_the_activation_is_said():
     add_hook_to_module(hooked, ModelHook())
     peft_moe_compat.activate()
     add_hook_to_module(later, ModelHook())
+    peft_moe_compat.deactivate()
+    peft_moe_compat.activate()  # what was hooked in between holds a forward of an earlier activation
     rows = [row for layer in report(model).rows for row in layer.parameters]
     assert [row.path for row in rows if "hooked this wrapper before" in row.reason] == ["peft"]
 

@@ -305,9 +305,14 @@ def test_adapters_without_expert_lora_are_none_of_its_business(tmp_path, monkeyp
 @pytest.mark.parametrize("weights", [[], ["down_proj"], ["gate_up_proj", "down_proj"]])
 def test_biases_of_experts_may_have_lora_too(tmp_path, weights, biases, stock):
     targets = [f"experts.{name}" for name in weights + biases]
+    if len(weights) == 1:  # on the first layer alone
+        targets = ["experts.down_proj", "layers.0.mlp.experts.down_proj_bias"]
     expected, fresh = save(tmp_path, family="gpt_oss", target_parameters=targets)
-    reference = stock(PeftModel.from_pretrained, fresh(), tmp_path)
-    assert_equal(reference, expected)
+    if peft.__version__ == "0.19.0" and len(targets) > 1:
+        with pytest.raises(LayoutError, match="its forward would fail"):
+            PeftModel.from_pretrained(fresh(), tmp_path)
+        return
+    assert_equal(stock(PeftModel.from_pretrained, fresh(), tmp_path), expected)
     assert_equal(PeftModel.from_pretrained(fresh(), tmp_path), expected)
 
 

@@ -65,8 +65,6 @@ class Scope:
     def fits(self, role: str | None, num_experts: int, features: Features) -> bool:
         """Whether a stack of that role can belong to this model."""
         fan_in, fan_out = features
-        if role is None and num_experts == 1:  # a bias, "E d": one matrix to PEFT
-            return fan_out in self.num_experts
         if num_experts not in self.num_experts:
             return False
         if role == "down":

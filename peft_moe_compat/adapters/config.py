@@ -27,6 +27,7 @@ def target_config(
     loras: Sequence[Named],
     others: Sequence[str],
     *,
+    was: str,
     keep_targets: bool,
 ) -> dict[str, Any]:
     """The config that makes a reader see the LoRA as it is.
@@ -37,6 +38,7 @@ def target_config(
         form: Of the experts' LoRA, see `Target.form`.
         loras: The experts' LoRA.
         others: Paths of all other modules with LoRA.
+        was: The form they came in, see `AdapterSource.form`.
         keep_targets: Whether the experts' parameters are called as they were.
     """
     config = _without_marks(dict(source))
@@ -45,6 +47,10 @@ def target_config(
         if target.peft is not None and stamps_its_version(target.peft):
             config["peft_version"] = target.peft
     if not (keep_targets and form == "fused"):
+        if was == "fused" and form != "fused":
+            narrowing = [name for name in _NARROWING if config.get(name) not in (None, [], "")]
+            if narrowing:
+                config |= {**dict.fromkeys(narrowing), "target_modules": None}
         _retarget(config, form, loras, {path: targeted_matrix(source, path) for path in others})
     for patterns, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         wanted = {named: named.rank if default == "r" else number(named.alpha) for named in loras}
@@ -98,9 +104,7 @@ def _retarget(config: dict[str, Any], form: str, loras: Sequence[Named], others:
     kept = sorted({target for target in others.values() if target is not None})
     linears = [path for path, target in others.items() if target is None]
     given = config.get("target_modules")
-    narrowing = [name for name in _NARROWING if form != "fused" and config.get(name)]
-    config.update(dict.fromkeys(narrowing))
-    if isinstance(given, list) and not narrowing:
+    if isinstance(given, list):
         names = [name for name in given if name.rpartition(".")[2] not in LINEAR_NAMES]
         # Linears of dense and shared MLPs go by their full names: their short ones may mean experts.
         names += [path for path in linears if path.rpartition(".")[2] in LINEAR_NAMES]

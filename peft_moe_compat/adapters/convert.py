@@ -16,6 +16,7 @@ from .base_model import BaseModel
 from .config import evened_config, target_config, without_the_rest
 from .decide import Decision, decide
 from .files import usable_path
+from .keys import PREFIX, peft_name
 from .modules import ModuleOutputs, Refit, module_parts, refit
 from .outputs import Item, Output, copied, evened, plain
 from .parts import plain_parts
@@ -138,11 +139,13 @@ def _plan(
     how = refit(source, decision, target, base)
     done = _modules(how, source, decision, base, fill_missing)
     outputs = [output for module in done for output in module.outputs]
-    linears, rest, dropped = _others(source, target, how.form)
+    linears, rest, dropped = _others(how)
     steps = list(dict.fromkeys(step for module in done for step in module.steps))
     loras = [named for output in outputs if (named := output.item().lora) is not None]
-    paths = [output.part.path for output in linears]
-    config = target_config(source.config, target, how.form, loras, paths, keep_targets=how.keeps_names(done))
+    paths = [output.part.path for output in linears] + _modules_with_lora(source, rest)
+    config = target_config(
+        source.config, target, how.form, loras, paths, was=source.form, keep_targets=how.keeps_names(done)
+    )
     if dropped:
         config = without_the_rest(config)
     outputs += linears
@@ -169,8 +172,9 @@ def _modules(
     return [outputs for group in groups for outputs in how.outputs(group)]
 
 
-def _others(source: AdapterSource, target: Target, form: str) -> tuple[list[Output], list[Item], list[str]]:
+def _others(how: Refit) -> tuple[list[Output], list[Item], list[str]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
+    source, target, base = how.source, how.target, how.base
     pairs, rest = plain_parts(source)
     linears = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
     start = source.config.get("init_lora_weights")
@@ -180,20 +184,35 @@ def _others(source: AdapterSource, target: Target, form: str) -> tuple[list[Outp
             "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
             "conversion=...)."
         )
-    if form == "fused" and source.form != "fused":
-        for module in source.keys.modules:
-            stem = f"{source.keys.prefix}{module.path}."
-            if left := next((name for name in rest.values() if name.startswith(stem)), None):
-                raise AdapterError(
-                    f"{left!r} belongs to an expert's LoRA, and PEFT's LoRA on fused experts takes neither DoRA nor "
-                    "biases. Convert it for a reader of experts one by one: --to per-expert."
-                )
+    for name in rest:
+        module = _expert_of(source, name)
+        if module is not None and (how.form == "fused" or (base and base.per_expert_path(module) != module)):
+            raise AdapterError(
+                f"{name!r} belongs to the LoRA of one expert, and {target} has {module!r} in another form or under "
+                "another name: DoRA and biases of experts are not moved, and PEFT takes neither on fused ones."
+            )
     if target.takes_all_peft or not rest:
         return linears, [copied(name, new_name) for new_name, name in rest.items()], []
     if source.config.get("use_dora"):
         raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
     shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
     return linears, [], [f"{len(rest)} tensors that are no LoRA of linears ({shown})"]
+
+
+def _expert_of(source: AdapterSource, name: str) -> str | None:
+    """The module of single experts that a tensor with PEFT's name belongs to."""
+    paths = [module.path for module in source.keys.modules if module.form != "fused"]
+    return next((path for path in paths if name.startswith(f"{PREFIX}{path}.")), None)
+
+
+def _modules_with_lora(source: AdapterSource, rest: Sequence[Item]) -> list[str]:
+    """Paths of modules, linears and experts aside, that have LoRA: embeddings, convolutions."""
+    found = []
+    for name in (peft_name(item.reads[0], source.keys.prefix) for item in rest):
+        path, dot, _ = name.partition(".lora_")
+        if dot and _expert_of(source, name) is None:
+            found.append(path.removeprefix(PREFIX))
+    return list(dict.fromkeys(found))
 
 
 def _write(folder: Path, source: AdapterSource, plan: _Plan, progress: Progress | None) -> None:

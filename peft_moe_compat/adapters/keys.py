@@ -27,6 +27,7 @@ __all__ = [
     "parse_keys",
     "peft_name",
     "role_of",
+    "same_tensor",
     "targeted_matrix",
     "targeted_parameters",
 ]
@@ -156,6 +157,13 @@ def peft_name(name: str, prefix: str) -> str:
     return PREFIX + name
 
 
+def same_tensor(name: str, other: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{name!r} and {other!r} are the same tensor under two names. Does the file hold two adapters? "
+        "Save each one by itself."
+    )
+
+
 def _reaches(target: str, path: str) -> bool:
     """Whether a targeted module's name and a module's path can mean the same: one ends with the other."""
     return path == target or path.endswith(f".{target}") or target.endswith(f".{path}")
@@ -182,10 +190,7 @@ def parse_keys(tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> Ad
         path, slot, factor = place
         pair = halves.setdefault((path, slot), {})
         if factor in pair:
-            raise AdapterFileError(
-                f"{pair[factor]!r} and {name!r} are the same tensor under two names. Does the file hold two adapters? "
-                "Save each one by itself."
-            )
+            raise same_tensor(pair[factor], name)
         pair[factor] = name
     for (path, slot), pair in halves.items():
         if len(pair) == 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import AdapterError, AdapterFileError
 from ..layout import ExpertLora, from_flat
 from .detect import Reading
-from .keys import PREFIX, ExpertsKeys, Pair, linear_role, peft_name, role_of, targeted_matrix
+from .keys import PREFIX, ExpertsKeys, Pair, linear_role, peft_name, role_of, same_tensor, targeted_matrix
 from .ranks import lora_alpha, lora_rank, lora_scaling
 from .source import AdapterSource
 
@@ -152,10 +152,7 @@ def plain_parts(source: AdapterSource) -> tuple[list[Part], dict[str, str]]:
     rest: dict[str, str] = {}
     for name in source.keys.other:
         if (other := rest.setdefault(peft_name(name, source.keys.prefix), name)) != name:
-            raise AdapterFileError(
-                f"{other!r} and {name!r} are the same tensor under two names. Does the file hold two adapters? "
-                "Save each one by itself."
-            )
+            raise same_tensor(other, name)
     found = []
     for name in list(rest):
         stem = name.removesuffix(".lora_A.weight")

@@ -20,8 +20,8 @@ READERS = ("peft", "per-expert", "vllm", "sglang", "llama.cpp")
 VLLM_FUSED = {"gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
 
 
-# Values of `init_lora_weights` that leave the base model as it was, as vLLM lists them; PEFT alone redoes the others.
-KEEP_THE_BASE = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+# Values of `init_lora_weights` that leave the base model as it was: vLLM's list without lora_ga, which does not.
+KEEP_THE_BASE = {"gaussian", "eva", "orthogonal", "mica"}
 
 # Families whose model class refuses LoRA on experts in SGLang.
 SGLANG_WITHOUT_EXPERTS = {"llama4"}

@@ -157,7 +157,7 @@ def stamped(
             )
         ranks = [lora_rank(source.config, f"{module.path}.{name}") for name in said.nesting]
         counts = [shape.rows // rank for shape, rank in zip(shapes[module.path], ranks, strict=True)]
-        if max(counts) != said.num_experts:
+        if said.num_experts not in counts:
             raise AdapterFileError(
                 f"The stamp of peft_moe_compat in this file says {said.num_experts} experts for {module.path!r}, and "
                 f"with the ranks in adapter_config.json it has {max(counts)}. Was one of them edited?"
