@@ -133,7 +133,7 @@ def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
 
 
 def stored_transposed(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is "E in out", for PEFT: nobody's orientation is "E out in", and two axes are a matrix's."""
+    """Whether a parameter is "E in out" as PEFT takes it: what nobody said, and a matrix, count as "E out in"."""
     shape = stored_shape(module, name)
     return bool(is_transposed(module)) and not (shape is not None and len(shape) == 2)
 
