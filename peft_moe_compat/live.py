@@ -207,7 +207,7 @@ def differences(module: ExpertsKeys, wrappers: Wrappers, decision: Decision) -> 
     reading, found = decision.readings[module.path], set()
     for level, name in enumerate(reversed(reading.nesting)):
         depth, wrapper = wrappers[name]
-        if _orientation(wrapper) != reading.orientation:
+        if wrapper.num_experts > 1 and _orientation(wrapper) != reading.orientation:
             found.add(f"it is {reading.orientation} ({'; '.join(decision.orientation.evidence)})")
         if depth != level:
             found.add(f"it is nested {', '.join(reading.nesting)} ({'; '.join(decision.nesting.evidence)})")

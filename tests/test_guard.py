@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_guard_fixtures import attempt, told
 
 import peft_moe_compat
-from peft_moe_compat.errors import AmbiguousAdapterError, LayoutError, PatchConflictError
+from peft_moe_compat.errors import AdapterFileError, AmbiguousAdapterError, LayoutError, PatchConflictError
 from peft_moe_compat.guard import replacements, written_by
 from peft_moe_compat.storage import orientations
 
@@ -309,7 +309,8 @@ def test_biases_of_experts_may_have_lora_too(tmp_path, weights, biases, stock):
         targets = ["experts.down_proj", "layers.0.mlp.experts.down_proj_bias"]
     expected, fresh = save(tmp_path, family="gpt_oss", target_parameters=targets)
     if peft.__version__ == "0.19.0" and len(targets) > 1:
-        with pytest.raises(LayoutError, match="its forward would fail"):
+        # It turns the LoRA of a matrix round too, and its own forward fails on that.
+        with pytest.raises((LayoutError, AdapterFileError), match="its forward would fail|fits no stack"):
             PeftModel.from_pretrained(fresh(), tmp_path)
         return
     assert_equal(stock(PeftModel.from_pretrained, fresh(), tmp_path), expected)

@@ -17,7 +17,15 @@ from .base_model import BaseModel
 from .keys import ExpertsKeys, HasShape, role_of, targeted_parameters
 from .ranks import lora_rank
 
-__all__ = ["Reading", "SlotShape", "nestings", "parameter_order", "possible_readings", "slot_shapes"]
+__all__ = [
+    "Reading",
+    "SlotShape",
+    "nestings",
+    "parameter_order",
+    "possible_readings",
+    "slot_orientations",
+    "slot_shapes",
+]
 
 # The order in which every experts class of transformers registers its parameters, and hence PEFT nests: inner first.
 _ROLE_ORDER = {"gate_up": 0, "up": 1, "down": 2, None: 3}
@@ -47,6 +55,11 @@ class SlotShape:
     def features(self, orientation: str) -> tuple[int, int]:
         """(in, out) under that orientation."""
         return (self.p, self.q) if orientation == "linear" else (self.q, self.p)
+
+
+def slot_orientations(orientation: str, counts: Sequence[int]) -> list[str]:
+    """Of each slot, by its number of experts: a bias among stacks is a matrix, which no release turns but 0.19.0."""
+    return ["linear" if count == 1 < max(counts) else orientation for count in counts]
 
 
 def slot_shapes(module: ExpertsKeys, tensors: Mapping[str, HasShape]) -> tuple[SlotShape, ...]:
@@ -114,7 +127,8 @@ def possible_readings(
             continue
         roles = [role_of(module.path, name) for name in nesting]
         for orientation in ORIENTATIONS:
-            sizes = [shape.features(orientation) for shape in shapes]
+            each = slot_orientations(orientation, counts)
+            sizes = [shape.features(one) for shape, one in zip(shapes, each, strict=True)]
             if model is not None:
                 stacks = zip(nesting, roles, counts, sizes, strict=True)
                 fits = all(model.fits(module.path, *stack) for stack in stacks)

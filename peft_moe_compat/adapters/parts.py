@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
 from ..layout import ExpertLora, from_flat
-from .detect import Reading
+from .detect import Reading, slot_orientations
 from .keys import PREFIX, ExpertsKeys, Pair, linear_role, peft_name, role_of, same_tensor, targeted_matrix
 from .ranks import lora_alpha, lora_rank, lora_scaling
 from .source import AdapterSource
@@ -50,16 +50,20 @@ def fused_parts(
     source: AdapterSource, module: ExpertsKeys, reading: Reading, packing_of: Callable[[str], str]
 ) -> list[Part]:
     """A fused module, slot by slot, innermost first. `packing_of` says it for each parameter."""
+    keys = [f"{module.path}.{name}" for name in reading.nesting]
+    ranks = [lora_rank(source.config, key) for key in keys]
+    rows = [source.tensors.infos[pair.lora_A].shape[0] for pair in module.slots]
+    counts = [count // rank for count, rank in zip(rows, ranks, strict=True)]
+    each = slot_orientations(reading.orientation, counts)
     found = []
-    for name, pair in zip(reading.nesting, module.slots, strict=True):
-        key = f"{module.path}.{name}"
-        rank = lora_rank(source.config, key)
-        rows = source.tensors.infos[pair.lora_A].shape[0]
+    for name, pair, key, rank, count, orientation in zip(
+        reading.nesting, module.slots, keys, ranks, counts, each, strict=True
+    ):
         load = partial(
             _from_pair,
             pair,
-            num_experts=rows // rank,
-            orientation=reading.orientation,
+            num_experts=count,
+            orientation=orientation,
             packing=packing_of(name),
             scaling=lora_scaling(source.config, key, rank),
         )
