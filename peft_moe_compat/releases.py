@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 from .errors import UnsupportedPeftError
 
 __all__ = [
+    "AUTOMODEL_LAYOUTS",
     "FIRST_PEFT_FOR_TRANSFORMERS_5",
     "KNOWN_ISSUES",
     "NEWEST_TESTED",
@@ -79,6 +80,9 @@ RULES: tuple[LayoutRule, ...] = (
 )
 NEWEST_TESTED = Version("0.21.2")
 
+# NeMo Automodel's names for a layout, None where it gives none (0.4 to 0.6), and the PEFT release whose rule it means.
+# Source: nemo_automodel 0.7, components/moe.
+AUTOMODEL_LAYOUTS = {"peft-0.18": "0.18.1", "peft-0.19.1": "0.19.1", None: "0.18.1"}
 
 # The first PEFT release that writes its own version into adapter_config.json.
 _FIRST_PEFT_WITH_STAMP = Version("0.18.0")

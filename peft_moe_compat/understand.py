@@ -44,7 +44,7 @@ def written_by(
     a stamp of this library come before what is said here, and this before the file's own `peft_version`.
 
     Args:
-        release: `"peft==0.18.1"`, or with the transformers release beside it `"peft==0.18.1,transformers==5.23.0"`.
+        release: `"peft==VERSION"`, or with the transformers release beside it `"peft==VERSION,transformers==VERSION"`.
         orientation: `"linear"` or `"reversed"`: whether lora_A's columns run over the in- or the out-features.
         packing: Of lora_B's columns, `"rank_major"` (every PEFT release) or `"grouped"` (Unsloth before 2026-09).
         nesting: Parameters of an experts module, innermost wrapper first: `("up_proj", "down_proj")`.

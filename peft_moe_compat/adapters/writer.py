@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
-from ..releases import parse_releases, release_for
+from ..releases import AUTOMODEL_LAYOUTS, RULES, parse_releases, release_for
 from .base_model import BaseModel
 from .files import show
 from .inspection import Conclusion
@@ -42,10 +42,8 @@ _UNSLOTH_GROUPED = {
     "qwen3_vl_moe",
 }
 
-# NeMo Automodel's own file beside the adapter, its entry for the layout, and the PEFT release whose rule each value
-# names. Without the entry (0.4 to 0.6) it is the older one. Source: nemo_automodel 0.7, components/moe.
+# NeMo Automodel's own file beside the adapter, and its entry for the layout, see `releases.AUTOMODEL_LAYOUTS`.
 AUTOMODEL_FILE, _AUTOMODEL_KEY = "automodel_peft_config.json", "paramwrapper_layout"
-_AUTOMODEL_LAYOUTS = {"peft-0.18": "0.18.1", "peft-0.19.1": "0.19.1", None: "0.18.1"}
 
 # Fields that PEFT 0.17 dumps with every LoraConfig; it was the last that did not add its own version.
 _PEFT_0_17_FIELDS = {"target_parameters", "trainable_token_indices", "use_qalora", "corda_config", "auto_mapping"}
@@ -116,7 +114,7 @@ def _release(config: Mapping[str, Any], written_by: str | None) -> tuple[str | N
         return str(version), None, Conclusion(f"PEFT {version}", "stated", (text,))
     if config.keys() >= _PEFT_0_17_FIELDS:
         text = "adapter_config.json has the fields of PEFT 0.17, and no peft_version, as then"
-        return "0.17.0", None, Conclusion("PEFT 0.17", "likely", (text,))
+        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (text,))
     text = "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes"
     return None, None, Conclusion(None, "none", (text,), "--written-by peft==VERSION")
 
@@ -176,8 +174,8 @@ def _markers(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:
 
 def _automodel(content: Mapping[str, Any]) -> Writer:
     layout = content.get(_AUTOMODEL_KEY)
-    if not isinstance(layout, str | None) or layout not in _AUTOMODEL_LAYOUTS:
-        known = ", ".join(str(name) for name in _AUTOMODEL_LAYOUTS if name)
+    if not isinstance(layout, str | None) or layout not in AUTOMODEL_LAYOUTS:
+        known = ", ".join(str(name) for name in AUTOMODEL_LAYOUTS if name)
         raise AdapterFileError(
             f"{AUTOMODEL_FILE} has {_AUTOMODEL_KEY} {show(layout)}; one of {known} was expected. Is the file damaged, "
             "or its writer newer than this package?"
@@ -187,6 +185,6 @@ def _automodel(content: Mapping[str, Any]) -> Writer:
         if layout is None
         else ("NeMo Automodel >= 0.7", f"{_AUTOMODEL_KEY} is {layout!r} in {AUTOMODEL_FILE}")
     )
-    peft = _AUTOMODEL_LAYOUTS[layout]
+    peft = AUTOMODEL_LAYOUTS[layout]
     packs = f"{name} packs as PEFT {peft} does"
     return Writer(Conclusion(name, "stated", (text,)), peft, None, {None: "rank_major"}, packs)
