@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, AdapterFileError
 from .files import download, is_hub_id, read_json, usable_path
 
 __all__ = ["BaseModel", "Features", "base_model_of", "load_base_model", "load_config"]
@@ -106,6 +106,15 @@ class BaseModel:
         if self.stacks:
             return self.stacks.get((path, parameter)) == (num_experts, *features)
         return any(scope.fits(role, num_experts, features) for scope in self.scopes)
+
+    def require(self, path: str, parameter: str, role: str | None, num_experts: int, features: Features) -> None:
+        """Raises `AdapterFileError` unless LoRA of those sizes `fits`."""
+        if not self.fits(path, parameter, role, num_experts, features):
+            raise AdapterFileError(
+                f"The LoRA on {parameter} of {path!r} is for {num_experts} experts of {features[0]} in- and "
+                f"{features[1]} out-features; {self.described()} has none of these sizes. Is it the adapter's base "
+                "model?"
+            )
 
     def described(self) -> str:
         """Its name and what it has, for messages."""

@@ -23,6 +23,7 @@ __all__ = [
     "nestings",
     "parameter_order",
     "possible_readings",
+    "slot_counts",
     "slot_orientations",
     "slot_shapes",
 ]
@@ -122,7 +123,7 @@ def possible_readings(
     """
     found = []
     for nesting in candidates:
-        counts = _expert_counts(module.path, nesting, shapes, config)
+        counts = slot_counts(module.path, nesting, shapes, config)
         if counts is None or (model is None and len(set(counts)) > 1):
             continue
         roles = [role_of(module.path, name) for name in nesting]
@@ -139,7 +140,7 @@ def possible_readings(
     return tuple(found)
 
 
-def _expert_counts(
+def slot_counts(
     path: str, nesting: Sequence[str], shapes: Sequence[SlotShape], config: Mapping[str, Any]
 ) -> list[int] | None:
     """E of every slot, None where a slot's rows are no multiple of its rank."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError
+from ..errors import AdapterError, AmbiguousAdapterError
 from ..layout import ExpertLora
 from ..releases import NEWEST_TESTED
 from ..storage import expert_parameter, has_separate_experts, orientations, orientations_after
@@ -37,23 +37,13 @@ def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | No
         else:
             parts = per_expert_parts(source, module, num_experts=total, fill_missing=fill_missing)
         if base is not None:
-            _check_sizes(source, parts, base)
+            for part in parts:  # what is fused was checked by `decide`
+                lora = part.load(source.meta(part.reads))
+                base.require(part.path, part.name, part.role, lora.num_experts, (lora.in_features, lora.out_features))
             if module.form == "per_expert" and base.interleaved:
                 parts = [alternating(part) for part in parts]
         found += parts
     return found
-
-
-def _check_sizes(source: AdapterSource, parts: Iterable[Part], base: BaseModel) -> None:
-    """Raises `AdapterFileError` where a part is of no stack of the model; fused ones were checked by `decide`."""
-    for part in parts:
-        lora = part.load(source.meta(part.reads))
-        if not base.fits(part.path, part.name, part.role, lora.num_experts, (lora.in_features, lora.out_features)):
-            raise AdapterFileError(
-                f"The LoRA on {part.name} of {part.path!r} is for {lora.num_experts} experts of {lora.in_features} in- "
-                f"and {lora.out_features} out-features; {base.described()} has none of these sizes. Is it the "
-                "adapter's base model?"
-            )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import AdapterError, AdapterFileError
 from ..layout import ORIENTATIONS
 from .base_model import BaseModel
-from .detect import Reading, SlotShape, nestings, parameter_order, possible_readings
+from .detect import Reading, SlotShape, nestings, parameter_order, possible_readings, slot_counts
 from .keys import ExpertsKeys, role_of
 from .ranks import lora_rank
 from .source import AdapterSource
@@ -155,20 +155,15 @@ def stamped(
                 f"The stamp of peft_moe_compat in this file does not describe the LoRA of {module.path!r}: it says "
                 f"{said.features if said else 'nothing'} (in, out), the tensors {sizes}. Was the file edited?"
             )
-        ranks = [lora_rank(source.config, f"{module.path}.{name}") for name in said.nesting]
-        counts = [shape.rows // rank for shape, rank in zip(shapes[module.path], ranks, strict=True)]
-        if said.num_experts not in counts:
+        counts = slot_counts(module.path, said.nesting, shapes[module.path], source.config)
+        if counts is None or said.num_experts not in counts:
             raise AdapterFileError(
                 f"The stamp of peft_moe_compat in this file says {said.num_experts} experts for {module.path!r}, and "
-                f"with the ranks in adapter_config.json it has {max(counts)}. Was one of them edited?"
+                f"with the ranks in adapter_config.json it has {counts or 'no whole number'}. Was one of them edited?"
             )
         for name, count, features in zip(said.nesting, counts, said.features, strict=True):
-            role = role_of(module.path, name)
-            if model is not None and not model.fits(module.path, name, role, count, features):
-                raise AdapterFileError(
-                    f"The LoRA on {module.path}.{name} ({count} experts, (in, out) {features}) fits no stack of "
-                    f"{model.described()}. Is it the adapter's base model?"
-                )
+            if model is not None:
+                model.require(module.path, name, role_of(module.path, name), count, features)
         in_order = said.nesting == parameter_order(module.path, said.nesting)
         readings[module.path] = (Reading(said.orientation, said.nesting, in_order),)
     return Votes(readings, "the stamp of peft_moe_compat")
@@ -182,8 +177,7 @@ def expert_counts(
     for path, readings in votes.readings.items():
         options = set()
         for reading in readings:
-            ranks = [lora_rank(source.config, f"{path}.{name}") for name in reading.nesting]
-            options.add(tuple(shape.rows // rank for shape, rank in zip(shapes[path], ranks, strict=True)))
+            options.add(tuple(slot_counts(path, reading.nesting, shapes[path], source.config) or ()))
         if len(options) == 1:
             found[path] = options.pop()
     return found
