@@ -14,7 +14,7 @@ from .launch import kernel
 
 __all__ = ["Route", "Tiles", "route"]
 
-_STEP = 128  # rows one program of the sort compares with each other
+_STEP = 64  # rows one program of the sort compares with each other
 
 
 class Tiles(NamedTuple):
