@@ -77,7 +77,7 @@ def _chosen(what: str, asked: Any, there: set[Any]) -> Collection[Any]:
     """What was asked for, all by default; one value may come without a list around it."""
     if asked is None:
         return there
-    chosen = {asked} if isinstance(asked, str | int) else set(asked)
+    chosen = {asked} if isinstance(asked, str) or not isinstance(asked, Iterable) else set(asked)
     if chosen - there or not chosen:
         raise NoExpertParametersError(
             f"{what}={sorted(chosen, key=str)} was asked for, but the experts have {what}={sorted(there, key=str)}."

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -71,7 +72,8 @@ def test_projections_and_layers_can_be_picked():
     assert expert_parameters(model, projections=["down_proj"]) == ["experts.down_proj"]
     last = expert_parameters(model, layers=[1])
     assert last == ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
-    assert expert_parameters(model, projections="down_proj", layers=1) == ["layers.1.mlp.experts.down_proj"]
+    for layer in (1, np.int64(1)):
+        assert expert_parameters(model, projections="down_proj", layers=layer) == ["layers.1.mlp.experts.down_proj"]
     with pytest.raises(NoExpertParametersError, match=r"projections=\['down', 'down_proj'\].*have projections="):
         expert_parameters(model, projections=["down_proj", "down"])
     with pytest.raises(NoExpertParametersError, match=r"layers=\[1, 7\].*have layers=\[0, 1\]"):
