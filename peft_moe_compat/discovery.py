@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from . import families, quantised
+from . import families, parallel, quantised
 from .errors import CompatWarning, NoExpertParametersError
 from .fused import backend_of
 from .patch import inactive_reason
@@ -260,7 +260,8 @@ def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> Parame
         return ParameterRow(name, shape, True, "base", "none of its adapters is active", adapters, format=stored)
     reason = inactive_reason() or native_reason(wrapper) or ""
     if reason:
-        reason = "; ".join(filter(None, (reason, quantised.peft_caveat(stored))))
+        refused = "refused, since its experts are spread over ranks" if parallel.exchanges_tokens(experts) else ""
+        reason = "; ".join(filter(None, (reason, refused, quantised.peft_caveat(stored))))
         return ParameterRow(name, shape, True, "peft", reason, adapters, format=stored)
     backend, reason = backend_of(experts)
     return ParameterRow(name, shape, True, "grouped_mm", reason, adapters, backend, stored)

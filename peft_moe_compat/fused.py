@@ -65,9 +65,18 @@ def fused_reason(module: Any, device: torch.device) -> str | None:
     return None
 
 
+def _device_of(module: Any) -> torch.device:
+    """Where a module's forward runs: where its parameters are, or where accelerate takes those it has offloaded."""
+    held = next((parameter.device for parameter in module.parameters()), torch.device("meta"))
+    taken_to = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if held.type != "meta" or taken_to is None:
+        return held
+    return torch.device("cuda", taken_to) if isinstance(taken_to, int) else torch.device(taken_to)
+
+
 def backend_of(module: Any) -> tuple[str, str]:
-    """(backend, why it is not a faster one) of a module's forward, where its parameters are now."""
-    device = next(module.parameters()).device
+    """(backend, why it is not a faster one) of a module's forward."""
+    device = _device_of(module)
     reason = fused_reason(module, device)
     if reason is None:
         return "triton", ""

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import parallel
 from .adapters.keys import PREFIX
 from .adapters.source import AdapterSource
 from .arrived import check_fused, check_per_expert
 from .errors import AdapterError
-from .live import UnderstoodFile, convert, differences, facts_of, live_wrappers, stamp_of
+from .live import UnderstoodFile, bare, convert, differences, facts_of, live_path, live_wrappers, stamp_of
 from .understand import understand, written_by
 from .wrappers import is_param_wrapper
 
@@ -66,10 +67,11 @@ def replacements() -> list[Replacement]:
         Replacement(PeftModel, "load_adapter", "peft.", _load_adapter),
         Replacement(PeftAdapterMixin, "load_adapter", "transformers.", _load_adapter),
         Replacement(hotswap, "hotswap_adapter", "peft.", _load_adapter),
+        Replacement(hotswap, "hotswap_adapter_from_state_dict", "peft.", _hotswap_adapter_from_state_dict),
         # Where each of these takes the tensors from: PEFT, transformers before 5.0, hot-swapping, transformers 5.
         Replacement(peft_model, "load_peft_weights", "peft.", _load_peft_weights),
         Replacement(peft, "load_peft_weights", "peft.", _load_peft_weights),
-        Replacement(hotswap, "load_peft_weights", "peft.", _load_peft_weights),
+        Replacement(hotswap, "load_peft_weights", "peft.", _load_weights_to_swap),
         Replacement(PreTrainedModel, "_load_pretrained_model", "transformers.", _load_pretrained_model),
         Replacement(PeftModel, "save_pretrained", "peft.", _save_pretrained),
         Replacement(PreTrainedModel, "save_pretrained", "transformers.", _save_pretrained),
@@ -183,6 +185,54 @@ def _load_peft_weights(stock: Any) -> Any:
     return load_peft_weights
 
 
+def _load_weights_to_swap(stock: Any) -> Any:
+    """For `hotswap_adapter`, which somebody may have imported by its name before it was replaced."""
+    from peft import PeftConfig
+
+    ours = _load_peft_weights(stock)
+
+    @wraps(stock)
+    def load_peft_weights(model_id: Any, device: Any = None, **kwargs: Any) -> Any:
+        if _loading.get() is None and PeftConfig.from_pretrained(model_id, **kwargs).to_dict().get("target_parameters"):
+            raise AdapterError(
+                f"{model_id} has LoRA on parameters, and the hotswap_adapter that loads it was imported before "
+                "peft_moe_compat was active, so that nobody asks what the file holds. Call "
+                "peft.utils.hotswap.hotswap_adapter, or import the function after peft_moe_compat."
+            )
+        return ours(model_id, device, **kwargs)
+
+    return load_peft_weights
+
+
+def _hotswap_adapter_from_state_dict(stock: Any) -> Any:
+    """PEFT copies lower ranks over the first rows, which are those of other experts; and keeps the rank of before."""
+    signature = inspect.signature(stock)
+
+    @wraps(stock)
+    def hotswap_adapter_from_state_dict(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        name, tensors = given.arguments["adapter_name"], dict(given.arguments["state_dict"])
+        wrappers = {
+            path.removeprefix("_orig_mod."): module
+            for path, module in given.arguments["model"].named_modules()
+            if is_param_wrapper(module) and name in module.lora_A
+        }
+        for path, wrapper in wrappers.items():
+            A, B = (f"{path}.{factor}.{name}.weight" for factor in ("lora_A", "lora_B"))
+            E = wrapper.num_experts
+            if A in tensors and B in tensors and (missing := wrapper.r[name] - tensors[A].shape[0] // E) > 0:
+                by_expert = tensors[A].unflatten(0, (E, -1))  # "(E r) p -> E r p"
+                tensors[A] = pad(by_expert, (0, 0, 0, missing)).flatten(0, 1)
+                tensors[B] = pad(tensors[B], (0, missing * E))  # "q (r E)"
+        given.arguments["state_dict"] = tensors
+        result = stock(*given.args, **given.kwargs)
+        for wrapper in wrappers.values():
+            wrapper.r[name] = wrapper.lora_A[name].weight.shape[0] // wrapper.num_experts
+        return result
+
+    return hotswap_adapter_from_state_dict
+
+
 def _renamed(name: str, key_mapping: Mapping[str, str] | None) -> str:
     """What `load_peft_weights` calls a tensor of the file under that `key_mapping`."""
     prefix = next((p for p in (PREFIX, "base_model.") if name.startswith(p)), "")
@@ -271,11 +321,11 @@ def _safe_save_file(stock: Any) -> Any:
     def safe_save_file(tensors: Any, filename: Any, metadata: Any = None) -> Any:
         model = _saving.get()
         if model is not None and Path(filename).name.startswith("adapter_model"):
-            if not tensors and any(map(is_param_wrapper, model.modules())):
+            if lost := _lost(model, tensors, Path(filename)):
                 raise AdapterError(
-                    f"PEFT found none of the model's LoRA to save in {filename}, by the names it expects: torch's "
-                    "checkpoint_wrapper (accelerate's FSDP activation_checkpointing too) gives modules other names. "
-                    "Use model.gradient_checkpointing_enable() instead, which does not."
+                    f"PEFT found no LoRA of {len(lost)} expert parameters to save in {filename}, by the names it "
+                    f"expects, {lost[0]} first: torch's checkpoint_wrapper (accelerate's FSDP activation_checkpointing "
+                    "too) gives modules other names. Use model.gradient_checkpointing_enable() instead, which does not."
                 )
             parallel.refuse_partitioned(tensors)
             stamp = stamp_of(model, tensors)
@@ -284,3 +334,19 @@ def _safe_save_file(stock: Any) -> Any:
         return stock(tensors, filename, metadata=metadata)
 
     return safe_save_file
+
+
+def _lost(model: Any, tensors: Mapping[str, Tensor], file: Path) -> list[str]:
+    """The wrapped expert parameters whose LoRA should be in a file of the model's, and is not."""
+    adapters = model.peft_config
+    if hasattr(model, "get_base_model"):  # PEFT gives each adapter a folder of its name, but for "default"
+        name = file.parent.name if file.parent.name in adapters else "default"
+    else:
+        name = model.active_adapters()[0]
+    part, lost = "_checkpoint_wrapped_module.", []
+    for path, wrapper in bare(model).named_modules():
+        if is_param_wrapper(wrapper) and name in wrapper.lora_A and (part in path or not tensors):
+            names = {f"{PREFIX}{p}.lora_A.weight" for p in (path, path.replace(part, ""))}
+            if not names & tensors.keys():
+                lost.append(live_path(path) + "." + wrapper.parameter_name)
+    return lost

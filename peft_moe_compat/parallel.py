@@ -127,7 +127,7 @@ def refuse_native(experts: Any, reason: str) -> None:
     if exchanges_tokens(experts):
         raise ParallelismError(
             f"LoRA on experts that are spread over ranks runs through peft_moe_compat alone, which can't run here: "
-            f"{reason}. Load the model with experts_implementation='grouped_mm'."
+            f"{reason}."
         )
 
 
@@ -177,7 +177,8 @@ def shard_lora(wrapper: Any, adapter_name: str) -> None:
             continue
         # Each rank keeps its part of its own tensor: nothing is sent.
         sharded = distribute_tensor(weight.detach(), mesh, [placement], src_data_rank=None)
-        linear.weight = nn.Parameter(sharded, requires_grad=weight.requires_grad)
+        # By its key: under low_cpu_mem_usage PEFT has replaced how a parameter is registered.
+        linear._parameters["weight"] = nn.Parameter(sharded, requires_grad=weight.requires_grad)
 
 
 def update_layer(stock: Callable[..., None]) -> Callable[..., None]:

@@ -40,8 +40,11 @@ TAKES_LORA = "_peft_moe_compat_takes_lora"
 
 
 def is_param_wrapper(module: Any) -> bool:
-    """Whether a module is a PEFT `ParamWrapper`, by what it has, so that PEFT need not be imported."""
-    return isinstance(module, nn.Module) and hasattr(module, "parameter_name") and hasattr(module, "lora_A")
+    """Whether a module is a PEFT `ParamWrapper`, by what it has, so that PEFT need not be imported.
+
+    What it has itself: torch.compile(module) and checkpoint_wrapper(module) pass on what is asked of them.
+    """
+    return isinstance(module, nn.Module) and "parameter_name" in vars(module) and "lora_A" in module._modules
 
 
 def wrapper_chain(module: nn.Module) -> Iterator[Any]:

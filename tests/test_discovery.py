@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 import zoo
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from peft import LoraConfig
 from torch import nn
 
 import peft_moe_compat
-from peft_moe_compat import CompatWarning, NoExpertParametersError, expert_parameters, report
+from peft_moe_compat import CompatWarning, LayoutError, NoExpertParametersError, expert_parameters, report
 from peft_moe_compat.families import projections, routed_experts
 
 
@@ -201,6 +201,26 @@ def test_a_forward_that_was_hooked_before_the_activation_is_said():
     peft_moe_compat.activate()  # what was hooked in between holds a forward of an earlier activation
     rows = [row for layer in report(model).rows for row in layer.parameters]
     assert [row.path for row in rows if "hooked this wrapper before" in row.reason] == ["peft"]
+
+
+def test_the_backend_of_offloaded_experts_is_that_of_the_device_they_run_on():
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    before = report(model).rows
+    for experts in {wrapper.get_base_layer() for wrapper in zoo.wrappers(model)}:
+        add_hook_to_module(experts, AlignDevicesHook("cpu", offload=True))
+        assert {parameter.device.type for parameter in experts.parameters()} == {"meta"}
+    assert report(model).rows == before
+
+
+def test_experts_behind_a_module_that_passes_attributes_on():
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    before, outermost = report(model).rows, zoo.wrappers(model)[0]
+    path = next(name for name, module in model.named_modules() if module is outermost)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, torch.compile(outermost, backend="eager"))
+    assert [row.parameters for row in report(model).rows] == [row.parameters for row in before]
+    with pytest.raises(LayoutError, match="but got a OptimizedModule"):
+        peft_moe_compat.expert_loras(model.get_submodule(path))
 
 
 def test_disabled_and_merged_are_said():

@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_guard_fixtures import attempt, told
 
 import peft_moe_compat
-from peft_moe_compat.errors import AdapterFileError, AmbiguousAdapterError, LayoutError, PatchConflictError
+from peft_moe_compat.errors import (
+    AdapterError,
+    AdapterFileError,
+    AmbiguousAdapterError,
+    LayoutError,
+    PatchConflictError,
+)
 from peft_moe_compat.guard import replacements, written_by
 from peft_moe_compat.storage import orientations
 
@@ -219,6 +225,48 @@ def test_a_hot_swapped_adapter_is_read_as_what_it_is(tmp_path):
     rewrite(tmp_path, flipped)
     hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
     assert_equal(model, expected)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_an_adapter_of_another_rank_is_swapped_in(tmp_path, rank):
+    """PEFT keeps the rank of before, and copies a lower one over the rows of other experts (0.21)."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    expected, fresh = save(tmp_path, r=rank)
+    model = zoo.peft_model(fresh())
+    rewrite(tmp_path, flipped)
+    hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+    ids = zoo.token_ids()
+    zoo.assert_same({"": model(input_ids=ids).logits}, {"": expected(input_ids=ids).logits}, 1e-5)
+
+
+def test_hot_swapping_by_a_name_imported_before_is_refused(tmp_path):
+    model, fresh = save(tmp_path / "experts")
+    zoo.peft_model(fresh(), target_modules=["q_proj"], target_parameters=None).save_pretrained(tmp_path / "attention")
+    peft_moe_compat.deactivate()
+    from peft.utils.hotswap import hotswap_adapter
+
+    peft_moe_compat.activate()
+    with pytest.raises(AdapterError, match=r"Call peft\.utils\.hotswap\.hotswap_adapter"):
+        hotswap_adapter(model, str(tmp_path / "experts"), adapter_name="default", torch_device="cpu")
+    attention = zoo.peft_model(fresh(), target_modules=["q_proj"], target_parameters=None)
+    hotswap_adapter(attention, str(tmp_path / "attention"), adapter_name="default", torch_device="cpu")
+
+
+@pytest.mark.parametrize("above", ["itself", "block", "layer"])
+def test_lora_that_peft_does_not_find_while_saving_is_missed(tmp_path, above):
+    """torch's checkpoint_wrapper on a part of the model: PEFT then looks tensors up by names they do not have."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, _ = save(tmp_path / "whole")
+    found = zoo.wrappers(model)[0]
+    path = next(name for name, module in model.named_modules() if module is found)
+    path = ".".join(path.split(".")[: {"itself": None, "block": -1, "layer": -2}[above]])
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, checkpoint_wrapper(model.get_submodule(path)))
+    with pytest.raises(AdapterError, match=r"found no LoRA of [12] expert parameters.*checkpoint_wrapper"):
+        model.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part" / "adapter_model.safetensors").exists()
 
 
 def test_tensors_that_upstream_loses_on_the_way_are_missed(tmp_path, monkeypatch):

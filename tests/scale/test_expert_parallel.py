@@ -96,6 +96,7 @@ def _refusals(folder: str):
     eager = make(tp_size=2, ep_size=2)
     eager.get_base_model().set_experts_implementation("eager")
     attempt("eager", lambda: forward(eager))
+    found["eager, reported"] = "", peft_moe_compat.report(eager).rows[0].parameters[0].reason
     attempt("no dense plan", lambda: _load(f"{folder}/base", tp_size=2, ep_size=2, tp_plan={}))
     mixed = get_peft_model(_load(f"{folder}/base", tp_size=2, ep_size=2), LoraConfig(r=R, target_modules=["q_proj"]))
     mixed(input_ids=IDS, labels=IDS).loss.backward()
@@ -136,6 +137,8 @@ def _on_two_ranks(folder: str):
     found["unloaded"] = _logits(model.merge_and_unload())
     other = PeftModel.from_pretrained(_load(f"{folder}/base", tp_size=2, ep_size=2), f"{folder}/older")
     found["older"] = _logits(other)
+    base = _load(f"{folder}/base", tp_size=2, ep_size=2)
+    found["low memory"] = _logits(PeftModel.from_pretrained(base, f"{folder}/adapter", low_cpu_mem_usage=True))
     found["generated"] = other.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     if base.config.model_type == "qwen3_moe":
         found["refusals"] = _refusals(folder)
@@ -232,6 +235,7 @@ def test_loads_a_file_of_another_layout(cell):
     _, stock, ranks = cell
     for rank in ranks:
         _close({"older": rank["older"]}, {"older": stock["inference"]})
+        _close({"low memory": rank["low memory"]}, {"low memory": stock["inference"]})
         assert torch.equal(rank["generated"], stock["generated"])
 
 
@@ -281,6 +285,7 @@ def test_refused_by_name(cell):
             kind, message = found[name]
             assert kind == "ParallelismError"
             assert words in message
+        assert found["eager, reported"][1].endswith("refused, since its experts are spread over ranks")
         # Of upstream, without this library: these fail as soon as they are mended there.
         assert "has no `tp_plan`" in found["no dense plan"][1]
         assert "mixed torch.Tensor and DTensor" in found["clipping of attention LoRA"][1]
