@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import parallel
-from .adapters.keys import PREFIX
+from .adapters.keys import COMPILED, PREFIX
 from .adapters.source import AdapterSource
 from .arrived import check_fused, check_per_expert
 from .errors import AdapterError
@@ -180,7 +180,11 @@ def _load_peft_weights(stock: Any) -> Any:
                 "key_mapping give two tensors one name?"
             )
         held = _as_held(load, load.file, lambda: {name: weights[renamed] for name, renamed in names.items()})
-        return weights if held is None else {_renamed(name, key_mapping): tensor for name, tensor in held.items()}
+        if held is not None:
+            weights = {_renamed(name, key_mapping): tensor for name, tensor in held.items()}
+        if any(COMPILED in f"{name}." for name, _ in load.model.named_modules()):
+            return weights
+        return {name.replace(COMPILED, ""): tensor for name, tensor in weights.items()}
 
     return load_peft_weights
 
@@ -213,7 +217,7 @@ def _hotswap_adapter_from_state_dict(stock: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         name, tensors = given.arguments["adapter_name"], dict(given.arguments["state_dict"])
         wrappers = {
-            path.removeprefix("_orig_mod."): module
+            path.removeprefix(COMPILED): module
             for path, module in given.arguments["model"].named_modules()
             if is_param_wrapper(module) and name in module.lora_A
         }

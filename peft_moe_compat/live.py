@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import families, layout
 from .adapters.base_model import BaseModel, load_base_model
 from .adapters.decide import Decision
-from .adapters.keys import PREFIX, ExpertsKeys
+from .adapters.keys import PREFIX, ExpertsKeys, in_model
 from .adapters.parts import fused_parts
 from .adapters.source import AdapterSource
 from .adapters.stamp import ModuleStamp, Stamp
@@ -239,7 +239,7 @@ def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
     import peft
     import transformers
 
-    shapes = {name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {in_model(name, PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
     modules = {}
     for path, chain in chains(model).items():
         names = [f"{path}{'.base_layer' * depth}.lora_" for depth in range(len(chain))]

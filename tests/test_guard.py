@@ -253,6 +253,36 @@ def test_hot_swapping_by_a_name_imported_before_is_refused(tmp_path):
     hotswap_adapter(attention, str(tmp_path / "attention"), adapter_name="default", torch_device="cpu")
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["into plain modules", "into compiled ones"])
+@pytest.mark.parametrize("change", [None, flipped], ids=["as it is", "flipped"])
+def test_a_file_saved_from_compiled_modules_loads(tmp_path, change, compiled):
+    """torch.compile(module), unlike module.compile(), gives the tensors below it names of its own."""
+
+    def compile_blocks(model):
+        outermost = [name for name, module in model.named_modules() if module in zoo.wrappers(model)]
+        for path in [name for name in outermost if not name.endswith("base_layer")]:
+            block, _, experts = path.rpartition(".")
+            setattr(model.get_submodule(block), experts, torch.compile(model.get_submodule(path), backend="eager"))
+
+    folder = tmp_path / "adapter"
+    expected, fresh = save(folder)
+    compile_blocks(expected)
+    expected.save_pretrained(folder)
+    assert all("_orig_mod" in name for name in load_file(folder / "adapter_model.safetensors"))
+    if change is not None:
+        rewrite(folder, change)
+    if not compiled:
+        model = PeftModel.from_pretrained(fresh(), folder)
+    else:
+        model = zoo.peft_model(fresh())
+        compile_blocks(model)
+        model.load_adapter(folder, "default")
+    assert_equal(model, expected)
+    if change is None:  # the stamp says how it is laid out
+        peft_moe_compat.convert_adapter(folder, tmp_path / "out", to=f"peft=={peft.__version__}")
+        assert not [name for name in load_file(tmp_path / "out" / "adapter_model.safetensors") if "_orig_mod" in name]
+
+
 @pytest.mark.parametrize("above", ["itself", "block", "layer"])
 def test_lora_that_peft_does_not_find_while_saving_is_missed(tmp_path, above):
     """torch's checkpoint_wrapper on a part of the model: PEFT then looks tensors up by names they do not have."""

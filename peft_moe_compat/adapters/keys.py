@@ -18,12 +18,14 @@ from ..errors import AdapterFileError
 from .ranks import lora_rank
 
 __all__ = [
+    "COMPILED",
     "LINEAR_NAMES",
     "PREFIX",
     "ROLES",
     "AdapterKeys",
     "ExpertsKeys",
     "Pair",
+    "in_model",
     "parse_keys",
     "peft_name",
     "role_of",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 PREFIX = "base_model.model."
+COMPILED = "_orig_mod."
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.weight)?$")
 _EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)$")
 # Names of an expert's linears -> role. w1, w3, w2 are Mixtral's, kept by PhiMoE, Jamba's relatives and MiniMax.
@@ -150,11 +153,16 @@ def peft_name(name: str, prefix: str) -> str:
         name: In the file.
         prefix: See `AdapterKeys`.
     """
-    name = name.removeprefix(prefix)
+    name = in_model(name, prefix)
     match = _LORA.match(name)
     if match is not None and match["adapter"] != "bias":
         name = f"{match['module']}.lora_{match['factor']}.weight"
     return PREFIX + name
+
+
+def in_model(name: str, prefix: str) -> str:
+    """A tensor's name as the model has it, before torch.compile(module) put a name of its own into it."""
+    return name.removeprefix(prefix).replace(COMPILED, "")
 
 
 def same_tensor(name: str, other: str) -> AdapterFileError:
@@ -183,7 +191,7 @@ def parse_keys(tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> Ad
     halves: dict[tuple[str, str], dict[str, str]] = {}
     other: list[str] = []
     for name, tensor in tensors.items():
-        place = _place(name.removeprefix(prefix), len(tensor.shape), config)
+        place = _place(in_model(name, prefix), len(tensor.shape), config)
         if place is None:
             other.append(name)
             continue
