@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from . import backends, patch, releases
 from .errors import PeftMoeCompatError
+from .folders import check_writable, writing
+from .fused import backend_of
 from .grouped_mm import alignment
+from .wrappers import experts_of
 
 __all__ = ["Row", "Settings", "Shape", "run", "shape_of_config", "token_counts"]
 
@@ -27,7 +30,7 @@ _METHODS = ("frozen base", "stock PEFT", "peft_moe_compat")
 _SIZES = {
     "E": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k"),
-    "H": ("hidden_size",),
+    "H": ("moe_latent_size", "moe_hidden_size", "hidden_size"),
     "I": ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size"),
 }
 
@@ -54,7 +57,7 @@ class Shape:
 def token_counts(text: str) -> tuple[int, ...]:
     """Of "512,2048"."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise PeftMoeCompatError(f"--tokens is {text!r}; integers with commas between them were expected.") from None
 
@@ -106,7 +109,10 @@ def shape_of_config(path: str) -> Shape:
         raise PeftMoeCompatError(f"--model {path} cannot be read: {error}") from error
     found = {}
     for letter, names in _SIZES.items():
-        value = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
+        values = [getattr(config, name, None) for name in names]
+        # A list has a size for each kind of experts, those of text first.
+        sizes = [value[0] if isinstance(value, list | tuple) and value else value for value in values]
+        value = next((size for size in sizes if isinstance(size, int)), None)
         if value is None:
             raise PeftMoeCompatError(f"The config {path!r} has none of {names}: pass --shape E,k,H,I instead.")
         found[letter] = value
@@ -143,6 +149,11 @@ class _Layer:
             parameter.requires_grad_("lora_" in name)
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.01)
+
+    def backends(self) -> list[str]:
+        """What this package computes its products in, once it has LoRA."""
+        experts = experts_of(self.block["experts"])
+        return list(dict.fromkeys(backend_of(experts, name)[0] for name in ("gate_up_proj", "down_proj")))
 
     def steps(self, tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
         """(forward and backward, forward) over fresh inputs."""
@@ -217,8 +228,8 @@ def _active(wanted: bool) -> Iterator[None]:
             patch.deactivate()
 
 
-def _measure(settings: Settings) -> Iterator[Row]:
-    layer = _Layer(settings)
+def _measure(layer: _Layer) -> Iterator[Row]:
+    settings = layer.settings
     for method in _METHODS:
         if method == "stock PEFT":
             layer.add_lora()
@@ -233,7 +244,7 @@ def run(settings: Settings, out: Path, console: Console) -> list[Row]:
     """Measures, prints a table, and writes bench.json and, with matplotlib, bench.png into `out`.
 
     Raises:
-        PeftMoeCompatError: The device is not there, the backend has another name, or `out` cannot be made.
+        PeftMoeCompatError: The device is not there, the backend has another name, or `out` cannot be written.
     """
     try:
         device = torch.device(settings.device)
@@ -243,14 +254,12 @@ def run(settings: Settings, out: Path, console: Console) -> list[Row]:
         raise PeftMoeCompatError(f"--device is {settings.device!r}; cpu, cuda or cuda:N was expected.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PeftMoeCompatError("--device is cuda, but torch sees no CUDA device. Pass --device cpu.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PeftMoeCompatError(f"--out {out} cannot be made: {error}") from error
+    check_writable(out)
     torch.manual_seed(0)
     with backends.set_backend(settings.backend):
-        rows = list(_measure(settings))
-        backend = backends.fastest(device)
+        layer = _Layer(settings)
+        rows = list(_measure(layer))
+        backend = " and ".join(layer.backends())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     versions = releases.installed_versions("torch", "peft", "transformers")
     title = f"{settings.shape}, r={settings.rank}, {settings.dtype}, {where}, backend {backend}"
@@ -261,8 +270,10 @@ def run(settings: Settings, out: Path, console: Console) -> list[Row]:
         table.add_row(str(row.tokens), row.method, f"{row.both_ms:.2f}", f"{row.forward_ms:.2f}", f"{row.peak_mib:.0f}")
     console.print(table)
     found = {"device": where, "versions": versions, "settings": asdict(settings), "rows": [asdict(row) for row in rows]}
-    (out / "bench.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
-    console.print(f"written: {out / 'bench.json'}{_plot(rows, title, out / 'bench.png')}", markup=False)
+    with writing(out):
+        (out / "bench.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+        plot = _plot(rows, title, out / "bench.png")
+    console.print(f"written: {out / 'bench.json'}{plot}", markup=False)
     return rows
 
 

@@ -215,7 +215,7 @@ def demo(
             layers=layers,
             rank=rank,
             tokens=tokens,
-            models=tuple(name.strip() for name in models.split(",")),
+            models=tuple(dict.fromkeys(name.strip() for name in models.split(","))),
             tolerance=tolerance,
         )
         problems = demo_run.run(settings, out, Console())

@@ -129,7 +129,10 @@ def verify(
     orientation: _Orientation = None,
     packing: _Packing = None,
     nesting: _Nesting = None,
-    tolerance: Annotated[float, typer.Option(help="Largest relative difference that counts as the same.")] = 1e-6,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest relative difference that counts as the same; 1e-6, with --merged 1e-5."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Compares two adapters by the updates they make to each expert, or an adapter with itself merged.
@@ -146,23 +149,26 @@ def verify(
         }
         found = _verified(adapter, other, merged, said, tolerance)
         if as_json:
-            typer.echo(json.dumps(found.to_dict(), indent=2))
+            typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
         else:
             _show_verification(found, Console())
         raise typer.Exit(0 if found.same else 1)
 
 
-def _verified(adapter: str, other: str | None, merged: bool, said: Mapping[str, Any], tolerance: float) -> Verification:
+def _verified(
+    adapter: str, other: str | None, merged: bool, said: Mapping[str, Any], tolerance: float | None
+) -> Verification:
     if merged == (other is not None):
         raise typer.BadParameter("give either a second adapter or --merged")
+    allowed: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
     with _progress("comparing") as advance:
         if merged:
             from .adapters.merged import verify_merged
 
-            return verify_merged(adapter, **said, tolerance=max(tolerance, 1e-5), progress=advance)
+            return verify_merged(adapter, **said, **allowed, progress=advance)
         from .adapters.verify import verify_adapters
 
-        return verify_adapters(adapter, str(other), **said, tolerance=tolerance, progress=advance)
+        return verify_adapters(adapter, str(other), **said, **allowed, progress=advance)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from . import demo_stages
 from .demo_stages import LEGS, MARK, MODELS, DemoError, Job, Settings
 from .errors import NoExpertParametersError
+from .folders import check_writable, writing
 from .releases import installed_versions, known_issues
 
 if TYPE_CHECKING:
@@ -204,12 +205,14 @@ def run(settings: Settings, out: Path, console: Console) -> list[str]:
 
     Raises:
         DemoError: A stage failed, no model could run, or something the demo needs is not installed.
+        PeftMoeCompatError: `out` cannot be written.
     """
     from rich import progress as bars
 
     for name, version in installed_versions("matplotlib", "accelerate", "torch", "peft", "transformers").items():
         if version == "not installed":
             raise DemoError(f'The demo needs {name}: pip install "peft-moe-compat[demo]"')
+    check_writable(out)
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(bar_width=24),
@@ -226,12 +229,12 @@ def run(settings: Settings, out: Path, console: Console) -> list[str]:
     if not shown:
         raise DemoError("None of the models has fused experts here, so there is nothing to compare.")
     problems = [problem for outcome in shown for problem in outcome.problems(settings.tolerance)]
-    out.mkdir(parents=True, exist_ok=True)
+    show(shown, console)
     versions = installed_versions("peft", "transformers", "torch")
     document = {"settings": asdict(settings), "versions": versions, "models": [o.to_dict() for o in outcomes]}
-    (out / "demo.json").write_text(json.dumps(document | {"problems": problems}, indent=2), encoding="utf-8")
-    draw(shown, settings, out / "demo.png")
-    show(shown, console)
+    with writing(out):
+        (out / "demo.json").write_text(json.dumps(document | {"problems": problems}, indent=2), encoding="utf-8")
+        draw(shown, settings, out / "demo.png")
     console.print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}", markup=False, highlight=False)
     return problems
 

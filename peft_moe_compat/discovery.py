@@ -80,9 +80,13 @@ def _chosen(what: str, asked: Any, there: set[Any]) -> Collection[Any]:
     chosen = {asked} if isinstance(asked, str) or not isinstance(asked, Iterable) else set(asked)
     if chosen - there or not chosen:
         raise NoExpertParametersError(
-            f"{what}={sorted(chosen, key=str)} was asked for, but the experts have {what}={sorted(there, key=str)}."
+            f"{what}={_in_order(chosen)} was asked for, but the experts have {what}={_in_order(there)}."
         )
     return chosen
+
+
+def _in_order(values: Collection[Any]) -> list[Any]:
+    return sorted(values, key=lambda value: (isinstance(value, int), value if isinstance(value, int) else str(value)))
 
 
 def _shortest_ending(full: str, others: list[tuple[str, ...]]) -> str:
@@ -186,6 +190,7 @@ class Report:
 
     def __str__(self) -> str:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         if not self.rows:
@@ -199,7 +204,8 @@ class Report:
             )
             stored = f"{' x '.join(map(str, parameter.shape))} {parameter.format}".strip()
             reason = ": ".join(filter(None, (parameter.backend, parameter.reason)))
-            table.add_row(modules, parameter.name, stored, adapters or "-", parameter.path, reason)
+            cells = modules, parameter.name, stored, adapters or "-", parameter.path, reason
+            table.add_row(*map(escape, cells))
         console = Console(width=max(120, get_terminal_size().columns), file=StringIO(), color_system=None)
         console.print(table)
         for warning in self.warnings:
@@ -263,7 +269,7 @@ def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> Parame
         refused = "refused, since its experts are spread over ranks" if parallel.exchanges_tokens(experts) else ""
         reason = "; ".join(filter(None, (reason, refused, quantised.peft_caveat(stored))))
         return ParameterRow(name, shape, True, "peft", reason, adapters, format=stored)
-    backend, reason = backend_of(experts)
+    backend, reason = backend_of(experts, name)
     return ParameterRow(name, shape, True, "grouped_mm", reason, adapters, backend, stored)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, families, quantised
-from .grouped_mm import device_backend
+from .grouped_mm import device_backend, fits_torch
 from .layout import ExpertLora, FlatLora
 
 __all__ = ["Activation", "HeldProjection", "backend_of", "fused_reason", "padded_rank", "run_fused", "runs_fused"]
@@ -74,13 +74,17 @@ def _device_of(module: Any) -> torch.device:
     return torch.device("cuda", taken_to) if isinstance(taken_to, int) else torch.device(taken_to)
 
 
-def backend_of(module: Any) -> tuple[str, str]:
-    """(backend, why it is not a faster one) of a module's forward."""
+def backend_of(module: Any, name: str) -> tuple[str, str]:
+    """(backend, why it is not a faster one) of a module's forward with its parameter of that name."""
     device = _device_of(module)
     reason = fused_reason(module, device)
     if reason is None:
         return "triton", ""
-    return device_backend(device), "" if device.type == "cpu" else f"no fused kernels: {reason}"
+    weight = module._parameters.get(name)
+    reason = "" if device.type == "cpu" else f"no fused kernels: {reason}"
+    if weight is not None and weight.ndim == 3 and not fits_torch(weight):
+        return "loop", reason or "its dtype or sizes are not those that torch's grouped products take"
+    return device_backend(device), reason
 
 
 class Activation(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import chosen
 
-__all__ = ["Gather", "alignment", "backend_for", "device_backend", "grouped_mm"]
+__all__ = ["Gather", "alignment", "backend_for", "device_backend", "fits_torch", "grouped_mm"]
 
 _ALIGNMENT_BYTES = 16
 # Public, and promised for more than bfloat16, from torch 2.10 on.
@@ -51,12 +51,16 @@ def backend_for(*operands: Tensor) -> str:
     The torch operator takes bfloat16, from torch 2.10 on float16 and float32 too, with strides that are multiples of 16
     bytes and, before torch 2.11, data that starts at such a multiple (a memory-mapped weight may not).
     """
-    first = operands[0]
-    unit = alignment(first.dtype)
-    fits = first.dtype in _TORCH_DTYPES and all(
+    return device_backend(operands[0].device) if fits_torch(*operands) else "loop"
+
+
+def fits_torch(*operands: Tensor) -> bool:
+    """Whether operands are such as the torch backend takes, wherever they are."""
+    dtype = operands[0].dtype
+    unit = alignment(dtype)
+    return dtype in _TORCH_DTYPES and all(
         t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and _starts_aligned(t) for t in operands
     )
-    return device_backend(first.device) if fits else "loop"
 
 
 def _with_unit_stride(matrix: Tensor) -> Tensor:

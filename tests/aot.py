@@ -55,6 +55,7 @@ def usage(name, capability, dtype, R, found):
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
     return {
+        "loses NaN": re.search(r"(min|max)\.f32", found.asm["ptx"]) is not None,
         "kernel": name, "capability": capability, "dtype": dtype, "R": R, "registers": registers, "stack": stack,
         "shared": found.metadata.shared, "loads ahead": "async_copy_global_to_local" in found.asm["ttgir"],
     }  # fmt: skip
@@ -71,6 +72,11 @@ def bound_by_memory(capability, dtype, R):
     yield "activate", activation._activate, {**gate, "BLOCK_I": forward.columns}, forward
     yield "backward", activation._backward, {"WAIT": False, **last}, backward
     yield "backward, waiting", activation._backward, {"WAIT": True, **last}, backward
+    if (capability, dtype, R) == (90, "bf16", 16):
+        for name, gated in (("clamped", True), ("relu", False), ("relu2", False)):
+            other = {"NAME": name, "GATED": gated}
+            yield f"activate, {name}", activation._activate, {**gate, **other, "BLOCK_I": forward.columns}, forward
+            yield f"backward, {name}", activation._backward, {"WAIT": False, **last, **other}, backward
     tile = {"GATHER": True, "BLOCK": 64, "BLOCK_D": gather.columns, **precision}
     yield "gather", rows._gather, {"DOTS": False, **tile}, gather
     tile = {"GATHER": True, "BLOCK": 128, "BLOCK_D": gradient.columns, **precision}

@@ -65,6 +65,20 @@ def test_convert_then_verify(files):
     assert json.loads(run("verify", files / "in", files / "other", *model, "--json").stdout)["same"] is False
 
 
+def test_what_cannot_be_compared_is_null_in_json(files):
+    one = Spec(attention=True)
+    save_fused(files / "down", one, one.factors(("down",)), peft_version="0.21.2")
+    result = run("verify", files / "down", files / "in", "--model", files / "config.json", "--json")
+    assert result.exit_code == 1
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    document = json.loads(result.stdout, parse_constant=refuse)
+    assert (document["same"], document["worst"]) == (False, None)
+    assert None in [row["relative_difference"] for row in document["rows"]]
+
+
 def test_convert_json(files):
     result = run("convert", files / "in", files / "out", "--to", "sglang", "--model", files / "config.json", "--json")
     assert result.exit_code == 0, result.output

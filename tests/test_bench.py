@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from typer.testing import CliRunner
 
@@ -25,7 +26,7 @@ SMALL = ("--shape", "4,2,16,8", "--rank", "2", "--device", "cpu", "--dtype", "fl
 
 @needs_registry
 def test_it_measures_every_method_at_every_number_of_tokens(tmp_path):
-    result = run(*SMALL, "--tokens", "3,9", "--backend", "loop", "--out", str(tmp_path))
+    result = run(*SMALL, "--tokens", "3,9,3", "--backend", "loop", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "bench.json").read_text())
     assert document["settings"]["shape"] == {"E": 4, "k": 2, "H": 16, "I": 8}
@@ -35,6 +36,7 @@ def test_it_measures_every_method_at_every_number_of_tokens(tmp_path):
     assert all(row["both_ms"] > 0 and row["forward_ms"] > 0 and row["peak_mib"] > 0 for row in document["rows"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert all(method in result.output for method in methods)
+    assert "backend loop" in result.output
     assert is_active()
 
 
@@ -72,6 +74,7 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
         ("--shape", "4,2,33,7"),
         ("--model", "/nonexistent"),
         ("--out", "/dev/null/x"),
+        ("--out", "/proc"),
     ],
     ids=" ".join,
 )
@@ -99,6 +102,13 @@ def test_the_shape_of_a_config(tmp_path):
     config = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 16}
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
     assert bench.shape_of_config(str(tmp_path)) == bench.Shape(4, 2, 16, 24)
+    of_nemotron = {"hidden_size": 64, "moe_latent_size": 16, "n_routed_experts": 4, "moe_intermediate_size": 24}
+    kinds = {"moe_num_experts": 4, "moe_k": 2, "hidden_size": 16, "moe_intermediate_size": [24, 8]}
+    for model_type, sizes in (("nemotron_h", of_nemotron), ("ernie4_5_vl_moe", {"text_config": kinds})):
+        if model_type in transformers.CONFIG_MAPPING:
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **sizes}))
+            shape = bench.shape_of_config(str(tmp_path))
+            assert (shape.E, shape.H, shape.I) == (4, 16, 24), model_type
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(bench.PeftMoeCompatError, match="pass --shape"):
         bench.shape_of_config(str(tmp_path))

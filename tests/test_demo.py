@@ -99,6 +99,19 @@ def test_a_claim_that_does_not_hold_is_an_error(tmp_path, stages, stage, change,
     assert len(json.loads((tmp_path / "demo.json").read_text())["problems"]) == 1
 
 
+@pytest.mark.parametrize("out", ["/dev/null/x", "/proc"])
+def test_a_folder_that_cannot_be_written_is_found_out_first(out, stages):
+    stages.clear()  # no stage may run
+    result = invoke(out, models="gpt_oss")
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output
+
+
+def test_each_model_runs_once(tmp_path, stages):
+    assert invoke(tmp_path, models="gpt_oss,gpt_oss").exit_code == 0
+    assert len(json.loads((tmp_path / "demo.json").read_text())["models"]) == 1
+
+
 def test_a_looser_tolerance_can_be_asked_for(tmp_path, stages):
     stages["ours"]["losses"][-1] += 1e-3
     assert invoke(tmp_path, models="gpt_oss", tolerance=1e-2).exit_code == 0

@@ -212,6 +212,18 @@ def test_the_backend_of_offloaded_experts_is_that_of_the_device_they_run_on():
     assert report(model).rows == before
 
 
+def test_the_backend_is_the_one_of_the_weights_dtype_and_sizes():
+    model = zoo.peft_model(zoo.tiny_model("qwen3_moe", moe_intermediate_size=20).bfloat16())
+    backends = {p.name: (p.backend, bool(p.reason)) for p in report(model).rows[0].parameters}
+    assert backends == {"gate_up_proj": ("torch", False), "down_proj": ("loop", True)}
+    assert {p.backend for p in report(model.double()).rows[0].parameters} == {"loop"}
+
+
+def test_names_are_shown_as_they_are():
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]), adapter_name="run[a]")
+    assert "run[a]" in str(report(model))
+
+
 def test_experts_behind_a_module_that_passes_attributes_on():
     model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
     before, outermost = report(model).rows, zoo.wrappers(model)[0]

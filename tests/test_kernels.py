@@ -425,6 +425,33 @@ def test_equal_inputs_give_equal_bits(dtype, biased, I, rows, E):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_expert_elsewhere_adds_nothing_whatever_overflows_here(grad):
+    """A row that another rank computes may be run through an expert of this one, whose numbers do not fit it."""
+    experts = Experts(2, 16, 8, gated=True, transposed=False, biased=False, dtype=torch.float16)
+    experts = concatenated(experts).to(DEVICE).requires_grad_(False)
+    experts.gate_up_proj[0] = 40
+    hidden = torch.full((1, 16), 8, dtype=torch.float16, device=DEVICE, requires_grad=grad)
+    index, weights = torch.tensor([[1, 2]], device=DEVICE), torch.rand(1, 2).half().to(DEVICE)
+    out = experts_forward(experts, {}, hidden, index, weights)
+    with peft_moe_compat.set_backend("loop"):
+        compare(out.detach().cpu(), experts_forward(experts, {}, hidden, index, weights).detach().cpu(), 2e-3)
+
+
+@pytest.mark.parametrize("gate", ["default", "clamped", "none"])
+@pytest.mark.parametrize("act", ["silu", "relu"])
+def test_what_is_no_number_stays_that(gate, act):
+    experts = Experts(2, 16, 8, gated=gate != "none", transposed=False, biased=False, dtype=torch.float16)
+    experts = GATES[gate](experts).to(DEVICE).requires_grad_(False)
+    experts.act_fn = ACTIVATIONS[act]
+    getattr(experts, experts.up_name)[1] = torch.nan
+    index, weights = torch.tensor([[0], [1]], device=DEVICE), torch.ones(2, 1).half().to(DEVICE)
+    hidden = torch.ones(2, 16, dtype=torch.float16, device=DEVICE)
+    for grad in (False, True):
+        out = experts_forward(experts, {}, hidden.detach().requires_grad_(grad), index, weights)
+        assert out.isnan().all(1).tolist() == [False, True]
+
+
 def test_auto_takes_the_kernels_in_half_precision():
     with peft_moe_compat.set_backend("auto"):
         for dtype, reason in ((torch.float16, None), (torch.float32, "no faster")):

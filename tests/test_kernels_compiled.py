@@ -44,6 +44,12 @@ def test_nothing_spills_at_the_usual_rank(kernels):
     assert [k for k in kernels if k["stack"] and k["R"] == 16 and k["dtype"] == "bf16"] == []
 
 
+def test_what_is_no_number_stays_that(kernels):
+    """A minimum or maximum drops NaN unless told otherwise, which the interpreter cannot show."""
+    assert {"activate, clamped", "backward, clamped", "activate, relu"} <= {k["kernel"] for k in kernels}
+    assert [k["kernel"] for k in kernels if k["loses NaN"]] == []
+
+
 def test_the_kernels_bound_by_memory_load_ahead(kernels):
     """All but the backward that waits between its loads and stores, for rows of odd width alone."""
     idle = {k["kernel"] for k in kernels if not k["loads ahead"]}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import zoo
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from peft_moe_compat import AdapterError, cli, convert_adapter, verify_merged
@@ -61,6 +63,29 @@ def test_another_model_is_refused(tmp_path):
         verify_merged(tmp_path / "same")
     with pytest.raises(AdapterError, match="knows no model of type 'nobody'"):
         verify_merged(tmp_path / "same", model=config | {"model_type": "nobody"})
+
+
+def test_a_config_that_transformers_refuses_is_a_sentence(tmp_path):
+    config = saved(tmp_path / "adapter", FAMILIES[0])
+    with pytest.raises(AdapterError, match="transformers makes no model of this"):
+        verify_merged(tmp_path / "adapter", model=config | {"num_hidden_layers": "two"})
+
+
+def test_the_tolerance_is_the_one_asked_for(tmp_path):
+    config = saved(tmp_path / "adapter", FAMILIES[0])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["verify", str(tmp_path / "adapter"), "--merged", "--model", str(tmp_path / "config.json"), "--json"]
+    for more, tolerance in ([], 1e-5), (["--tolerance", "1e-12"], 1e-12):
+        assert json.loads(CliRunner().invoke(cli.app, [*arguments, *more]).stdout)["tolerance"] == tolerance
+
+
+def test_an_update_of_zero_is_merged_as_such(tmp_path):
+    folder = shutil.copytree(FIXTURES / "peft/peft0170-tf4576/llama4", tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    save_file({n: t * 0 if "lora_B" in n else t for n, t in load_file(file).items()}, file)
+    found = verify_merged(folder, model=folder / "base_config.json")
+    assert found.same, found.rows
+    assert found.worst == 0
 
 
 def test_experts_whose_forward_takes_other_arguments_are_compared_by_weight():

@@ -108,7 +108,7 @@ def read_json(path: str | Path, *, python_numbers: bool = False) -> dict[str, An
     path = Path(path)
     try:
         if not path.is_file():
-            raise AdapterFileError(f"{path} was needed, but there is no such file. Is the adapter folder complete?")
+            raise AdapterFileError(f"{path} was needed, but there is no such file. Is the folder complete?")
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
             raise AdapterFileError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +88,33 @@ def _experts_of(config: Mapping[str, Any]) -> dict[str, nn.Module]:
 
     model_type = str(config.get("model_type"))
     try:
-        parsed = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+        config_class = transformers.CONFIG_MAPPING[model_type]
     except KeyError:
         raise AdapterError(
             f"transformers {transformers.__version__} knows no model of type {model_type!r}; install one that does."
         ) from None
+    with _refusing(model_type):
+        parsed = config_class.from_dict(dict(config))
     names = [*(config.get("architectures") or ()), "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"]
     for name in names:
         cls = getattr(transformers, name, None)
         mapping = getattr(cls, "_model_mapping", None)
         if cls is None or (mapping is not None and type(parsed) not in mapping):
             continue
-        with torch.device("meta"), warnings.catch_warnings():
+        with _refusing(model_type), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = cls.from_config(parsed) if mapping is not None else cls(parsed)
         return {path: module for path, module, _ in routed_experts(model)}
     raise AdapterError(f"transformers {transformers.__version__} has no model class for {model_type!r}.")
+
+
+@contextmanager
+def _refusing(model_type: str) -> Iterator[None]:
+    """What transformers has against a config; each of its classes checks that in its own way."""
+    try:
+        yield
+    except Exception as error:
+        raise AdapterError(f"transformers makes no model of this {model_type} config: {error}") from error
 
 
 def _compare(path: str, on_meta: nn.Module, loras: Mapping[str, ExpertLora]) -> Comparison:
@@ -178,5 +190,6 @@ def _compare_weights(path: str, holder: Any, experts: nn.Module, loras: Mapping[
 
 def _comparison(path: str, expected: Tensor, found: Tensor, what: str) -> Comparison:
     difference = (found - expected).double()
-    relative = (difference.norm() / expected.double().norm()).item()
+    distance, norm = difference.norm().item(), expected.double().norm().item()
+    relative = distance / norm if norm else float("inf") if distance else 0.0
     return Comparison(path, what or "output", difference.abs().max().item(), relative)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,9 +63,14 @@ class Verification:
         return max((row.relative_difference for row in self.rows), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        rows = [asdict(row) for row in self.rows]
-        return {"schema_version": 1, "same": self.same, "worst": self.worst, "tolerance": self.tolerance, "rows": rows}
+        """For JSON, which has no infinite numbers: null where nothing can be compared."""
+        found = {"schema_version": 1, "same": self.same, "worst": self.worst, "tolerance": self.tolerance}
+        rows = [{key: _or_null(value) for key, value in asdict(row).items()} for row in self.rows]
+        return {key: _or_null(value) for key, value in found.items()} | {"rows": rows}
+
+
+def _or_null(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

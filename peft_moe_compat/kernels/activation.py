@@ -20,6 +20,8 @@ __all__ = ["activate", "activate_backward"]
 FORWARD, BACKWARD = Config(128, 8, 2), Config(128, 8, 3)
 PROGRAM_ROWS = 32  # at most, so that two programs of the backward share a multiprocessor
 
+# As torch does: a model that has diverged says so.
+_NAN = tl.constexpr(tl.PropagateNan.ALL)
 # Triton's interpreter runs no assembly.
 _ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
@@ -62,9 +64,9 @@ def _act(x, NAME: tl.constexpr):
     if NAME == "gelu_tanh":
         s = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         return x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    kept = tl.maximum(x, 0.0, propagate_nan=_NAN)
     if NAME == "relu":
-        return tl.maximum(x, 0.0), (x > 0).to(tl.float32)
-    kept = tl.maximum(x, 0.0)
+        return kept, (x > 0).to(tl.float32)
     return kept * kept, 2 * kept
 
 
@@ -74,8 +76,8 @@ def _gate(g, u, alpha, limit, NAME: tl.constexpr):
     if NAME == "clamped":
         inside_g = (g <= limit).to(tl.float32)
         inside_u = ((u >= -limit) & (u <= limit)).to(tl.float32)
-        g = tl.minimum(g, limit)
-        u = tl.minimum(tl.maximum(u, -limit), limit) + 1
+        g = tl.minimum(g, limit, propagate_nan=_NAN)
+        u = tl.minimum(tl.maximum(u, -limit, propagate_nan=_NAN), limit, propagate_nan=_NAN) + 1
         s = _sigmoid(alpha * g)
         return g * s * u, inside_g * u * s * (1 + alpha * g * (1 - s)), inside_u * g * s
     a, slope = _act(g, NAME)

@@ -125,7 +125,7 @@ def _down(
         y += _low_term(
             low + s * R, bias, expert, n, H, factor, rank, stride_e, stride_r, stride_d, scaling, R, BIAS, BLOCK_N
         )
-        total += tl.where(here, tl.load(weights + s).to(tl.float32), 0.0) * y
+        total += tl.where(here, tl.load(weights + s).to(tl.float32) * y, 0.0)  # another rank's row may overflow here
     tl.store(out + token.to(tl.int64) * H + n, total.to(out.dtype.element_ty), mask=n < H)
 
 
