@@ -112,6 +112,6 @@ def test_the_shape_of_a_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(bench.PeftMoeCompatError, match="pass --shape"):
         bench.shape_of_config(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": [16]}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
     with pytest.raises(bench.PeftMoeCompatError, match="hidden_size|intermediate_size"):
         bench.shape_of_config(str(tmp_path))

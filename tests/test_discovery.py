@@ -212,6 +212,7 @@ def test_the_backend_of_offloaded_experts_is_that_of_the_device_they_run_on():
     assert report(model).rows == before
 
 
+@pytest.mark.skipif("qwen3_moe" not in zoo.FAMILIES, reason="this transformers keeps its experts apart")
 def test_the_backend_is_the_one_of_the_weights_dtype_and_sizes():
     model = zoo.peft_model(zoo.tiny_model("qwen3_moe", moe_intermediate_size=20).bfloat16())
     backends = {p.name: (p.backend, bool(p.reason)) for p in report(model).rows[0].parameters}

@@ -285,7 +285,7 @@ def test_a_file_saved_from_compiled_modules_loads(tmp_path, change, compiled):
 
 @pytest.mark.parametrize("above", ["itself", "block", "layer"])
 def test_lora_that_peft_does_not_find_while_saving_is_missed(tmp_path, above):
-    """torch's checkpoint_wrapper on a part of the model: PEFT then looks tensors up by names they do not have."""
+    """torch's checkpoint_wrapper on a part of the model: newer PEFTs look tensors up by names they do not have."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model, _ = save(tmp_path / "whole")
@@ -294,9 +294,14 @@ def test_lora_that_peft_does_not_find_while_saving_is_missed(tmp_path, above):
     path = ".".join(path.split(".")[: {"itself": None, "block": -1, "layer": -2}[above]])
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, checkpoint_wrapper(model.get_submodule(path)))
-    with pytest.raises(AdapterError, match=r"found no LoRA of [12] expert parameters.*checkpoint_wrapper"):
-        model.save_pretrained(tmp_path / "part")
-    assert not (tmp_path / "part" / "adapter_model.safetensors").exists()
+    whole, part = (tmp_path / folder / "adapter_model.safetensors" for folder in ("whole", "part"))
+    _, error = attempt(model.save_pretrained, tmp_path / "part")
+    if error is None:
+        assert load_file(part).keys() == load_file(whole).keys()
+        return
+    assert isinstance(error, AdapterError), error
+    assert re.search(r"found no LoRA of [12] expert parameters.*checkpoint_wrapper", str(error))
+    assert not part.exists()
 
 
 def test_tensors_that_upstream_loses_on_the_way_are_missed(tmp_path, monkeypatch):
