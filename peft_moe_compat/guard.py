@@ -29,7 +29,7 @@ from .adapters.keys import COMPILED, PREFIX
 from .adapters.source import AdapterSource
 from .arrived import check_fused, check_per_expert
 from .errors import AdapterError
-from .live import UnderstoodFile, bare, convert, differences, facts_of, live_path, live_wrappers, stamp_of
+from .live import UnderstoodFile, bare, convert, differences, facts_of, live_path, live_wrappers, stamp_of, unwrapped
 from .understand import understand, written_by
 from .wrappers import is_param_wrapper
 
@@ -224,7 +224,9 @@ def _hotswap_adapter_from_state_dict(stock: Any) -> Any:
         for path, wrapper in wrappers.items():
             A, B = (f"{path}.{factor}.{name}.weight" for factor in ("lora_A", "lora_B"))
             E = wrapper.num_experts
-            if A in tensors and B in tensors and (missing := wrapper.r[name] - tensors[A].shape[0] // E) > 0:
+            if A not in tensors or B not in tensors or tensors[A].shape[0] % E:
+                continue
+            if (missing := wrapper.r[name] - tensors[A].shape[0] // E) > 0:
                 by_expert = tensors[A].unflatten(0, (E, -1))  # "(E r) p -> E r p"
                 tensors[A] = pad(by_expert, (0, 0, 0, missing)).flatten(0, 1)
                 tensors[B] = pad(tensors[B], (0, missing * E))  # "q (r E)"
@@ -347,10 +349,12 @@ def _lost(model: Any, tensors: Mapping[str, Tensor], file: Path) -> list[str]:
         name = file.parent.name if file.parent.name in adapters else "default"
     else:
         name = model.active_adapters()[0]
-    part, lost = "_checkpoint_wrapped_module.", []
-    for path, wrapper in bare(model).named_modules():
-        if is_param_wrapper(wrapper) and name in wrapper.lora_A and (part in path or not tensors):
-            names = {f"{PREFIX}{p}.lora_A.weight" for p in (path, path.replace(part, ""))}
-            if not names & tensors.keys():
-                lost.append(live_path(path) + "." + wrapper.parameter_name)
-    return lost
+    found = {unwrapped(tensor) for tensor in tensors}
+    return [
+        f"{live_path(path)}.{wrapper.parameter_name}"
+        for path, wrapper in bare(model).named_modules()
+        if is_param_wrapper(wrapper)
+        and name in wrapper.lora_A
+        and ("_checkpoint_wrapped_module" in path or not tensors)  # else whoever saves has chosen
+        and f"{unwrapped(path)}.lora_A.weight" not in found
+    ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import families, layout
 from .adapters.base_model import BaseModel, load_base_model
 from .adapters.decide import Decision
-from .adapters.keys import PREFIX, ExpertsKeys, in_model
+from .adapters.keys import PREFIX, ExpertsKeys
 from .adapters.parts import fused_parts
 from .adapters.source import AdapterSource
 from .adapters.stamp import ModuleStamp, Stamp
@@ -33,10 +33,11 @@ __all__ = [
     "live_path",
     "live_wrappers",
     "stamp_of",
+    "unwrapped",
 ]
 
-# Names that wrappers of PEFT, torch.compile, FSDP and checkpointing put into a module's path.
-_WRAPPER_PARTS = {"base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Names that wrappers of torch.compile, FSDP and checkpointing put into a module's path.
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _SLOT = re.compile(r"^(?P<module>.*?)(?:\.base_layer)*(?P<factor>\.lora_[AB].*)$")
 
 
@@ -46,9 +47,14 @@ def bare(model: Any) -> nn.Module:
     return found
 
 
+def unwrapped(name: str) -> str:
+    """The name of a module or a tensor of PEFT's, but for what PEFT prefixes and others put into it."""
+    return ".".join(part for part in name.removeprefix(PREFIX).split(".") if part not in _WRAPPER_PARTS)
+
+
 def live_path(name: str) -> str:
     """A module's name as it was before anybody wrapped it."""
-    return ".".join(part for part in name.removeprefix(PREFIX).split(".") if part not in _WRAPPER_PARTS)
+    return ".".join(part for part in unwrapped(name).split(".") if part != "base_layer")
 
 
 def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
@@ -239,7 +245,7 @@ def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
     import peft
     import transformers
 
-    shapes = {in_model(name, PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {unwrapped(name): tuple(tensor.shape) for name, tensor in tensors.items()}
     modules = {}
     for path, chain in chains(model).items():
         names = [f"{path}{'.base_layer' * depth}.lora_" for depth in range(len(chain))]

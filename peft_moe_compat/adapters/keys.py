@@ -25,7 +25,6 @@ __all__ = [
     "AdapterKeys",
     "ExpertsKeys",
     "Pair",
-    "in_model",
     "parse_keys",
     "peft_name",
     "role_of",
@@ -153,14 +152,14 @@ def peft_name(name: str, prefix: str) -> str:
         name: In the file.
         prefix: See `AdapterKeys`.
     """
-    name = in_model(name, prefix)
+    name = _in_model(name, prefix)
     match = _LORA.match(name)
     if match is not None and match["adapter"] != "bias":
         name = f"{match['module']}.lora_{match['factor']}.weight"
     return PREFIX + name
 
 
-def in_model(name: str, prefix: str) -> str:
+def _in_model(name: str, prefix: str) -> str:
     """A tensor's name as the model has it, before torch.compile(module) put a name of its own into it."""
     return name.removeprefix(prefix).replace(COMPILED, "")
 
@@ -191,7 +190,7 @@ def parse_keys(tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> Ad
     halves: dict[tuple[str, str], dict[str, str]] = {}
     other: list[str] = []
     for name, tensor in tensors.items():
-        place = _place(in_model(name, prefix), len(tensor.shape), config)
+        place = _place(_in_model(name, prefix), len(tensor.shape), config)
         if place is None:
             other.append(name)
             continue
