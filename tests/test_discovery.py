@@ -151,7 +151,7 @@ def test_the_report_of_a_whole_model(family):
         for parameter in row.parameters:
             assert parameter.wrapped
             assert parameter.path == ("grouped_mm" if fast else "peft")
-            assert bool(parameter.reason) != fast
+            assert bool(parameter.reason) != (fast and parameter.backend != "loop")
             (adapter,) = parameter.adapters
             assert (adapter.name, adapter.rank, adapter.active, adapter.gradient) == ("default", zoo.R, True, "yes")
     assert json.loads(full.to_json())["rows"][0]["cls"] == full.rows[0].cls
