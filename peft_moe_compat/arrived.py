@@ -28,26 +28,27 @@ _TOLERANCE = 0.05
 
 
 def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
-    """Whether a fused adapter has arrived: its first module, since what upstream does to names it does to all alike.
+    """Whether a fused adapter has arrived; its scaling is the caller's to choose.
 
     Raises:
         LayoutError: It has not.
     """
-    module = file.source.keys.modules[0]
-    chain = chains(model).get(file.paths[module.path], [])
-    held, shares = _held(chain, adapter_name), _shares(chain)
-    for part in fused_parts(file.source, module, file.decision.readings[module.path], file.decision.packing_of):
-        lora = held.get(part.name)
-        if lora is not None and _elsewhere(lora):
-            continue
-        with file.source.tensors.reading(part.reads) as tensors:
-            expected = _applied(replace(part.load(tensors), scaling=1.0))[shares.get(part.name, slice(None))]
-        found = torch.zeros_like(expected) if lora is None else _applied(replace(lora, scaling=1.0))
-        if _distance(found, expected) > _TOLERANCE:
-            raise LayoutError(
-                f"The LoRA on {module.path}.{part.name} in {file.source.folder} did not reach the model: upstream lost "
-                f"it, or gave it another name.{known_of_this_pair('load_adapter')}"
-            )
+    around = chains(model)
+    for module in file.source.keys.modules:
+        chain = around.get(file.paths[module.path], [])
+        held, shares = _held(chain, adapter_name), _shares(chain)
+        for part in fused_parts(file.source, module, file.decision.readings[module.path], file.decision.packing_of):
+            lora = held.get(part.name)
+            if lora is not None and _elsewhere(lora):
+                continue
+            with file.source.tensors.reading(part.reads) as tensors:
+                expected = _applied(replace(part.load(tensors), scaling=1.0))[shares.get(part.name, slice(None))]
+            found = torch.zeros_like(expected) if lora is None else _applied(replace(lora, scaling=1.0))
+            if _distance(found, expected) > _TOLERANCE:
+                raise LayoutError(
+                    f"The LoRA on {module.path}.{part.name} in {file.source.folder} did not reach the model: upstream "
+                    f"lost it, or gave it another name.{known_of_this_pair('model.load_adapter')}"
+                )
 
 
 def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> None:

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn.functional import pad
 
 from . import parallel
-from .adapters.keys import COMPILED, PREFIX
+from .adapters.keys import PREFIX, unwrapped
+from .adapters.ranks import lora_scaling
 from .adapters.source import AdapterSource
 from .arrived import check_fused, check_per_expert
 from .errors import AdapterError
-from .live import UnderstoodFile, bare, convert, differences, facts_of, live_path, live_wrappers, stamp_of, unwrapped
+from .live import UnderstoodFile, bare, convert, differences, facts_of, live_namer, live_path, live_wrappers, stamp_of
 from .understand import understand, written_by
 from .wrappers import is_param_wrapper
 
@@ -182,9 +182,8 @@ def _load_peft_weights(stock: Any) -> Any:
         held = _as_held(load, load.file, lambda: {name: weights[renamed] for name, renamed in names.items()})
         if held is not None:
             weights = {_renamed(name, key_mapping): tensor for name, tensor in held.items()}
-        if any(COMPILED in f"{name}." for name, _ in load.model.named_modules()):
-            return weights
-        return {name.replace(COMPILED, ""): tensor for name, tensor in weights.items()}
+        named = live_namer(load.model)
+        return {named(name): tensor for name, tensor in weights.items()}
 
     return load_peft_weights
 
@@ -209,31 +208,30 @@ def _load_weights_to_swap(stock: Any) -> Any:
 
 
 def _hotswap_adapter_from_state_dict(stock: Any) -> Any:
-    """PEFT copies lower ranks over the first rows, which are those of other experts; and keeps the rank of before."""
+    """Where PEFT goes wrong: it copies a lower rank over the first rows, which are those of other experts, matches the
+    patterns with the module's name instead of the parameter's, and saves with the rank and alpha of before."""
     signature = inspect.signature(stock)
 
     @wraps(stock)
     def hotswap_adapter_from_state_dict(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        name, tensors = given.arguments["adapter_name"], dict(given.arguments["state_dict"])
-        wrappers = {
-            path.removeprefix(COMPILED): module
-            for path, module in given.arguments["model"].named_modules()
-            if is_param_wrapper(module) and name in module.lora_A
-        }
+        given = signature.bind(*args, **kwargs).arguments
+        model, tensors, name = given["model"], given["state_dict"], given["adapter_name"]
+        model = getattr(model, "_orig_mod", model)
+        wrappers = {p: m for p, m in model.named_modules() if is_param_wrapper(m) and name in m.lora_A}
+        if not wrappers:
+            return stock(*args, **kwargs)
+        held = dict(model.named_parameters())
+        smaller = {n: t.clone() for n, t in tensors.items() if n in held and held[n].numel() > t.numel()}
+        result = stock(*args, **kwargs)
+        for tensor_name, tensor in smaller.items():
+            held[tensor_name].data = tensor.to(held[tensor_name])
+        config = given["config"].to_dict()
         for path, wrapper in wrappers.items():
-            A, B = (f"{path}.{factor}.{name}.weight" for factor in ("lora_A", "lora_B"))
-            E = wrapper.num_experts
-            if A not in tensors or B not in tensors or tensors[A].shape[0] % E:
-                continue
-            if (missing := wrapper.r[name] - tensors[A].shape[0] // E) > 0:
-                by_expert = tensors[A].unflatten(0, (E, -1))  # "(E r) p -> E r p"
-                tensors[A] = pad(by_expert, (0, 0, 0, missing)).flatten(0, 1)
-                tensors[B] = pad(tensors[B], (0, missing * E))  # "q (r E)"
-        given.arguments["state_dict"] = tensors
-        result = stock(*given.args, **given.kwargs)
-        for wrapper in wrappers.values():
             wrapper.r[name] = wrapper.lora_A[name].weight.shape[0] // wrapper.num_experts
+            key = f"{live_path(path)}.{wrapper.parameter_name}"
+            wrapper.scaling[name] = lora_scaling(config, key, wrapper.r[name])
+        for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
+            setattr(model.peft_config[name], field, config[field])
         return result
 
     return hotswap_adapter_from_state_dict
@@ -263,9 +261,10 @@ def _load_pretrained_model(stock: Any) -> Any:
                 with tensors.reading(tensors) as found:
                     return dict(found)
 
-            held = _as_held(load, load.file, read)
-            if held is not None:
-                kwargs["state_dict"] = held
+            held, named = _as_held(load, load.file, read), live_namer(load.model)
+            if held is not None or any(named(name) != name for name in tensors):
+                held = dict(read()) if held is None else held
+                kwargs["state_dict"] = {named(name): tensor for name, tensor in held.items()}
         return stock.__get__(None, cls)(*args, **kwargs)
 
     return classmethod(load_pretrained_model)
@@ -327,6 +326,12 @@ def _safe_save_file(stock: Any) -> Any:
     def safe_save_file(tensors: Any, filename: Any, metadata: Any = None) -> Any:
         model = _saving.get()
         if model is not None and Path(filename).name.startswith("adapter_model"):
+            if not tensors and any(map(is_param_wrapper, model.modules())):
+                raise AdapterError(
+                    f"There is nothing to save in {filename}: PEFT found none of the model's LoRA by the names it "
+                    "expects (torch's checkpoint_wrapper gives modules others), or was given an empty state_dict, as "
+                    "all ranks but the first have of FSDP's full one."
+                )
             if lost := _lost(model, tensors, Path(filename)):
                 raise AdapterError(
                     f"PEFT found no LoRA of {len(lost)} expert parameters to save in {filename}, by the names it "
@@ -349,12 +354,12 @@ def _lost(model: Any, tensors: Mapping[str, Tensor], file: Path) -> list[str]:
         name = file.parent.name if file.parent.name in adapters else "default"
     else:
         name = model.active_adapters()[0]
-    found = {unwrapped(tensor) for tensor in tensors}
+    found = {unwrapped(tensor.removeprefix(PREFIX)) for tensor in tensors}
     return [
         f"{live_path(path)}.{wrapper.parameter_name}"
         for path, wrapper in bare(model).named_modules()
         if is_param_wrapper(wrapper)
         and name in wrapper.lora_A
-        and ("_checkpoint_wrapped_module" in path or not tensors)  # else whoever saves has chosen
+        and "_checkpoint_wrapped_module" in path  # else whoever saves has chosen
         and f"{unwrapped(path)}.lora_A.weight" not in found
     ]

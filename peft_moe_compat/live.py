@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import families, layout
 from .adapters.base_model import BaseModel, load_base_model
 from .adapters.decide import Decision
-from .adapters.keys import PREFIX, ExpertsKeys
+from .adapters.keys import PREFIX, ExpertsKeys, unwrapped
 from .adapters.parts import fused_parts
 from .adapters.source import AdapterSource
 from .adapters.stamp import ModuleStamp, Stamp
@@ -30,14 +30,12 @@ __all__ = [
     "differences",
     "facts_of",
     "known_of_this_pair",
+    "live_namer",
     "live_path",
     "live_wrappers",
     "stamp_of",
-    "unwrapped",
 ]
 
-# Names that wrappers of torch.compile, FSDP and checkpointing put into a module's path.
-_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _SLOT = re.compile(r"^(?P<module>.*?)(?:\.base_layer)*(?P<factor>\.lora_[AB].*)$")
 
 
@@ -47,14 +45,25 @@ def bare(model: Any) -> nn.Module:
     return found
 
 
-def unwrapped(name: str) -> str:
-    """The name of a module or a tensor of PEFT's, but for what PEFT prefixes and others put into it."""
-    return ".".join(part for part in name.removeprefix(PREFIX).split(".") if part not in _WRAPPER_PARTS)
-
-
 def live_path(name: str) -> str:
     """A module's name as it was before anybody wrapped it."""
-    return ".".join(part for part in unwrapped(name).split(".") if part != "base_layer")
+    return ".".join(part for part in unwrapped(name.removeprefix(PREFIX)).split(".") if part != "base_layer")
+
+
+def live_namer(model: Any) -> Callable[[str], str]:
+    """Tensor's name in a file -> as the model's own `state_dict` has it, whichever of its modules are compiled.
+
+    `torch.compile(module)` adds to the names below it; FSDP and checkpointing keep theirs out of a `state_dict`.
+    """
+    names = (name.removeprefix(PREFIX) for name, _ in getattr(model, "_orig_mod", model).named_modules())
+    compiled = {unwrapped(name): name for name in names if "_orig_mod" in name}
+
+    def named(name: str) -> str:
+        prefix = PREFIX if name.startswith(PREFIX) else ""
+        module, dot, rest = unwrapped(name.removeprefix(prefix)).partition(".lora_")
+        return f"{prefix}{compiled.get(module, module)}{dot}{rest}"
+
+    return named
 
 
 def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
@@ -245,7 +254,7 @@ def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
     import peft
     import transformers
 
-    shapes = {unwrapped(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {unwrapped(name.removeprefix(PREFIX)): tuple(tensor.shape) for name, tensor in tensors.items()}
     modules = {}
     for path, chain in chains(model).items():
         names = [f"{path}{'.base_layer' * depth}.lora_" for depth in range(len(chain))]

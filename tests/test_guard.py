@@ -227,17 +227,31 @@ def test_a_hot_swapped_adapter_is_read_as_what_it_is(tmp_path):
     assert_equal(model, expected)
 
 
-@pytest.mark.parametrize("rank", [2, 5])
-def test_an_adapter_of_another_rank_is_swapped_in(tmp_path, rank):
+OTHER_RANKS = {
+    "lower": {"r": 2},
+    "higher": {"r": 5, "lora_alpha": 7},
+    "patterns": {"r": 4, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"down_proj": 64}},
+    "rslora": {"r": 5, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("lora", OTHER_RANKS.values(), ids=OTHER_RANKS.keys())
+def test_an_adapter_of_another_rank_is_swapped_in(tmp_path, lora, compiled):
     """PEFT keeps the rank of before, and copies a lower one over the rows of other experts (0.21)."""
     from peft.utils.hotswap import hotswap_adapter
 
-    expected, fresh = save(tmp_path, r=rank)
-    model = zoo.peft_model(fresh())
-    rewrite(tmp_path, flipped)
-    hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+    expected, fresh = save(tmp_path / "in", **lora)
+    same = {name: value for name, value in lora.items() if name in ("alpha_pattern", "use_rslora")}  # PEFT insists
+    model = zoo.peft_model(fresh(), **same)
+    if compiled:
+        compile_experts(model)
+    rewrite(tmp_path / "in", flipped)
+    hotswap_adapter(model, str(tmp_path / "in"), adapter_name="default", torch_device="cpu")
+    model.save_pretrained(tmp_path / "out")
     ids = zoo.token_ids()
-    zoo.assert_same({"": model(input_ids=ids).logits}, {"": expected(input_ids=ids).logits}, 1e-5)
+    for found in (model, PeftModel.from_pretrained(fresh(), tmp_path / "out")):
+        zoo.assert_same({"": found(input_ids=ids).logits}, {"": expected(input_ids=ids).logits}, 1e-5)
 
 
 def test_hot_swapping_by_a_name_imported_before_is_refused(tmp_path):
@@ -253,29 +267,31 @@ def test_hot_swapping_by_a_name_imported_before_is_refused(tmp_path):
     hotswap_adapter(attention, str(tmp_path / "attention"), adapter_name="default", torch_device="cpu")
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["into plain modules", "into compiled ones"])
+def compile_experts(model, which=slice(None)):
+    outermost = [name for name, module in model.named_modules() if module in zoo.wrappers(model)]
+    for path in [name for name in outermost if not name.endswith("base_layer")][which]:
+        block, _, experts = path.rpartition(".")
+        setattr(model.get_submodule(block), experts, torch.compile(model.get_submodule(path), backend="eager"))
+
+
+@pytest.mark.parametrize("compiled", [None, slice(1), slice(None)], ids=["plain", "partly compiled", "compiled"])
+@pytest.mark.parametrize("saved", [slice(0), slice(1), slice(None)], ids=["from plain", "from partly", "from compiled"])
 @pytest.mark.parametrize("change", [None, flipped], ids=["as it is", "flipped"])
-def test_a_file_saved_from_compiled_modules_loads(tmp_path, change, compiled):
+def test_compiled_modules_are_loaded_by_the_names_they_had(tmp_path, change, saved, compiled):
     """torch.compile(module), unlike module.compile(), gives the tensors below it names of its own."""
-
-    def compile_blocks(model):
-        outermost = [name for name, module in model.named_modules() if module in zoo.wrappers(model)]
-        for path in [name for name in outermost if not name.endswith("base_layer")]:
-            block, _, experts = path.rpartition(".")
-            setattr(model.get_submodule(block), experts, torch.compile(model.get_submodule(path), backend="eager"))
-
     folder = tmp_path / "adapter"
     expected, fresh = save(folder)
-    compile_blocks(expected)
+    compile_experts(expected, saved)
     expected.save_pretrained(folder)
-    assert all("_orig_mod" in name for name in load_file(folder / "adapter_model.safetensors"))
+    if saved == slice(None):
+        assert all("_orig_mod" in name for name in load_file(folder / "adapter_model.safetensors"))
     if change is not None:
         rewrite(folder, change)
-    if not compiled:
+    if compiled is None:
         model = PeftModel.from_pretrained(fresh(), folder)
     else:
         model = zoo.peft_model(fresh())
-        compile_blocks(model)
+        compile_experts(model, compiled)
         model.load_adapter(folder, "default")
     assert_equal(model, expected)
     if change is None:  # the stamp says how it is laid out

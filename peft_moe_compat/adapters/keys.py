@@ -18,7 +18,6 @@ from ..errors import AdapterFileError
 from .ranks import lora_rank
 
 __all__ = [
-    "COMPILED",
     "LINEAR_NAMES",
     "PREFIX",
     "ROLES",
@@ -31,10 +30,12 @@ __all__ = [
     "same_tensor",
     "targeted_matrix",
     "targeted_parameters",
+    "unwrapped",
 ]
 
 PREFIX = "base_model.model."
-COMPILED = "_orig_mod."
+# What torch.compile, FSDP and checkpointing put into the name of a module that they wrap.
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.weight)?$")
 _EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)$")
 # Names of an expert's linears -> role. w1, w3, w2 are Mixtral's, kept by PhiMoE, Jamba's relatives and MiniMax.
@@ -152,16 +153,16 @@ def peft_name(name: str, prefix: str) -> str:
         name: In the file.
         prefix: See `AdapterKeys`.
     """
-    name = _in_model(name, prefix)
+    name = unwrapped(name.removeprefix(prefix))
     match = _LORA.match(name)
     if match is not None and match["adapter"] != "bias":
         name = f"{match['module']}.lora_{match['factor']}.weight"
     return PREFIX + name
 
 
-def _in_model(name: str, prefix: str) -> str:
-    """A tensor's name as the model has it, before torch.compile(module) put a name of its own into it."""
-    return name.removeprefix(prefix).replace(COMPILED, "")
+def unwrapped(name: str) -> str:
+    """The name of a module or tensor before anybody but PEFT wrapped what it is in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
 def same_tensor(name: str, other: str) -> AdapterFileError:
@@ -190,7 +191,7 @@ def parse_keys(tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> Ad
     halves: dict[tuple[str, str], dict[str, str]] = {}
     other: list[str] = []
     for name, tensor in tensors.items():
-        place = _place(_in_model(name, prefix), len(tensor.shape), config)
+        place = _place(unwrapped(name.removeprefix(prefix)), len(tensor.shape), config)
         if place is None:
             other.append(name)
             continue
