@@ -105,11 +105,12 @@ def shape_of_config(path: str) -> Shape:
 
     try:
         config: Any = AutoConfig.from_pretrained(path).get_text_config()
+        every = {name: getattr(config, name, None) for names in _SIZES.values() for name in names}
     except Exception as error:  # each config class checks its fields in its own way
         raise PeftMoeCompatError(f"--model {path} cannot be read: {error}") from error
     found = {}
     for letter, names in _SIZES.items():
-        values = [getattr(config, name, None) for name in names]
+        values = [every[name] for name in names]
         # A list has a size for each kind of experts, those of text first.
         sizes = [value[0] if isinstance(value, list | tuple) and value else value for value in values]
         value = next((size for size in sizes if isinstance(size, int)), None)

@@ -228,7 +228,10 @@ def demo(
 
 @app.command()
 def bench(
-    shape: Annotated[str, typer.Option(help="E,k,H,I: experts, experts per token, hidden, intermediate.")] = "",
+    shape: Annotated[
+        str,
+        typer.Option(help="E,k,H,I: experts, experts per token, hidden, intermediate; 128,8,2048,768 without --model."),
+    ] = "",
     model: Annotated[str, typer.Option(help="Take the shape of this transformers config instead.")] = "",
     tokens: Annotated[str, typer.Option(help="Tokens per step, comma-separated.")] = "512,2048,8192",
     rank: Annotated[int, typer.Option(help="LoRA rank of one expert.")] = 16,

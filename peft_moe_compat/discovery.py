@@ -120,10 +120,12 @@ def _refuse_unrunnable(name: str, module: nn.Module) -> None:
 def _nothing_found(model: nn.Module) -> str:
     message = f"{type(model).__name__} has no routed expert parameter."
     for name, module in model.named_modules():
-        if name.endswith("experts") and isinstance(module, nn.ModuleList) and len(module):
+        if name.endswith("experts") and isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module):
+            each = type(next(module.children())).__name__
             return (
-                f"{message} Its experts are separate modules ({name} is a list of {type(module[0]).__name__}), as in "
-                "transformers before 5.0: target their linear layers with target_modules, or install transformers>=5."
+                f"{message} Its experts are separate modules ({name} is a list of {each}), as in most models of "
+                "transformers before 5.0: target their linear layers with target_modules, or install a transformers "
+                "that fuses them."
             )
     stacks = [f"{n} {tuple(p.shape)}" for n, p in model.named_parameters() if p.ndim == 3]
     if not stacks:
@@ -149,7 +151,8 @@ class AdapterRow:
 class ParameterRow:
     """One expert parameter: its stored shape, and the path its forward takes.
 
-    `path` is "grouped_mm" (this library), "peft" (PEFT's own forward, for `reason`) or "base" (not wrapped).
+    `path` is "grouped_mm" (this library), "peft" (PEFT's own forward, for `reason`) or "base" (no adapter at work, for
+    `reason`). Of "grouped_mm" `reason` says why no faster backend runs.
     `backend`, where `path` is "grouped_mm", is what computes it on the device it is on: "triton", "torch" or "loop".
     `format` is what the weight is quantised to, such as "bnb nf4"; empty for a plain one.
     """

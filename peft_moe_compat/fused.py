@@ -68,7 +68,9 @@ def fused_reason(module: Any, device: torch.device) -> str | None:
 def _device_of(module: Any) -> torch.device:
     """Where a module's forward runs: where its parameters are, or where accelerate takes those it has offloaded."""
     held = next((parameter.device for parameter in module.parameters()), torch.device("meta"))
-    taken_to = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    hook = getattr(module, "_hf_hook", None)
+    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
+    taken_to = next((device for device in devices if device is not None), None)
     if held.type != "meta" or taken_to is None:
         return held
     return torch.device("cuda", taken_to) if isinstance(taken_to, int) else torch.device(taken_to)

@@ -134,8 +134,8 @@ KNOWN_ISSUES: tuple[KnownIssue, ...] = (
     KnownIssue(
         SpecifierSet("<0.22"),
         SpecifierSet(">=5.24"),
-        "transformers' model.add_adapter and model.load_adapter refuse this PEFT: they want 0.22 or newer",
-        "load with PeftModel.from_pretrained, or install transformers<5.24",
+        "transformers' model.add_adapter, set_adapter and save_pretrained refuse this PEFT: they want 0.22 or newer",
+        "use get_peft_model and PeftModel, or install transformers<5.24",
     ),
     KnownIssue(
         SpecifierSet(">=0.18,<0.19"),

@@ -76,6 +76,12 @@ def test_what_cannot_be_compared_is_null_in_json(files):
 
     document = json.loads(result.stdout, parse_constant=refuse)
     assert (document["same"], document["worst"]) == (False, None)
+    factors = SPEC.factors(("gate_up", "down"))
+    next(iter(factors.values()))[0][0, 0, 0] = torch.nan
+    save_fused(files / "nan", SPEC, factors, peft_version="0.21.2")
+    result = run("verify", files / "nan", files / "nan", "--model", files / "config.json", "--json")
+    document = json.loads(result.stdout, parse_constant=refuse)
+    assert (document["same"], document["worst"]) == (False, None)
     assert None in [row["relative_difference"] for row in document["rows"]]
 
 

@@ -112,7 +112,7 @@ def test_known_issues_are_found_by_pair():
     assert "HybridCache" in known_issues("0.17.1", "5.0.0")[0].symptom
     assert not any("does not import" in i.symptom for i in known_issues("0.17.1", "4.57.6"))
     added = set(known_issues("0.21.2", "5.24.0")) - set(known_issues("0.21.2", "5.23.0"))
-    assert ["model.load_adapter" in issue.symptom for issue in added] == [True]
+    assert ["model.add_adapter" in issue.symptom for issue in added] == [True]
     assert all(issue.remedy for issue in KNOWN_ISSUES)
 
 

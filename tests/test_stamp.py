@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import peft_moe_compat
+from peft_moe_compat import PeftMoeCompatError
 from peft_moe_compat.adapters.stamp import STAMP_KEY, ModuleStamp, Stamp, read_stamp
 from peft_moe_compat.errors import AdapterFileError
 
@@ -91,6 +92,13 @@ def test_it_says_how_the_file_is_laid_out(family, tmp_path):
         weight = wrapper.get_param()[0]
         stored_out_in = tuple(weight.shape) == (fan_out, fan_in)  # no stack here is square
         torch.testing.assert_close(delta if stored_out_in else delta.T, update, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_is_refused_of_a_stamped_file_too(tmp_path):
+    saved(FAMILY, tmp_path)
+    for wrong in ({"written_by": "me"}, {"nesting": ["nobody"]}, {"nesting": "nobody"}, {"orientation": "up"}):
+        with pytest.raises(PeftMoeCompatError, match="me|nobody|up"):
+            peft_moe_compat.inspect_adapter(tmp_path, **wrong)
 
 
 def test_stock_peft_reads_a_stamped_file_and_saves_it_again_without(tmp_path, stock, recwarn):

@@ -40,7 +40,7 @@ class Conversion:
         target: The reader it is for, as `--to` names it.
         exactness: `"bits"` where every factor is kept bit for bit, `"round-off"` where a scaling was folded into
             lora_B in float32, `"lossy"` where something was left out.
-        steps: What was done, a sentence each.
+        steps: What was done beyond laying out the same numbers anew, a sentence each.
         decision: What the input was found to hold.
     """
 
@@ -112,6 +112,7 @@ def convert_adapter(
         AdapterFileError: The input is damaged, or contradicts itself or the model.
         AmbiguousAdapterError: The evidence does not settle what the input holds.
         LossyConversionError: The reader cannot take all of it, and `allow_lossy` was not given.
+        UnsupportedPeftError: `to` or `written_by` names no PEFT release with expert LoRA.
         AdapterError: Anything else that stands in the way; the message says what helps.
     """
     target = parse_target(to)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, AmbiguousAdapterError
 from ..layout import ORIENTATIONS, PACKINGS
-from ..releases import release_for
+from ..releases import parse_releases, release_for
 from ..storage import orientations
 from .base_model import BaseModel
 from .detect import Reading, slot_shapes
@@ -107,6 +107,9 @@ def decide(
     for name, said, known in (("packing", packing, PACKINGS), ("orientation", orientation, ORIENTATIONS)):
         if said is not None and said not in known:
             raise AdapterError(f"{name} is {said!r}; one of {', '.join(known)} was expected.")
+    if written_by is not None:
+        parse_releases(written_by)
+    nesting = nesting.split(",") if isinstance(nesting, str) else nesting
     stamp = read_stamp(source.tensors.metadata)
     writer = find_writer(source, stamp, written_by, model)
     if source.form != "fused":
@@ -114,6 +117,11 @@ def decide(
     modules = source.keys.modules
     shapes = {module.path: slot_shapes(module, source.tensors.infos) for module in modules}
     votes = stamped(source, stamp, modules, shapes, model) if stamp else vote(source, modules, shapes, model, nesting)
+    if stamp is not None and nesting is not None:
+        for path, (first, *_) in votes.readings.items():
+            if len(first.nesting) > 1 and sorted(first.nesting) != sorted(nesting):
+                there = ",".join(first.nesting)
+                raise AdapterError(f"nesting is {','.join(nesting)}; the stamp has {there} at {path!r}.")
     oriented = _orientation(votes, writer, stamp, model, source, orientation)
     nested, readings = _nesting(votes, oriented, stamp, nesting)
     counts = expert_counts(source, votes, shapes)

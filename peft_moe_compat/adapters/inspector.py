@@ -37,7 +37,8 @@ def inspect_adapter(
 
     Raises:
         AdapterFileError: The file is damaged, or contradicts itself or the model.
-        AdapterError: One of the arguments is no possible answer.
+        UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
+        AdapterError: Another of the arguments is no possible answer.
     """
     source, base = open_with_model(adapter, model)
     decision = decide(

@@ -51,6 +51,7 @@ def verify_merged(
 
     Raises:
         AdapterError: The adapter cannot be read, or has no LoRA on the model's experts.
+        UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
     """
     if model is None:
         raise AdapterError("The base model's config is needed to build its experts: pass --model (model=...).")

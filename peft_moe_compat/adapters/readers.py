@@ -16,7 +16,7 @@ from .targets import VLLM_FUSED
 
 __all__ = ["reader_verdicts"]
 
-_CONVERT = "convert it with `peft-moe-compat convert --to {}`"
+_CONVERT = "convert it with `peft-moe-compat convert ADAPTER OUT --to {}`"
 
 
 def reader_verdicts(

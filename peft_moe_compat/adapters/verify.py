@@ -33,8 +33,9 @@ class Comparison:
     Attributes:
         name: Of the module or tensor, in the first file where it is there.
         projection: `"gate_up"`, `"gate"`, `"up"`, `"down"`, another parameter's name, `"linear"` for the LoRA of an
-            ordinary linear, or empty for a tensor that is none.
-        max_difference: Largest absolute difference of an entry of the update.
+            ordinary linear, or empty for a tensor that is none; of `verify_merged` what was compared, `"output"` or
+            `"weights"`.
+        max_difference: Largest absolute difference of an entry of the update, or of the output.
         relative_difference: Norm of the difference over norm of the first file's update; 0 where both are zero.
         note: What kept them from being compared, if anything did.
     """
@@ -59,11 +60,12 @@ class Verification:
 
     @property
     def worst(self) -> float:
-        """The largest relative difference."""
-        return max((row.relative_difference for row in self.rows), default=0.0)
+        """The largest relative difference; NaN where one is."""
+        found = [row.relative_difference for row in self.rows]
+        return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinite numbers: null where nothing can be compared."""
+        """For JSON, which has no number that is infinite or NaN: null for those."""
         found = {"schema_version": 1, "same": self.same, "worst": self.worst, "tolerance": self.tolerance}
         rows = [{key: _or_null(value) for key, value in asdict(row).items()} for row in self.rows]
         return {key: _or_null(value) for key, value in found.items()} | {"rows": rows}
@@ -106,6 +108,7 @@ def verify_adapters(
 
     Raises:
         AdapterError: One of them cannot be read, see `convert_adapter`, or the model's config is needed.
+        UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
     """
     first = _side(adapter, model, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting)
     second = _side(other, model if model is not None else first.base)
