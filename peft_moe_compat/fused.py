@@ -82,8 +82,8 @@ def backend_of(module: Any, name: str) -> tuple[str, str]:
     reason = fused_reason(module, device)
     if reason is None:
         return "triton", ""
-    weight = module._parameters.get(name)
     reason = "" if device.type == "cpu" else f"no fused kernels: {reason}"
+    weight = module._parameters[name] if quantised.is_plain(module, name) else None  # others as they are dequantised
     if weight is not None and weight.ndim == 3 and not fits_torch(weight):
         return "loop", reason or "its dtype or sizes are not those that torch's grouped products take"
     return device_backend(device), reason
