@@ -15,7 +15,7 @@ from . import families
 from .adapters.parts import Part, fused_parts, per_expert_parts
 from .adapters.source import AdapterSource
 from .errors import LayoutError
-from .layout import ExpertLora
+from .layout import ExpertLora, relative
 from .live import UnderstoodFile, chains, counterparts, facts_of, known_of_this_pair
 from .parallel import local_experts
 from .probe import installed_rule
@@ -124,8 +124,6 @@ def _applied(lora: ExpertLora) -> Tensor:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """Relative to what was expected; of anything to zero, where that was expected, none or infinite."""
     if found.shape != expected.shape:
         return float("inf")
-    difference, norm = float((found - expected).norm()), float(expected.norm())
-    return difference / norm if norm else float("inf") if difference else 0.0
+    return relative(float((found - expected).norm()), float(expected.norm()))

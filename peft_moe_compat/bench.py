@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from . import backends, patch, releases
+from .adapters.base_model import DENSE_INTERMEDIATE, HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from .errors import PeftMoeCompatError
 from .folders import check_writable, writing
 from .fused import backend_of
@@ -28,10 +29,10 @@ __all__ = ["Row", "Settings", "Shape", "run", "shape_of_config", "token_counts"]
 _DTYPES = ("bfloat16", "float16", "float32")
 _METHODS = ("frozen base", "stock PEFT", "peft_moe_compat")
 _SIZES = {
-    "E": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "E": NUM_EXPERTS,
     "k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k"),
-    "H": ("moe_latent_size", "moe_hidden_size", "hidden_size"),
-    "I": ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size"),
+    "H": HIDDEN[::-1],  # that of the experts before the model's
+    "I": INTERMEDIATE + DENSE_INTERMEDIATE,
 }
 
 

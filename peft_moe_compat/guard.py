@@ -25,10 +25,10 @@ from torch import Tensor
 
 from . import parallel
 from .adapters.keys import PREFIX, unwrapped
-from .adapters.ranks import lora_scaling
 from .adapters.source import AdapterSource
 from .arrived import check_fused, check_per_expert
 from .errors import AdapterError
+from .hotswap import hotswap_adapter_from_state_dict
 from .live import UnderstoodFile, bare, convert, differences, facts_of, live_namer, live_path, live_wrappers, stamp_of
 from .understand import understand, written_by
 from .wrappers import is_param_wrapper
@@ -67,7 +67,7 @@ def replacements() -> list[Replacement]:
         Replacement(PeftModel, "load_adapter", "peft.", _load_adapter),
         Replacement(PeftAdapterMixin, "load_adapter", "transformers.", _load_adapter),
         Replacement(hotswap, "hotswap_adapter", "peft.", _load_adapter),
-        Replacement(hotswap, "hotswap_adapter_from_state_dict", "peft.", _hotswap_adapter_from_state_dict),
+        Replacement(hotswap, "hotswap_adapter_from_state_dict", "peft.", hotswap_adapter_from_state_dict),
         # Where each of these takes the tensors from: PEFT, transformers before 5.0, hot-swapping, transformers 5.
         Replacement(peft_model, "load_peft_weights", "peft.", _load_peft_weights),
         Replacement(peft, "load_peft_weights", "peft.", _load_peft_weights),
@@ -205,36 +205,6 @@ def _load_weights_to_swap(stock: Any) -> Any:
         return ours(model_id, device, **kwargs)
 
     return load_peft_weights
-
-
-def _hotswap_adapter_from_state_dict(stock: Any) -> Any:
-    """Where PEFT goes wrong: it copies a lower rank over the first rows, which are those of other experts, matches the
-    patterns with the module's name instead of the parameter's, and saves with the rank and alpha of before."""
-    signature = inspect.signature(stock)
-
-    @wraps(stock)
-    def hotswap_adapter_from_state_dict(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        model, tensors, name = given["model"], given["state_dict"], given["adapter_name"]
-        model = getattr(model, "_orig_mod", model)
-        wrappers = {p: m for p, m in model.named_modules() if is_param_wrapper(m) and name in m.lora_A}
-        if not wrappers:
-            return stock(*args, **kwargs)
-        held = dict(model.named_parameters())
-        smaller = {n: t.clone() for n, t in tensors.items() if n in held and held[n].numel() > t.numel()}
-        result = stock(*args, **kwargs)
-        for tensor_name, tensor in smaller.items():
-            held[tensor_name].data = tensor.to(held[tensor_name])
-        config = given["config"].to_dict()
-        for path, wrapper in wrappers.items():
-            wrapper.r[name] = wrapper.lora_A[name].weight.shape[0] // wrapper.num_experts
-            key = f"{live_path(path)}.{wrapper.parameter_name}"
-            wrapper.scaling[name] = lora_scaling(config, key, wrapper.r[name])
-        for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
-            setattr(model.peft_config[name], field, config[field])
-        return result
-
-    return hotswap_adapter_from_state_dict
 
 
 def _renamed(name: str, key_mapping: Mapping[str, str] | None) -> str:

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from .errors import LayoutError
 
-__all__ = ["ORIENTATIONS", "PACKINGS", "ExpertLora", "Factor", "FlatLora", "concat", "flat", "from_flat", "to_flat"]
+__all__ = [
+    "ORIENTATIONS",
+    "PACKINGS",
+    "ExpertLora",
+    "Factor",
+    "FlatLora",
+    "concat",
+    "flat",
+    "from_flat",
+    "relative",
+    "to_flat",
+]
 
 ORIENTATIONS = ("linear", "reversed")
 PACKINGS = ("rank_major", "grouped")
@@ -274,3 +285,10 @@ def concat(loras: Sequence[ExpertLora]) -> ExpertLora:
     A = torch.cat([lora.A.to(dtype) for lora in loras], dim=1)
     B = torch.cat([lora.B.to(dtype) * lora.scaling for lora in loras], dim=2)
     return ExpertLora(A, B, 1.0)
+
+
+def relative(distance: float, norm: float) -> float:
+    """A distance relative to the norm of what was expected; of anything to zero infinite, of zero to zero none."""
+    if norm:
+        return distance / norm
+    return float("inf") if distance else 0.0

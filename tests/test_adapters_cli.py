@@ -82,6 +82,7 @@ def test_what_cannot_be_compared_is_null_in_json(files):
     result = run("verify", files / "nan", files / "nan", "--model", files / "config.json", "--json")
     document = json.loads(result.stdout, parse_constant=refuse)
     assert (document["same"], document["worst"]) == (False, None)
+    assert None in [row["max_difference"] for row in document["rows"]]
     assert None in [row["relative_difference"] for row in document["rows"]]
 
 

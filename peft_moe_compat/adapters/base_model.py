@@ -14,22 +14,32 @@ from typing import Any
 from ..errors import AdapterError, AdapterFileError
 from .files import download, is_hub_id, read_json, usable_path
 
-__all__ = ["BaseModel", "Features", "base_model_of", "load_base_model", "load_config"]
+__all__ = [
+    "DENSE_INTERMEDIATE",
+    "HIDDEN",
+    "INTERMEDIATE",
+    "NUM_EXPERTS",
+    "BaseModel",
+    "Features",
+    "base_model_of",
+    "load_base_model",
+    "load_config",
+]
 
 # (in, out) of an expert parameter.
 Features = tuple[int, int]
 
 # Names that the configs of transformers 4.57 to 5.24 use, the more specific ones first.
-_NUM_EXPERTS = (
+NUM_EXPERTS = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
     "moe_num_experts",
     "num_routed_experts",
 )
-_INTERMEDIATE = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size")
-_DENSE_INTERMEDIATE = ("intermediate_size", "ffn_hidden_size")
-_HIDDEN = ("hidden_size", "moe_hidden_size", "moe_latent_size")
+INTERMEDIATE = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size")
+DENSE_INTERMEDIATE = ("intermediate_size", "ffn_hidden_size")
+HIDDEN = ("hidden_size", "moe_hidden_size", "moe_latent_size")
 
 # Families whose experts' gate and up rows alternate in gate_up_proj instead of lying one after the other.
 _INTERLEAVED = {"gpt_oss"}
@@ -222,7 +232,7 @@ def base_model_of(
 def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:
     found = list(_scopes(config))
     if not found:
-        counts = ", ".join(_NUM_EXPERTS)
+        counts = ", ".join(NUM_EXPERTS)
         raise AdapterError(
             f"{name} describes no model with routed experts: none of {counts} is in it. Is it the config.json of the "
             "adapter's base model?"
@@ -236,9 +246,9 @@ def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:
 
 def _scopes(config: Mapping[str, Any]) -> Iterator[tuple[str, Scope]]:
     """(model_type, sizes) of every (sub-)config that counts experts."""
-    counts = _integers(config, _NUM_EXPERTS)
-    hidden = _integers(config, _HIDDEN)
-    intermediate = _integers(config, _INTERMEDIATE) or _integers(config, _DENSE_INTERMEDIATE)
+    counts = _integers(config, NUM_EXPERTS)
+    hidden = _integers(config, HIDDEN)
+    intermediate = _integers(config, INTERMEDIATE) or _integers(config, DENSE_INTERMEDIATE)
     # longcat_flash: gate_up_proj has rows for the zero experts too, down_proj has none.
     zero = next(iter(_integers(config, ("zero_expert_num",))), 0)
     counts |= {count + zero for count in counts}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..layout import ExpertLora, to_flat
+from ..layout import ExpertLora, relative, to_flat
 from .base_model import load_config
 from .convert import planned_modules
 from .decide import decide
@@ -94,28 +93,30 @@ def _experts_of(config: Mapping[str, Any]) -> dict[str, nn.Module]:
         raise AdapterError(
             f"transformers {transformers.__version__} knows no model of type {model_type!r}; install one that does."
         ) from None
-    with _refusing(model_type):
-        parsed = config_class.from_dict(dict(config))
+    try:
+        model = _on_meta(config_class, config)
+    except Exception as error:  # each class of transformers checks a config in its own way
+        raise AdapterError(f"transformers makes no model of this {model_type} config: {error}") from error
+    if model is None:
+        raise AdapterError(f"transformers {transformers.__version__} has no model class for {model_type!r}.")
+    return {path: module for path, module, _ in routed_experts(model)}
+
+
+def _on_meta(config_class: Any, config: Mapping[str, Any]) -> Any:
+    """The model a config describes, without data; None where transformers has no class for it."""
+    import transformers
+
+    parsed = config_class.from_dict(dict(config))
     names = [*(config.get("architectures") or ()), "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"]
     for name in names:
         cls = getattr(transformers, name, None)
         mapping = getattr(cls, "_model_mapping", None)
         if cls is None or (mapping is not None and type(parsed) not in mapping):
             continue
-        with _refusing(model_type), torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = cls.from_config(parsed) if mapping is not None else cls(parsed)
-        return {path: module for path, module, _ in routed_experts(model)}
-    raise AdapterError(f"transformers {transformers.__version__} has no model class for {model_type!r}.")
-
-
-@contextmanager
-def _refusing(model_type: str) -> Iterator[None]:
-    """What transformers has against a config; each of its classes checks that in its own way."""
-    try:
-        yield
-    except Exception as error:
-        raise AdapterError(f"transformers makes no model of this {model_type} config: {error}") from error
+            return cls.from_config(parsed) if mapping is not None else cls(parsed)
+    return None
 
 
 def _compare(path: str, on_meta: nn.Module, loras: Mapping[str, ExpertLora]) -> Comparison:
@@ -191,6 +192,5 @@ def _compare_weights(path: str, holder: Any, experts: nn.Module, loras: Mapping[
 
 def _comparison(path: str, expected: Tensor, found: Tensor, what: str) -> Comparison:
     difference = (found - expected).double()
-    distance, norm = difference.norm().item(), expected.double().norm().item()
-    relative = distance / norm if norm else float("inf") if distance else 0.0
-    return Comparison(path, what or "output", difference.abs().max().item(), relative)
+    distance = relative(difference.norm().item(), expected.double().norm().item())
+    return Comparison(path, what or "output", difference.abs().max().item(), distance)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..layout import ExpertLora
+from ..layout import ExpertLora, relative
 from .base_model import BaseModel
 from .decide import decide
 from .modules import module_parts
@@ -182,15 +182,14 @@ def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Compari
     for lora in loras:
         if lora is not None and (lora.out_features, lora.in_features) != shape[1:]:
             return Comparison(*key, float("inf"), float("inf"), "the two have different sizes")
-    largest = squares = norm = 0.0
+    largest, squares, norm = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     for expert in range(max(lora.num_experts for lora in loras if lora is not None)):
         deltas = [_delta(lora, expert, known) for lora in loras]
         difference = deltas[0] - deltas[1]
-        largest = max(largest, difference.abs().max().item())
+        largest = torch.maximum(largest, difference.abs().max())  # keeps NaN
         squares += difference.square().sum().item()
         norm += deltas[0].square().sum().item()
-    relative = (squares / norm) ** 0.5 if norm else (0.0 if not squares else float("inf"))
-    return Comparison(*key, largest, relative)
+    return Comparison(*key, largest.item(), relative(squares, norm) ** 0.5)
 
 
 def _load(side: _Side, key: tuple[str, str]) -> ExpertLora | None:
@@ -223,6 +222,5 @@ def _compare_tensor(name: str, first: _Side, second: _Side) -> Comparison:
     difference = values[0] - values[1]
     if not difference.any():
         return Comparison(name, "", 0.0, 0.0)
-    norm = values[0].norm().item()
-    relative = difference.norm().item() / norm if norm else float("inf")
-    return Comparison(name, "", difference.abs().max().item(), relative)
+    distance = relative(difference.norm().item(), values[0].norm().item())
+    return Comparison(name, "", difference.abs().max().item(), distance)
