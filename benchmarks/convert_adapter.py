@@ -85,7 +85,7 @@ def main() -> None:
     try:
         size = write(source, arguments.layers, arguments.rank) / 1e9
         print(f"adapter of {size:.2f} GB")
-        cli = [sys.executable, "-c", "from peft_moe_compat.cli import app; app()", "convert", str(source)]
+        cli = [sys.executable, "-c", "from peft_moe_compat.cli.main import app; app()", "convert", str(source)]
         commands = {
             "cp": ["cp", "-r", str(source), str(folder / "copy")],
             "import alone": [sys.executable, "-c", "import peft_moe_compat.adapters.convert"],

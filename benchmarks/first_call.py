@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from peft_moe_compat import bench, patch
+from peft_moe_compat.cli import bench
+from peft_moe_compat.patching import activation as patch
 
 torch.zeros(1, device="cuda")
 layer = bench._Layer(bench.Settings(bench.Shape(128, 8, 2048, 768)))

@@ -25,11 +25,11 @@ from torch.nn.functional import grouped_mm
 from triton.testing import do_bench
 
 from peft_moe_compat import layout
-from peft_moe_compat.fused import Activation
-from peft_moe_compat.kernels import activation, gemm, gradients, layer, rows
-from peft_moe_compat.kernels.common import Config
-from peft_moe_compat.kernels.factors import packed
-from peft_moe_compat.kernels.routing import route
+from peft_moe_compat.forward.fused import Activation
+from peft_moe_compat.forward.kernels import activation, gemm, gradients, layer, rows
+from peft_moe_compat.forward.kernels.common import Config
+from peft_moe_compat.forward.kernels.factors import packed
+from peft_moe_compat.forward.kernels.routing import route
 
 SHAPES = {  # E, k, H, I, tokens, rank
     "qwen3-30b": (128, 8, 2048, 768, 8192, 16),

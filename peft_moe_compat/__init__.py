@@ -21,21 +21,21 @@ from .errors import (
     PeftMoeCompatError,
     UnsupportedPeftError,
 )
-from .patch import Activation, activate, activate_on_import, deactivate, is_active
+from .patching.activation import Activation, activate, activate_on_import, deactivate, is_active
 
 if TYPE_CHECKING:
+    from .adapters.conclusions import Inspection
     from .adapters.convert import Conversion, convert_adapter
-    from .adapters.inspection import Inspection
-    from .adapters.inspector import inspect_adapter
+    from .adapters.inspect import inspect_adapter
     from .adapters.merged import verify_merged
     from .adapters.verify import Verification, verify_adapters
-    from .backends import set_backend
-    from .discovery import Report, expert_parameters, report
-    from .families import declare_layout
+    from .forward.backend import set_backend
     from .layout import ExpertLora
+    from .model.experts import declare_layout
+    from .model.wrappers import expert_loras
+    from .patching.opening import written_by
     from .releases import LayoutRule, release_for
-    from .understand import written_by
-    from .wrappers import expert_loras
+    from .reporting import Report, expert_parameters, report
 
 __version__ = "0.1.0"
 
@@ -79,21 +79,21 @@ __all__ = [
 _LAZY = {
     "Conversion": "adapters.convert",
     "ExpertLora": "layout",
-    "Inspection": "adapters.inspection",
+    "Inspection": "adapters.conclusions",
     "LayoutRule": "releases",
-    "Report": "discovery",
+    "Report": "reporting",
     "Verification": "adapters.verify",
     "convert_adapter": "adapters.convert",
-    "declare_layout": "families",
-    "expert_loras": "wrappers",
-    "expert_parameters": "discovery",
-    "inspect_adapter": "adapters.inspector",
+    "declare_layout": "model.experts",
+    "expert_loras": "model.wrappers",
+    "expert_parameters": "reporting",
+    "inspect_adapter": "adapters.inspect",
     "release_for": "releases",
-    "report": "discovery",
-    "set_backend": "backends",
+    "report": "reporting",
+    "set_backend": "forward.backend",
     "verify_adapters": "adapters.verify",
     "verify_merged": "adapters.merged",
-    "written_by": "understand",
+    "written_by": "patching.opening",
 }
 
 

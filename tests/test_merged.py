@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import zoo
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
+from support import zoo
 from typer.testing import CliRunner
 
-from peft_moe_compat import AdapterError, cli, convert_adapter, verify_merged
+from peft_moe_compat import AdapterError, convert_adapter, verify_merged
+from peft_moe_compat.cli import main as cli
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = [family for family in zoo.FAMILIES if family in ("qwen3_moe", "gpt_oss", "nemotron_h")]

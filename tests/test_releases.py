@@ -8,7 +8,7 @@ import pytest
 from packaging.version import Version
 
 from peft_moe_compat import UnsupportedPeftError
-from peft_moe_compat.probe import installed_rule, measure_rule
+from peft_moe_compat.model.probe import installed_rule, measure_rule
 from peft_moe_compat.releases import (
     KNOWN_ISSUES,
     NEWEST_TESTED,

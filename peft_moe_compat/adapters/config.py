@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..releases import stamps_its_version
-from .keys import LINEAR_NAMES, targeted_matrix
+from .names import LINEAR_NAMES, targeted_matrix
 from .outputs import Named
 from .ranks import lora_alpha, lora_rank
-from .targets import Target
+from .readers import Target
 from .writer import UNSLOTH_DETAIL, UNSLOTH_LAYOUT
 
 __all__ = ["evened_config", "target_config", "without_the_rest"]

@@ -16,13 +16,13 @@ from .base_model import BaseModel
 from .config import evened_config, target_config, without_the_rest
 from .decide import Decision, decide
 from .files import usable_path
-from .keys import PREFIX, peft_name
-from .modules import ModuleOutputs, Refit, module_parts, refit
+from .names import PREFIX, peft_name
 from .outputs import Item, Output, copied, evened, plain
 from .parts import plain_parts
+from .plan import ModuleOutputs, Refit, module_parts, refit
+from .readers import KEEP_THE_BASE, Target, parse_target
 from .source import CONFIG_NAME, AdapterSource, open_with_model
 from .stamp import Stamp
-from .targets import KEEP_THE_BASE, Target, parse_target
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
 
 __all__ = ["Conversion", "Progress", "convert_adapter", "planned_modules"]

@@ -19,15 +19,15 @@ from torch import Tensor
 from ..errors import AdapterError, AmbiguousAdapterError
 from ..layout import ORIENTATIONS, PACKINGS
 from ..releases import parse_releases, release_for
-from ..storage import orientations
 from .base_model import BaseModel
-from .detect import Reading, slot_shapes
-from .inspection import Conclusion
-from .keys import ExpertsKeys
+from .conclusions import Conclusion
+from .layers import Votes, expert_counts, stamped, vote
+from .names import ExpertsKeys
+from .orientations import orientations
 from .packing import test_packing
+from .shapes import Reading, slot_shapes
 from .source import AdapterSource
 from .stamp import Stamp, read_stamp
-from .votes import Votes, expert_counts, stamped, vote
 from .writer import SAID_BY_CALLER, Writer, find_writer
 
 __all__ = ["Decision", "decide"]

@@ -16,8 +16,8 @@ from ..layout import ExpertLora, relative, to_flat
 from .base_model import load_config
 from .convert import planned_modules
 from .decide import decide
+from .readers import parse_target
 from .source import open_with_model
-from .targets import parse_target
 from .verify import Comparison, Verification
 
 __all__ = ["verify_merged"]
@@ -84,7 +84,7 @@ def _experts_of(config: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Path -> experts module, on the meta device, of the model a config describes."""
     import transformers
 
-    from ..families import routed_experts
+    from ..model.experts import routed_experts
 
     model_type = str(config.get("model_type"))
     try:
@@ -121,8 +121,8 @@ def _on_meta(config_class: Any, config: Mapping[str, Any]) -> Any:
 
 def _compare(path: str, on_meta: nn.Module, loras: Mapping[str, ExpertLora]) -> Comparison:
     """One experts module with its LoRA, unmerged and merged."""
-    from ..families import dispatching_registry
-    from ..patch import is_active
+    from ..model.experts import dispatching_registry
+    from ..patching.activation import is_active
 
     generator = torch.Generator().manual_seed(0)
     experts: Any = copy.deepcopy(on_meta).to(torch.float32).to_empty(device="cpu").eval()
@@ -145,9 +145,9 @@ def _wrapped(experts: nn.Module, loras: Mapping[str, ExpertLora]) -> Any:
     """The module in a PEFT model with the LoRA on it, laid out as the live wrappers want it."""
     from peft import LoraConfig, get_peft_model
 
-    from ..families import is_transposed
-    from ..probe import installed_rule
-    from ..wrappers import live_orientation, wrapper_chain
+    from ..model.experts import is_transposed
+    from ..model.probe import installed_rule
+    from ..model.wrappers import live_orientation, wrapper_chain
 
     ranks = {f"experts.{name}": lora.rank for name, lora in loras.items()}
     alphas = {f"experts.{name}": lora.scaling * lora.rank for name, lora in loras.items()}
@@ -178,7 +178,7 @@ def _inputs(
 
 def _compare_weights(path: str, holder: Any, experts: nn.Module, loras: Mapping[str, ExpertLora]) -> Comparison:
     """For a class whose forward takes other arguments: the merged weights against the base plus the update."""
-    from ..families import is_transposed
+    from ..model.experts import is_transposed
 
     before = {name: getattr(experts, name).clone() for name in loras}
     holder.merge_and_unload()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..layout import ExpertLora, to_flat
-from .keys import PREFIX
+from .names import PREFIX
 from .parts import Part
 from .shaping import folded
 

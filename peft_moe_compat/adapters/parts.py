@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
 from ..layout import ExpertLora, from_flat
-from .detect import Reading, slot_orientations
-from .keys import PREFIX, ExpertsKeys, Pair, linear_role, peft_name, role_of, same_tensor, targeted_matrix
+from .names import PREFIX, ExpertsKeys, Pair, linear_role, peft_name, role_of, same_tensor, targeted_matrix
 from .ranks import lora_alpha, lora_rank, lora_scaling
+from .shapes import Reading, slot_orientations
 from .source import AdapterSource
 
 __all__ = ["Load", "Part", "fused_parts", "per_expert_parts", "plain_parts", "stacked_parts"]

@@ -1,159 +1,96 @@
-"""What each reader would do with a file as it is. See `targets` for where the rules come from."""
+"""Who reads adapters, and what form each of them takes.
+
+Source: the readers' own code. vLLM 0.33 `lora/`, SGLang 0.5.23 `srt/lora/`, llama.cpp's `convert_lora_to_gguf.py`;
+tests/readers runs all three on what is written here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ..releases import NEWEST_TESTED, RULES
-from ..storage import orientations
-from .base_model import BaseModel
-from .decide import Decision
-from .detect import parameter_order
-from .inspection import ReaderVerdict
-from .keys import ExpertsKeys, linear_role
-from .source import AdapterSource
-from .targets import VLLM_FUSED
+from ..errors import AdapterError
+from ..releases import NEWEST_TESTED, installed_versions, parse_releases, release_for
 
-__all__ = ["reader_verdicts"]
+__all__ = ["KEEP_THE_BASE", "READERS", "SGLANG_WITHOUT_EXPERTS", "VLLM_FUSED", "Target", "parse_target"]
 
-_CONVERT = "convert it with `peft-moe-compat convert ADAPTER OUT --to {}`"
+READERS = ("peft", "per-expert", "vllm", "sglang", "llama.cpp")
+
+# Families that vLLM serves from fused 3-D experts; it takes their adapters as PEFT >= 0.19.1 writes them, and those of
+# all others per expert.
+VLLM_FUSED = {"gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
 
 
-def reader_verdicts(
-    source: AdapterSource, decision: Decision, base: BaseModel | None, transformers: str | None
-) -> dict[str, ReaderVerdict]:
-    """Reader -> what it does with the file: every PEFT layout of the release table, vLLM, SGLang and llama.cpp.
+# Values of `init_lora_weights` that leave the base model as it was: vLLM's list without lora_ga, which does not.
+KEEP_THE_BASE = {"gaussian", "eva", "orthogonal", "mica"}
 
-    Args:
-        source, decision, base: The file, what it holds, and its base model where that is known.
-        transformers: The release that stands beside PEFT; None where it is not known.
+# Families whose model class refuses LoRA on experts in SGLang.
+SGLANG_WITHOUT_EXPERTS = {"llama4"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader.
+
+    Attributes:
+        name: One of `READERS`.
+        peft: For `peft`: the release.
+        transformers: For `peft`: the release beside it, None where it does not matter.
     """
-    starts = [rule.since for rule in RULES]
-    found = {}
-    for start, end in zip(starts, [*starts[1:], None], strict=True):
-        name = f"PEFT >= {start}" + (f", < {end}" if end else "")
-        release = str(start if end else NEWEST_TESTED)
-        found[name] = _by_peft(source, decision, base, release, transformers)
-    found["vLLM"] = _by_vllm(source, decision, base)
-    found["SGLang"] = _by_sglang(source)
-    found["llama.cpp"] = _by_llama_cpp(source)
-    if source.form == "none":
-        return dict.fromkeys(found, ReaderVerdict("reads", "there is no LoRA on routed experts"))
-    return found
+
+    name: str
+    peft: str | None = None
+    transformers: str | None = None
+
+    @property
+    def scaling(self) -> str:
+        """How it scales an update.
+
+        "config": alpha / r or rsLoRA's, with patterns. "uniform": `lora_alpha / r` for all, and every rank is `r`.
+        "alpha": `lora_alpha` over the rank of the tensor at hand.
+        """
+        return {"sglang": "uniform", "llama.cpp": "alpha"}.get(self.name, "config")
+
+    @property
+    def takes_all_peft(self) -> bool:
+        """Whether it reads all that PEFT can put into an adapter: modules_to_save, DoRA, biases, embeddings."""
+        return self.name in ("peft", "per-expert")
+
+    @property
+    def complete(self) -> bool:
+        """Whether every projection of an adapted experts module has to be there."""
+        return self.name in ("vllm", "sglang")
+
+    def form(self, model_type: str) -> str:
+        """`"fused"`, `"per_expert"`, or `"gguf"`: 3-D factors under the names llama.cpp gives its own tensors."""
+        if self.name == "peft" or (self.name == "vllm" and model_type in VLLM_FUSED):
+            return "fused"
+        return "gguf" if self.name == "llama.cpp" else "per_expert"
+
+    def __str__(self) -> str:
+        if self.name != "peft":
+            return self.name
+        return f"peft=={self.peft}" + (f",transformers=={self.transformers}" if self.transformers else "")
 
 
-def _by_peft(
-    source: AdapterSource, decision: Decision, base: BaseModel | None, release: str, transformers: str | None
-) -> ReaderVerdict:
-    if source.form == "stacked":
-        return ReaderVerdict("fails", f"3-D factors are not PEFT's; {_CONVERT.format('peft')}")
-    if source.form == "per_expert":
-        return _per_expert_by_peft(source)
-    orientation, packing = decision.orientation.value, decision.packing.value
-    if orientation is None or packing is None or not decision.readings:
-        return ReaderVerdict("unknown", "the file itself is not settled")
-    possible = orientations(release, transformers, base.model_type if base else None)
-    help_ = _CONVERT.format(f"peft=={release}")
-    if len(possible) > 1:
-        asked = "the base model" if base is None else "the transformers release beside it"
-        return ReaderVerdict("unknown", f"depends on {asked}")
-    swapped = [
-        module
-        for module in source.keys.modules
-        if decision.readings[module.path].nesting
-        != parameter_order(module.path, decision.readings[module.path].nesting)
-    ]
-    if possible != {orientation}:
-        verdict = "wrong" if all(_square(source, module) for module in source.keys.modules) else "fails"
-        return ReaderVerdict(verdict, f"its layout is the {next(iter(possible))} one, this file's is not; {help_}")
-    if swapped:
-        verdict = "wrong" if all(_same_slots(source, module) for module in swapped) else "fails"
-        return ReaderVerdict(verdict, f"the wrappers are nested the other way round; {help_}")
-    if packing == "grouped":
-        return ReaderVerdict("wrong", f"it takes lora_B's columns in another order; {help_}")
-    return ReaderVerdict("reads", "its own layout")
+def parse_target(to: str) -> Target:
+    """A reader from its name: `peft` is the installed one, `peft==VERSION[,transformers==VERSION]` another.
 
-
-def _square(source: AdapterSource, module: ExpertsKeys) -> bool:
-    """Whether the flipped factors would have the same shapes."""
-    infos = source.tensors.infos
-    return all(infos[pair.lora_A].shape[1] == infos[pair.lora_B].shape[0] for pair in module.slots)
-
-
-def _same_slots(source: AdapterSource, module: ExpertsKeys) -> bool:
-    infos = source.tensors.infos
-    return len({(infos[pair.lora_A].shape, infos[pair.lora_B].shape) for pair in module.slots}) == 1
-
-
-def _per_expert_by_peft(source: AdapterSource) -> ReaderVerdict:
-    """Under transformers 4 these are ordinary linears; under transformers 5 PEFT converts what it knows."""
-    to_peft = _CONVERT.format("peft")
-    old = "transformers 4 holds these experts as linears, and PEFT reads them; under transformers 5 "
-    roles = {linear_role(linear) for module in source.keys.modules for _, linear in module.experts}
-    if source.config.get("use_rslora"):
-        return ReaderVerdict("wrong", f"{old}its own conversion has rsLoRA off by sqrt(2); {to_peft}")
-    if source.config.get("alpha_pattern") or source.config.get("rank_pattern"):
-        return ReaderVerdict("wrong", f"{old}its own conversion drops the patterns of single projections; {to_peft}")
-    if roles != {"gate", "up", "down"}:
-        return ReaderVerdict("wrong", f"{old}its own conversion loses experts without all three projections; {to_peft}")
-    return ReaderVerdict("unknown", f"{old}PEFT >= 0.19 converts some families by itself; {to_peft} to be sure")
-
-
-def _by_vllm(source: AdapterSource, decision: Decision, base: BaseModel | None) -> ReaderVerdict:
-    help_ = _CONVERT.format("vllm")
-    if base is None:
-        return ReaderVerdict("unknown", "depends on the base model")
-    if source.form == "stacked":
-        return ReaderVerdict("fails", f"it takes no 3-D factors; {help_}")
-    native = base.model_type in VLLM_FUSED
-    if source.form == "per_expert":
-        if native:
-            return ReaderVerdict("fails", f"it serves {base.model_type} from fused experts; {help_}")
-        return _complete(source, base, "vllm")
-    if not native:
-        return ReaderVerdict("fails", f"it takes adapters for {base.model_type} per expert; {help_}")
-    if decision.orientation.value is None or decision.packing.value is None:
-        return ReaderVerdict("unknown", "the file itself is not settled")
-    if decision.orientation.value == "reversed":
-        return ReaderVerdict("fails", f"it takes linear factors; with several GPUs it may be wrong instead; {help_}")
-    if decision.packing.value == "grouped":
-        return ReaderVerdict("wrong", f"it takes lora_B's columns in another order; {help_}")
-    if any(len(module.slots) < 2 for module in source.keys.modules):
-        return ReaderVerdict("fails", f"it asks for both projections; {help_}")
-    return ReaderVerdict("reads", "its own layout")
-
-
-def _by_sglang(source: AdapterSource) -> ReaderVerdict:
-    help_ = _CONVERT.format("sglang")
-    if source.form == "fused":
-        return ReaderVerdict("fails", f"it takes experts one by one; {help_}")
-    if _ignored(source):
-        return ReaderVerdict("wrong", f"it ignores rsLoRA and patterns; {help_}")
-    return ReaderVerdict("reads", "needs gate_proj, up_proj and down_proj among target_modules")
-
-
-def _by_llama_cpp(source: AdapterSource) -> ReaderVerdict:
-    help_ = _CONVERT.format("llama.cpp")
-    if source.form != "per_expert":
-        return ReaderVerdict("fails", f"its converter takes experts one by one, or under names of its own; {help_}")
-    if source.config.get("use_rslora") or source.config.get("alpha_pattern"):
-        return ReaderVerdict("wrong", f"it ignores rsLoRA and alpha_pattern; {help_}")
-    return _complete(source, None, "llama.cpp")
-
-
-def _ignored(source: AdapterSource) -> bool:
-    """Whether the file needs more than one rank and one alpha over it."""
-    patterns: Mapping[str, object] = source.config
-    return any(patterns.get(key) for key in ("use_rslora", "rank_pattern", "alpha_pattern"))
-
-
-def _complete(source: AdapterSource, base: BaseModel | None, reader: str) -> ReaderVerdict:
-    """For readers that want every expert and every projection."""
-    for module in source.keys.modules:
-        experts = {expert for expert, _ in module.experts}
-        total = (base.num_experts if base else None) or 1 + max(experts)
-        linears = {linear for _, linear in module.experts}
-        wanted = {"gate", "up", "down"} if base is None or base.gated else {"up", "down"}
-        if len(module.experts) < total * len(linears) or {linear_role(linear) for linear in linears} != wanted:
-            return ReaderVerdict("fails", f"it wants every expert and projection; {_CONVERT.format(reader)}")
-    return ReaderVerdict("reads", "every expert and projection is there")
+    Raises:
+        AdapterError: No such reader, or no PEFT is installed.
+        UnsupportedPeftError: A PEFT release without expert LoRA.
+    """
+    if to == "peft":
+        found = installed_versions("peft", "transformers")
+        if found["peft"] == "not installed":
+            raise AdapterError(f"No PEFT is installed to convert for. Name a release: --to peft=={NEWEST_TESTED}.")
+        release_for(found["peft"])
+        beside = found["transformers"]
+        return Target("peft", found["peft"], None if beside == "not installed" else beside)
+    if to.startswith("peft=="):
+        return Target("peft", *parse_releases(to))
+    if to in READERS:
+        return Target(to)
+    raise AdapterError(
+        f"No reader is called {to!r}; one of {', '.join(READERS)}, peft==VERSION or "
+        "peft==VERSION,transformers==VERSION was expected."
+    )

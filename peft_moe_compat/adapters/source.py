@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import AdapterError, AdapterFileError
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, read_json, show
-from .keys import AdapterKeys, parse_keys
+from .names import AdapterKeys, parse_keys
 from .tensors import AdapterTensors, open_tensors
 
 __all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter", "open_with_model"]

@@ -16,8 +16,8 @@ from ..errors import AdapterError
 from ..layout import ExpertLora, relative
 from .base_model import BaseModel
 from .decide import decide
-from .modules import module_parts
 from .parts import Part, plain_parts
+from .plan import module_parts
 from .shaping import part_gate_up
 from .source import AdapterSource, open_with_model
 

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import AdapterFileError, UnsupportedPeftError
 from ..releases import AUTOMODEL_LAYOUTS, RULES, parse_releases, release_for
 from .base_model import BaseModel
+from .conclusions import Conclusion
 from .files import show
-from .inspection import Conclusion
 from .source import AdapterSource
 from .stamp import Stamp
 

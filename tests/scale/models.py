@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import zoo
+from support import zoo
 from torch import Tensor, nn
 
 # (E, out, in); and (E, in, out) with biases, whose gate and up rows are interleaved.
@@ -104,7 +104,7 @@ class Calls:
 
     def __init__(self) -> None:
         import peft_moe_compat
-        from peft_moe_compat import experts
+        from peft_moe_compat.forward import layer as experts
 
         self.count, forward = 0, experts.experts_forward
 

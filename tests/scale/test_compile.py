@@ -11,9 +11,9 @@ import copy
 import pytest
 import torch
 import torch._dynamo as dynamo
-import zoo
 from accelerate.utils import compile_regions
 from peft import LoraConfig, get_peft_model
+from support import zoo
 
 import peft_moe_compat
 
@@ -167,7 +167,9 @@ def test_rows_computed_elsewhere_contribute_nothing_to_a_training_graph(package)
     """Of expert parallelism; gated, biased, without a gate, and with a norm after the experts."""
     experts = zoo.build(next(found for found in zoo.DECORATED if found.package == package))
     experts._is_expert_parallel = True
-    layer = zoo.wrap(experts, [f"experts.{name}" for name in peft_moe_compat.families.projections(experts)])["experts"]
+    layer = zoo.wrap(experts, [f"experts.{name}" for name in peft_moe_compat.model.experts.projections(experts)])[
+        "experts"
+    ]
     index, weights = zoo.routing(tokens=20)
     index[::3, 0] = zoo.E
     given = {"hidden_states": torch.randn(20, zoo.H), "top_k_index": index, "top_k_weights": weights}
@@ -182,7 +184,7 @@ def test_rows_computed_elsewhere_contribute_nothing_to_a_training_graph(package)
 @pytest.mark.parametrize("package", FAMILIES)
 def test_in_bfloat16_a_training_graph_is_as_near_to_float64_as_stock(package, stock):
     experts = zoo.build(next(found for found in zoo.DECORATED if found.package == package), intermediate=16)
-    names = [f"experts.{name}" for name in peft_moe_compat.families.projections(experts)]
+    names = [f"experts.{name}" for name in peft_moe_compat.model.experts.projections(experts)]
     layer = zoo.wrap(experts.to(torch.bfloat16), names)["experts"]
     index, weights = zoo.routing(tokens=500)
     low = [torch.randn(500, zoo.H).bfloat16(), index, weights.bfloat16()]

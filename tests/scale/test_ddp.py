@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import zoo
+from support import zoo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -10,9 +10,9 @@ import json
 import pytest
 import torch
 import transformers
-import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support import zoo
 from torch import nn
 
 import peft_moe_compat

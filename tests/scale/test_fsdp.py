@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import zoo
 from safetensors import safe_open
+from support import zoo
 from torch import Tensor, nn
 
 import peft_moe_compat

@@ -11,11 +11,11 @@ import copy
 import pytest
 import torch
 import transformers
-import zoo
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from support import zoo
 
 import peft_moe_compat
 

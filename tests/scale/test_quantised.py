@@ -11,10 +11,10 @@ import types
 
 import pytest
 import torch
-import zoo
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from support import zoo
 from torch import nn
 from torch.nn.utils import parametrize
 from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig, quantize_
@@ -698,7 +698,7 @@ def test_lora_held_in_float8_is_refused_by_name():
 
 @pytest.mark.parametrize(("rows", "columns", "block"), [(8, 12, (4, 4)), (10, 7, (4, 4)), (6, 6, None), (5, 4, (8, 8))])
 def test_fp8_blocks_that_do_not_divide_the_weight(rows, columns, block):
-    from peft_moe_compat.quantised import _dequantised_fp8, _scale_shape
+    from peft_moe_compat.model.weights import _dequantised_fp8, _scale_shape
 
     weight = torch.randn(3, rows, columns).to(torch.float8_e4m3fn)
     scale = torch.rand(_scale_shape(weight, block)) + 0.1

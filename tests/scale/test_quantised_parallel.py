@@ -10,7 +10,7 @@ import types
 from typing import Any
 
 import pytest
-import zoo
+from support import zoo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -10,14 +10,14 @@ import os
 import pytest
 import torch
 import transformers
-import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support import zoo
 from torch import nn
 
 import peft_moe_compat
 from peft_moe_compat import ParallelismError
-from peft_moe_compat.parallel import get_in_out_features
+from peft_moe_compat.model.sharding import get_in_out_features
 
 from .ranks import run
 

@@ -1,0 +1,102 @@
+"""`inspect_adapter`: everything that can be said of an adapter, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..releases import installed_versions
+from .base_model import BaseModel
+from .conclusions import ExpertsSummary, Inspection, ProjectionSummary
+from .decide import Decision, decide
+from .names import ExpertsKeys
+from .parts import fused_parts, per_expert_parts, stacked_parts
+from .source import AdapterSource, open_with_model
+from .verdicts import reader_verdicts
+
+__all__ = ["inspect_adapter"]
+
+
+def inspect_adapter(
+    adapter: str | Path,
+    *,
+    model: str | Path | Mapping[str, Any] | BaseModel | None = None,
+    written_by: str | None = None,
+    orientation: str | None = None,
+    packing: str | None = None,
+    nesting: Sequence[str] | None = None,
+) -> Inspection:
+    """Says who wrote an adapter, how its experts' LoRA is laid out, and what each reader would do with it.
+
+    What the evidence does not settle is left open in the result; only damaged or contradictory files raise.
+
+    Args:
+        adapter: A folder, or a Hub id.
+        model, written_by, orientation, packing, nesting: As `convert_adapter` takes them.
+
+    Raises:
+        AdapterFileError: The file is damaged, or contradicts itself or the model.
+        UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
+        AdapterError: Another of the arguments is no possible answer.
+    """
+    source, base = open_with_model(adapter, model)
+    decision = decide(
+        source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
+    )
+    infos = source.tensors.infos
+    expert_names = [name for m in source.keys.modules for pair in m.pairs() for name in (pair.lora_A, pair.lora_B)]
+    others = [name for name in infos if name not in set(expert_names)]
+    beside = installed_versions("transformers")["transformers"]
+    notes = list(source.tensors.notes)
+    if isinstance(model, type(None)) and base is not None:
+        notes.append(f"the base model's config was found at {source.config['base_model_name_or_path']}")
+    return Inspection(
+        path=str(source.folder),
+        files=tuple(file.name for file in source.tensors.files),
+        num_tensors=len(infos),
+        total_bytes=source.tensors.total_bytes,
+        dtypes=tuple(sorted({str(infos[name].dtype).removeprefix("torch.") for name in expert_names})),
+        form=source.form,
+        model_type=base.model_type if base else None,
+        writer=decision.writer,
+        orientation=decision.orientation,
+        packing=decision.packing,
+        nesting=decision.nesting,
+        modules=tuple(
+            _summary(source, module, decision, base.num_experts if base else None) for module in source.keys.modules
+        ),
+        other_tensors=len(others),
+        other_bytes=sum(infos[name].nbytes for name in others),
+        readers=reader_verdicts(source, decision, base, None if beside == "not installed" else beside),
+        notes=tuple(notes),
+    )
+
+
+def _summary(source: AdapterSource, module: ExpertsKeys, decision: Decision, total: int | None) -> ExpertsSummary:
+    if module.form == "fused":
+        reading = decision.readings.get(module.path)
+        if reading is None:
+            return _open_summary(module, decision)
+        parts = fused_parts(source, module, reading, decision.packing_of)
+    elif module.form == "stacked":
+        parts = stacked_parts(source, module, total)
+    else:
+        parts = per_expert_parts(source, module, num_experts=None, fill_missing=True)
+    loras = [(part, part.load(source.meta(part.reads))) for part in parts]
+    return ExpertsSummary(
+        module.path,
+        module.form,
+        max(lora.num_experts for _, lora in loras),
+        tuple(
+            ProjectionSummary(part.name, lora.rank, lora.scaling, lora.in_features, lora.out_features)
+            for part, lora in loras
+        ),
+    )
+
+
+def _open_summary(module: ExpertsKeys, decision: Decision) -> ExpertsSummary:
+    """Of a module whose orientation or nesting is open: the rows alone are known."""
+    counts = decision.expert_counts.get(module.path)
+    nothing = ProjectionSummary(None, None, None, None, None)
+    return ExpertsSummary(module.path, module.form, max(counts) if counts else None, (nothing,) * len(module.slots))

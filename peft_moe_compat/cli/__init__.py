@@ -1,0 +1,1 @@
+"""The commands: check, inspect, convert, verify, bench, demo."""

@@ -1,0 +1,173 @@
+"""From an experts module to the fused kernels: which layers they can run, and the hand-over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import ExpertLora, FlatLora
+from ..model import experts as families
+from ..model import weights as quantised
+from . import backend as backends
+from .grouped_mm import device_backend, fits_torch
+
+__all__ = ["Activation", "HeldProjection", "backend_of", "fused_reason", "padded_rank", "run_fused", "runs_fused"]
+
+# What a module holds of a projection: weight "E in out", bias "E out", and LoRA, checked against each other.
+HeldProjection = tuple[Tensor, Tensor | None, ExpertLora | FlatLora | None]
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Activations by their class; a plain function is known by its own name.
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "silu": "silu",
+}
+# Classes of transformers whose own `_apply_gate` is gpt-oss's clamped GLU -> whether gate and up are interleaved.
+_CLAMPED = {"GptOssExperts": True, "OpenAIPrivacyFilterExperts": False}
+
+
+def fused_reason(module: Any, device: torch.device) -> str | None:
+    """Why a module's forward does not run in the fused kernels, None where it does; sizes of batches aside."""
+    choice = backends.chosen()
+    if choice not in ("auto", "triton"):
+        return f"the backend is set to {choice!r}"
+    if reason := backends.device_reason(device):
+        return str(reason)
+    if getattr(module, "has_post_expert_norm", False):
+        return "a norm follows the experts"
+    names = [families.up_name(module), "down_proj"]
+    for name in names + ([f"{n}_bias" for n in names] if module.has_bias else []):
+        if stored := quantised.stored_format(module, name):
+            return f"{name} is stored as {stored}"
+        weight = module._parameters.get(name)
+        if weight is None:
+            return f"{name} is computed at each access"
+        if weight.requires_grad:
+            return f"{name} is trained too"
+    weight = module._parameters[names[0]]
+    if weight.dtype not in _DTYPES:
+        return f"the weights are {weight.dtype}"
+    if weight.dtype == torch.float32 and choice == "auto":
+        return "the weights are float32, which the kernels are no faster for"
+    if math.gcd(*[width for name in names for width in module._parameters[name].shape[1:]]) % 8:
+        return "a width is no multiple of 8"
+    if device.type == "cuda" and weight.dtype.itemsize == 2 and (r := backends.trial_reason(device, weight.dtype)):
+        return str(r)
+    return None
+
+
+def _device_of(module: Any) -> torch.device:
+    """Where a module's forward runs: where its parameters are, or where accelerate takes those it has offloaded."""
+    held = next((parameter.device for parameter in module.parameters()), torch.device("meta"))
+    hook = getattr(module, "_hf_hook", None)
+    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
+    taken_to = next((device for device in devices if device is not None), None)
+    if held.type != "meta" or taken_to is None:
+        return held
+    return torch.device("cuda", taken_to) if isinstance(taken_to, int) else torch.device(taken_to)
+
+
+def backend_of(module: Any, name: str) -> tuple[str, str]:
+    """(backend, why it is not a faster one) of a module's forward with its parameter of that name."""
+    device = _device_of(module)
+    reason = fused_reason(module, device)
+    if reason is None:
+        return "triton", ""
+    reason = "" if device.type == "cpu" else f"no fused kernels: {reason}"
+    weight = module._parameters[name] if quantised.is_plain(module, name) else None  # others as they are dequantised
+    if weight is not None and weight.ndim == 3 and not fits_torch(weight):
+        return "loop", reason or "its dtype or sizes are not those that torch's grouped products take"
+    return device_backend(device), reason
+
+
+class Activation(NamedTuple):
+    """What stands between the up and the down projection, where the kernels know it.
+
+    Attributes:
+        name: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "clamped": gpt-oss's GLU of (alpha, limit).
+        gated: h = act(gate) * up rather than h = act(up).
+        interleaved: The up projection's columns are gate, up, gate, up, ... rather than all gates, then all ups.
+        alpha, limit: Of "clamped" alone.
+    """
+
+    name: str
+    gated: bool
+    interleaved: bool = False
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def padded_rank(rank: int) -> int:
+    """What the matrix units want of a contracted or a produced axis: the next power of two, 16 at least."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
+    """What the kernels know by name, or the module's own function of the up projection's rows."""
+    act: Any = module._modules.get("act_fn")
+    if act is None:  # a plain function
+        act = getattr(module, "act_fn", None)
+    name = _ACTIVATIONS.get(type(act).__name__ if isinstance(act, torch.nn.Module) else getattr(act, "__name__", ""))
+    if isinstance(act, torch.nn.GELU):
+        name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    if not getattr(module, "has_gate", True):
+        return Activation(name, False) if name else act
+    cls: Any = type(module)
+    home = cls._apply_gate.__module__
+    if cls.__name__ in _CLAMPED and home.startswith("transformers.models."):
+        return Activation("clamped", True, _CLAMPED[cls.__name__], float(module.alpha), float(module.limit))
+    if name and home == families.REGISTRY_MODULE:
+        return Activation(name, True)
+    own: Callable[[Tensor], Tensor] = module._apply_gate
+    return own
+
+
+def runs_fused(module: Any, hidden_states: Tensor, index: Tensor) -> bool:
+    """Whether this forward goes to the fused kernels. Under torch.compile a gate they do not know goes to torch."""
+    if not index.numel() or fused_reason(module, hidden_states.device):
+        return False
+    return not torch.compiler.is_compiling() or isinstance(_activation(module), Activation)
+
+
+@cache  # the import statement would ask again at every forward
+def _layer() -> Any:
+    from .kernels import layer
+
+    return layer
+
+
+def run_fused(
+    module: Any, routed: tuple[Tensor, Tensor, Tensor], up: HeldProjection, read_down: Callable[[], HeldProjection]
+) -> Tensor | None:
+    """The layer's output from the fused kernels, or None where one of them does not compile for the device.
+
+    Args:
+        routed: hidden_states "T H", top_k_index and top_k_weights "T k".
+        up: Of the up projection.
+        read_down: Gives that of the down projection, once the device is busy with the other.
+    """
+    activation = _activation(module)
+    if torch.compiler.is_compiling() and isinstance(activation, Activation):
+        from .fused_ops import experts
+
+        return experts(activation, routed, up, read_down())
+    layer, device = _layer(), routed[0].device
+    try:
+        with backends.on_device(device):
+            of = layer.Projection.of
+            out: Tensor = layer.fused_experts(activation, *routed, of(*up), lambda: of(*read_down()))
+            return out
+    except backends.triton_errors() as error:
+        backends.give_up(device, error)
+        return None

@@ -1,0 +1,142 @@
+"""The fused layer as operators for torch.compile; apart, because registering them imports triton where it is.
+
+What the backward needs of the forward are outputs of the operator, so that nothing but them and its inputs is kept.
+The routed rows are sorted again there, which costs less than keeping the tables in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Factor
+from . import backend as backends
+from .fused import Activation, HeldProjection, padded_rank
+
+__all__ = ["experts"]
+
+
+# What all three take: the base; the tensors of the factors, and what else is in each; the fields of `Activation`.
+_TENSORS = (
+    "Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
+    "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
+)
+_SCALARS = "SymInt[] places, float[] scalings, str name, bool gated, bool interleaved, float alpha, float limit"
+_NUM_TENSORS = 11
+
+
+def _parts(inputs: tuple[Any, ...]) -> tuple[Activation, Tensor, Tensor, Tensor, Any, Any]:
+    """The activation, hidden, index, weights, and `Projection` up and down."""
+    from .kernels.layer import Projection
+
+    hidden, index, weights = inputs[:3]
+    places, scalings, *activation = inputs[_NUM_TENSORS:]
+    factors = [
+        None if tensor is None else Factor(tensor, *places[4 * i : 4 * i + 4], scalings[i])  # type: ignore[call-arg]
+        for i, tensor in enumerate(inputs[7:_NUM_TENSORS])
+    ]
+    up, down = Projection(*inputs[3:5], *factors[:2]), Projection(*inputs[5:7], *factors[2:])
+    return Activation(*activation), hidden.contiguous(), index, weights.contiguous(), up, down
+
+
+@torch.library.custom_op(
+    "peft_moe_compat::experts_inference", mutates_args=(), schema=f"({_TENSORS}, {_SCALARS}) -> Tensor"
+)
+def _inference(*inputs: Any) -> Tensor:
+    from .kernels.layer import fused_experts
+
+    activation, hidden, index, weights, up, down = _parts(inputs)
+    with torch.no_grad(), backends.on_device(hidden.device):
+        return fused_experts(activation, hidden, index, weights, up, lambda: down)
+
+
+@_inference.register_fake
+def _(hidden: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    "peft_moe_compat::experts_training",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _training(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output, and `Passed`: the up projection's rows, and its and the down projection's products with lora_A)."""
+    from .kernels.layer import forward_pass, routing
+
+    activation, hidden, index, weights, up, down = _parts(inputs)
+    with backends.on_device(hidden.device):
+        where = routing(index, up.weight.shape[0])
+        out, passed, _, _ = forward_pass(activation, hidden, weights, where, up, lambda: down)
+    low_up, low_down = (hidden.new_empty(0) if low is None else low for low in passed[1:])
+    return out, passed.up, low_up, low_down
+
+
+@_training.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, up, S, places = inputs[0], inputs[3], inputs[1].numel(), inputs[_NUM_TENSORS]
+    low_up, low_down = (
+        up.new_empty(0) if inputs[7 + i] is None else up.new_empty(S, padded_rank(places[4 * i])) for i in (0, 2)
+    )
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return out, up.new_empty(S, up.shape[2]), low_up, low_down
+
+
+@torch.library.custom_op(
+    "peft_moe_compat::experts_training_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor passed_up, Tensor low_up, Tensor low_down, {_TENSORS}, {_SCALARS}) -> Tensor[]",
+)
+def _backward(dout: Tensor, passed_up: Tensor, low_up: Tensor, low_down: Tensor, *inputs: Any) -> list[Tensor]:
+    """Gradients of the hidden states, the routing weights and the factors that are there."""
+    from .kernels.layer import Passed, backward_pass, routing
+
+    activation, hidden, index, weights, up, down = _parts(inputs)
+    # The backward overwrites the up projection's rows, which the graph may still hold.
+    passed = Passed(passed_up.clone(), None if up.A is None else low_up, None if down.A is None else low_down)
+    wanted = up.A, up.B, down.A, down.B
+    with torch.no_grad(), backends.on_device(hidden.device):
+        where, (up, down) = routing(index, up.weight.shape[0]), (p.ready(index.numel()) for p in (up, down))
+        found = backward_pass(activation, dout, hidden, weights, where, passed, up, down, wanted, True)
+    return [gradient.contiguous() for gradient in found if gradient is not None]
+
+
+@_backward.register_fake
+def _(_dout: Tensor, _up: Tensor, _low_up: Tensor, _low_down: Tensor, *inputs: Any) -> list[Tensor]:
+    of = [inputs[0], inputs[2], *(factor for factor in inputs[7:_NUM_TENSORS] if factor is not None)]
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in of]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output[1:])
+    ctx.scalars = inputs[_NUM_TENSORS:]
+
+
+def _differentiate(ctx: Any, dout: Tensor, *_: object) -> tuple[Any, ...]:
+    *inputs, passed_up, low_up, low_down = ctx.saved_tensors
+    dhidden, dweights, *found = _backward(dout, passed_up, low_up, low_down, *inputs, *ctx.scalars)
+    of_factors = iter(found)
+    factors = [None if factor is None else next(of_factors) for factor in inputs[7:]]
+    return dhidden, None, dweights, None, None, None, None, *factors, *[None] * len(ctx.scalars)
+
+
+_training.register_autograd(_differentiate, setup_context=_setup)
+
+
+def experts(activation: Activation, routed: tuple[Tensor, ...], up: HeldProjection, down: HeldProjection) -> Tensor:
+    """The layer's output, differentiable in hidden states, routing weights and LoRA factors where one of them trains.
+
+    Args:
+        routed: hidden "T H", index and weights "T k".
+    """
+    factors = [factor for _, _, lora in (up, down) for factor in (lora.factors() if lora else (None, None))]
+    tensors = [None if factor is None else factor.tensor for factor in factors]
+    places = [size for factor in factors for size in ((0, 0, 0, 0) if factor is None else factor[1:5])]
+    scalings = [1.0 if factor is None else factor.scaling for factor in factors]
+    arguments = (*routed, *up[:2], *down[:2], *tensors, places, scalings, *activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (routed[0], routed[2], *tensors)):
+        out: Tensor = _training(*arguments)[0]
+        return out
+    return _inference(*arguments)  # type: ignore[no-any-return]

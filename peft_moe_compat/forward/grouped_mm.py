@@ -1,0 +1,249 @@
+"""Grouped matrix multiplication: the backends, and the choice among them.
+
+    y[rows of group e] = x[rows of group e] @ weight[e]
+
+`offs[e]` is where group e ends. Rows past `offs[-1]` belong to no group: what they hold in the result, and in the
+gradient of x, is undefined, and callers mask them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import chosen
+
+__all__ = ["Gather", "alignment", "backend_for", "device_backend", "fits_torch", "grouped_mm"]
+
+_ALIGNMENT_BYTES = 16
+# Public, and promised for more than bfloat16, from torch 2.10 on.
+_public_grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
+_torch_grouped_mm: Any = _public_grouped_mm or getattr(torch, "_grouped_mm", None)
+_TORCH_DTYPES = (torch.bfloat16, torch.float16, torch.float32) if _public_grouped_mm else (torch.bfloat16,)
+
+
+def alignment(dtype: torch.dtype) -> int:
+    """Elements a row must be a multiple of, so that the torch backend accepts its stride."""
+    return max(1, _ALIGNMENT_BYTES // dtype.itemsize)
+
+
+def device_backend(device: torch.device) -> str:
+    """`"torch"` where `torch.nn.functional.grouped_mm` serves the device, else `"loop"`."""
+    if _torch_grouped_mm is None or chosen() == "loop":
+        return "loop"
+    if device.type == "cuda":
+        return "torch" if torch.cuda.get_device_capability(device) >= (8, 0) else "loop"
+    return "torch" if device.type == "cpu" else "loop"
+
+
+def _starts_aligned(tensor: Tensor) -> bool:
+    try:
+        return tensor.data_ptr() % _ALIGNMENT_BYTES == 0
+    except RuntimeError:  # of torch.func, which batches gradients: one without an address
+        return True
+
+
+def backend_for(*operands: Tensor) -> str:
+    """The backend for operands of one dtype: `"torch"`, or `"loop"`, a product per expert.
+
+    The torch operator takes bfloat16, from torch 2.10 on float16 and float32 too, with strides that are multiples of 16
+    bytes and, before torch 2.11, data that starts at such a multiple (a memory-mapped weight may not).
+    """
+    return device_backend(operands[0].device) if fits_torch(*operands) else "loop"
+
+
+def fits_torch(*operands: Tensor) -> bool:
+    """Whether operands are such as the torch backend takes, wherever they are."""
+    dtype = operands[0].dtype
+    unit = alignment(dtype)
+    return dtype in _TORCH_DTYPES and all(
+        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and _starts_aligned(t) for t in operands
+    )
+
+
+def _with_unit_stride(matrix: Tensor) -> Tensor:
+    """The stack with one of its last two axes contiguous and the other a whole row apart, as the operator wants it."""
+    rows, columns = matrix.stride()[-2:]
+    if (columns == 1 and rows == matrix.shape[-1]) or (rows == 1 and columns == matrix.shape[-2]):
+        return matrix
+    return matrix.contiguous()
+
+
+def _multiply(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """x "S in", weight "E in out" -> "S out"."""
+    if backend_for(x, weight) == "torch":
+        result: Tensor = _torch_grouped_mm(x.contiguous(), _with_unit_stride(weight), offs=offs)
+        return result
+    y = x.new_empty(x.shape[0], weight.shape[2])
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        torch.mm(x[start:end], weight[expert], out=y[start:end])
+        start = end
+    return y
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
+    """x "S in", dy "S out" -> "E in out", x[rows of e].T @ dy[rows of e]; zero for experts without rows."""
+    E = offs.shape[0]
+    if backend_for(x, dy) == "torch":
+        result: Tensor = _torch_grouped_mm(x.contiguous().t(), dy.contiguous(), offs=offs)
+        return result
+    grad = x.new_zeros(E, x.shape[1], dy.shape[1])
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        if end > start:
+            torch.mm(x[start:end].t(), dy[start:end], out=grad[expert])
+        start = end
+    return grad
+
+
+# Under torch.compile both products are opaque operators: inductor then neither reorders the strides they ask for nor
+# applies the bfloat16-only rule of torch's own fake kernel.
+@torch.library.custom_op("peft_moe_compat::grouped_mm", mutates_args=())
+def _multiply_op(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    return _multiply(x, weight, offs)
+
+
+@_multiply_op.register_fake
+def _(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001 (the schema's name)
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("peft_moe_compat::grouped_mm_weight_gradient", mutates_args=())
+def _weight_gradient_op(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
+    return _weight_gradient(x, dy, offs)
+
+
+@_weight_gradient_op.register_fake
+def _(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty(offs.shape[0], x.shape[1], dy.shape[1])
+
+
+class _GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        # A frozen weight needs no x, and a constant x no weight: neither is then kept alive.
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, offs)
+        return (_multiply_op if torch.compiler.is_compiling() else _multiply)(x, weight, offs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, offs = ctx.saved_tensors
+        dx = dw = None
+        multiply: Any = _multiply
+        outer: Any = _weight_gradient
+        if torch.compiler.is_compiling():
+            multiply, outer = _multiply_op, _weight_gradient_op
+        elif torch.is_grad_enabled():  # a gradient that is differentiated itself
+            multiply, outer = _GroupedMM.apply, _GroupedOuter.apply
+        if weight is not None:
+            dx = multiply(grads[0], weight.transpose(1, 2), offs)
+        if x is not None:
+            dw = outer(x, grads[0], offs)
+        return dx, dw, None
+
+
+class _GroupedOuter(torch.autograd.Function):
+    """`_weight_gradient`, differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(x, dy, offs)
+        return _weight_gradient(x, dy, offs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        x, dy, offs = ctx.saved_tensors
+        multiply: Any = _GroupedMM.apply
+        return multiply(dy, grads[0].transpose(1, 2), offs), multiply(x, grads[0], offs), None
+
+
+class Gather(NamedTuple):
+    """Which token each routed row comes from.
+
+    Attributes:
+        order: "S", the place in the flat "(T k)" of the row at each sorted place; a permutation.
+        k: Rows of a token, one behind the other before they were sorted.
+    """
+
+    order: Tensor
+    k: int
+
+
+# The gather is inside the operator: outside it, the partitioner of AOT autograd keeps the gathered rows, k times the
+# hidden states, from forward to backward. An autograd function that gathers again does not help, the two are merged.
+@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm", mutates_args=())
+def _gathered_multiply_op(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
+    return _multiply(x[order // k], weight, offs)
+
+
+@_gathered_multiply_op.register_fake
+def _(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(order.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm_gradient", mutates_args=())
+def _gathered_gradient_op(dy: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
+    rows = _multiply(dy, weight.transpose(1, 2), offs)
+    here = torch.arange(order.shape[0], device=order.device) < offs[-1]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    return rows.where(here.unsqueeze(1), 0.0)[back].view(-1, k, rows.shape[1]).sum(1)
+
+
+@_gathered_gradient_op.register_fake
+def _(dy: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
+    return dy.new_empty(order.shape[0] // k, weight.shape[1])
+
+
+@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm_weight_gradient", mutates_args=())
+def _gathered_weight_gradient_op(x: Tensor, order: Tensor, k: int, dy: Tensor, offs: Tensor) -> Tensor:
+    return _weight_gradient(x[order // k], dy, offs)
+
+
+@_gathered_weight_gradient_op.register_fake
+def _(x: Tensor, order: Tensor, k: int, dy: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(offs.shape[0], x.shape[1], dy.shape[1])
+
+
+class _GatheredGroupedMM(torch.autograd.Function):
+    """For compiled graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
+        needs_x, _, _, needs_weight = ctx.needs_input_grad[:4]
+        ctx.k = k
+        ctx.save_for_backward(x if needs_weight else None, order, weight if needs_x else None, offs)
+        y: Tensor = _gathered_multiply_op(x, order, k, weight, offs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        x, order, weight, offs = ctx.saved_tensors
+        dx = None if weight is None else _gathered_gradient_op(grads[0], order, ctx.k, weight, offs)
+        dw = None if x is None else _gathered_weight_gradient_op(x, order, ctx.k, grads[0], offs)
+        return dx, None, None, dw, None
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, gather: Gather | None = None) -> Tensor:
+    """Multiplies each group of rows with its own matrix; differentiable in `x` and `weight`.
+
+    Args:
+        x: "S in", rows sorted by group; cast to the dtype of `weight`, since the product is not autocast-enabled.
+        weight: "E in out", any strides.
+        offs: "E", int32, where each group ends.
+        gather: For compiled graphs: x is then "T in", and its gathered rows are neither kept for the backward nor, past
+            `offs[-1]`, part of its gradient.
+
+    Returns:
+        "S out" in the dtype of `weight`. No host synchronisation on the torch backend.
+    """
+    x = x.to(weight.dtype)
+    if gather is not None:
+        gathered: Tensor = _GatheredGroupedMM.apply(x, *gather, weight, offs)  # type: ignore[no-untyped-call]
+        return gathered
+    out: Tensor = _GroupedMM.apply(x, weight, offs)  # type: ignore[no-untyped-call]
+    return out

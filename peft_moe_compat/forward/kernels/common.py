@@ -1,0 +1,97 @@
+"""What the kernels share: tiles, LoRA factors, sizes. Letters as in `layout`; R is the rank padded to 16, 32, ..."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ...layout import Factor
+
+__all__ = [
+    "Config",
+    "Factor",
+    "cdiv",
+    "dot_precision",
+    "factor_tile",
+    "fitting",
+    "next_power",
+    "roomy",
+    "tile_rows",
+]
+
+
+class Config(NamedTuple):
+    """How a kernel is launched, found by benchmarks/tune.py: columns a step, warps, and loads in flight.
+
+    Fixed rather than autotuned: nothing is compiled or timed when token counts vary from step to step.
+    """
+
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def roomy(device: torch.device) -> bool:
+    """Whether a program has the shared memory that the kernels are tuned for, as on Hopper: 224 KiB."""
+    if device.type != "cuda":  # triton's interpreter
+        return True
+    properties: Any = torch.cuda.get_device_properties(device)
+    enough: bool = properties.shared_memory_per_block_optin >= 224 * 1024
+    return enough
+
+
+def fitting(config: Config, R: int, dtype: torch.dtype, room: bool) -> Config:
+    """The configuration, or a narrow one where a large rank leaves few registers, or either little shared memory.
+
+    Args:
+        dtype: Of the rows.
+        room: See `roomy`. Without it the kernels make do with 99 KiB.
+    """
+    return config if R <= (64 if room else 16) and dtype.itemsize == 2 else Config(32, 8, 2)
+
+
+def cdiv(n: int, unit: int) -> int:
+    return -(-n // unit)
+
+
+def next_power(n: int, least: int = 1) -> int:
+    """The next power of two."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """No tf32 where the caller asked for float32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def tile_rows(tiles, offs, program, BLOCK: tl.constexpr, PARTS: tl.constexpr = 1):
+    """(expert, rows, which of them belong to it) of one of a tile's parts; expert -1 where there are none."""
+    tile = program // PARTS
+    expert = tl.load(tiles + 2 * tile)
+    first = tl.load(tiles + 2 * tile + 1) + program % PARTS * BLOCK
+    rows = first + tl.arange(0, BLOCK)
+    end = tl.load(offs + tl.maximum(expert, 0))
+    return tl.where(first < end, expert, -1), rows, rows < end
+
+
+@triton.jit
+def factor_tile(
+    factor, rank, stride_e, stride_r, stride_d, scaling, expert, d, D, R: tl.constexpr, dtype: tl.constexpr,
+    FIRST=0,
+):  # fmt: skip
+    """The "R d" tile of one expert's factor, scaled in float32, rounded to `dtype`, zero past the rank and past D."""
+    r = FIRST + tl.arange(0, R)
+    at = (
+        factor
+        + expert.to(tl.int64) * stride_e
+        + r[:, None].to(tl.int64) * stride_r
+        + d[None, :].to(tl.int64) * stride_d
+    )
+    tile = tl.load(at, mask=(r[:, None] < rank) & (d[None, :] < D), other=0.0)
+    return (tile.to(tl.float32) * scaling).to(dtype)

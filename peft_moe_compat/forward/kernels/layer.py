@@ -1,0 +1,237 @@
+"""The experts layer as one autograd function.
+
+Kept for the backward: the hidden states and routing of the tokens, the up projection's output, and the two "S R"
+products with lora_A. Never the gathered rows, the activation or the down projection's output: the router's gradient
+<down, d out> is <h, dh>, where dh is the gradient of h for an output that is not weighted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...layout import ExpertLora, FlatLora
+from ..fused import Activation
+from . import activation
+from . import custom_activation as unfused
+from .common import Factor
+from .decode import MOST_ROWS, few_rows
+from .factors import packed
+from .gemm import grouped_linear
+from .gradients import factor_gradient
+from .routing import Route, Tiles, route
+from .rows import combine, gather
+
+__all__ = [
+    "Passed",
+    "Projection",
+    "backward_pass",
+    "forward_pass",
+    "fused_experts",
+    "routing",
+]
+
+
+ActivationOf = Activation | Callable[[Tensor], Tensor]
+
+
+class Projection(NamedTuple):
+    """The up or the down projection: its frozen base, and LoRA by address; None for what it does not have.
+
+    Attributes:
+        weight: "E in out", a view of the parameter.
+        bias: "E out".
+        A, B: "E r in" and "E r out".
+        packed: B as the products read it, see `factors.packed`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    A: Factor | None = None
+    B: Factor | None = None
+    packed: Factor | None = None
+
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> Projection:
+        return Projection(weight, bias, *(lora.factors() if lora else ()))
+
+    def ready(self, rows: int) -> Projection:
+        """The same for a product of that many rows."""
+        return Projection(*self[:4], packed(self.B, self.weight, rows))
+
+
+def _kernels(function: ActivationOf) -> Any:
+    return activation if isinstance(function, Activation) else unfused
+
+
+def _tile_sizes(S: int, E: int) -> tuple[int, int]:
+    """Rows of a tile for the kernels bound by memory and for the products, by the rows an expert gets on average."""
+    rows = S // E
+    if rows >= 64:
+        return 64, 128
+    return (64, 64) if rows >= 16 else (16, 16)
+
+
+class Passed(NamedTuple):
+    """What a forward leaves for its backward.
+
+    Attributes:
+        up: "S (2 I)" or "S I", the up projection's output; `backward_pass` overwrites it.
+        low_up, low_down: "S R", the products with the two lora_A; None where there is none.
+    """
+
+    up: Tensor
+    low_up: Tensor | None
+    low_down: Tensor | None
+
+
+def routing(index: Tensor, num_experts: int) -> Route:
+    """The routed rows sorted by their experts, for `forward_pass` and `backward_pass`."""
+    return route(index, num_experts, *_tile_sizes(index.numel(), num_experts))
+
+
+def forward_pass(
+    function: ActivationOf,
+    hidden: Tensor,
+    weights: Tensor,
+    where: Route,
+    up: Projection,
+    read_down: Callable[[], Projection],
+) -> tuple[Tensor, Passed, Projection, Projection]:
+    """(output "T H", what the backward needs, and both projections as they were used).
+
+    Whatever a kernel does not need is read and computed after its launch, which keeps the device busy meanwhile.
+    """
+    k, S = weights.shape[1], where.rows
+    x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A)
+    up = up.ready(S)
+    rows = grouped_linear(x, up.weight, where, low_up, up.packed, up.bias)
+    del x
+    down = read_down()
+    h, low_down = _kernels(function).activate(rows, function, where, down.A)
+    down = down.ready(S)
+    y = grouped_linear(h, down.weight, where, low_down, down.packed, down.bias)
+    return combine(y, where, weights, k, hidden.dtype), Passed(rows, low_up, low_down), up, down
+
+
+def backward_pass(
+    function: ActivationOf,
+    dout: Tensor,
+    hidden: Tensor,
+    weights: Tensor,
+    where: Route,
+    passed: Passed,
+    up: Projection,
+    down: Projection,
+    wanted: Sequence[Factor | None],
+    wants_hidden: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the hidden states, the routing weights, and the tensors of `wanted`, each None where unwanted.
+
+    Args:
+        up, down: As the forward used them.
+        wanted: A and B of both; None where no gradient is.
+    """
+    k, dout = weights.shape[1], dout.contiguous()
+    g, low_g, dots = gather(dout, where, k, up.weight.dtype, down.packed, down.bias)
+    dh = grouped_linear(g, down.weight.mT, where, low_g, down.A)
+    del g
+    low_y, dweights = _kernels(function).activate_backward(passed.up, dh, function, where, weights, up.packed, dots)
+    dup, weighted_h = passed.up, dh
+    d_down_A = factor_gradient(low_g, weighted_h, where, wanted[2])
+    d_down_B = factor_gradient(passed.low_down, dout, where, wanted[3], gather_k=k, weights=weights)
+    del weighted_h, dh
+    d_up_A = factor_gradient(low_y, hidden, where, wanted[0], gather_k=k)
+    d_up_B = factor_gradient(passed.low_up, dup, where, wanted[1])
+    dhidden = None
+    if wants_hidden:
+        dx = grouped_linear(dup, up.weight.mT, where, low_y, up.A)
+        dhidden = combine(dx, where, None, k, hidden.dtype)
+    return dhidden, dweights.to(weights.dtype), d_up_A, d_up_B, d_down_A, d_down_B
+
+
+class _FusedExperts(torch.autograd.Function):
+    """The backward of a forward that has run: its kernels are launched before autograd does its own work.
+
+    Takes the tensors that hold the factors themselves, so that there is no view to differentiate.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: ActivationOf, where: Route, ran: tuple[Tensor, Passed, Projection, Projection],
+        hidden: Tensor, weights: Tensor, *_leaves: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        out, passed, up, down = ran
+        factors = *up[2:], *down[2:]
+        ctx.function, ctx.spent = function, False
+        ctx.tiles = where.small[1:], where.large[1:]
+        ctx.places = [factor and factor[1:] for factor in factors]
+        sorted_rows = where.order, where.position, where.offs, where.small.table, where.large.table
+        tensors = [factor and factor.tensor for factor in factors]
+        ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *up[:2], *down[:2], *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        hidden, weights, *kept = ctx.saved_tensors
+        passed, (order, position, offs, small, large) = Passed(*kept[:3]), kept[3:8]
+        tiles = Tiles(small, *ctx.tiles[0]), Tiles(large, *ctx.tiles[1])
+        where = Route(order, position, offs, *tiles, weights.numel())
+        factors = [at and Factor(tensor, *at) for tensor, at in zip(kept[12:], ctx.places, strict=True)]
+        up, down = Projection(*kept[8:10], *factors[:3]), Projection(*kept[10:12], *factors[3:])
+        if ctx.spent:  # a backward before this one has turned `up` into its gradient
+            x, _, _ = gather(hidden, where, weights.shape[1], up.weight.dtype, None)
+            passed = passed._replace(up=grouped_linear(x, up.weight, where, passed.low_up, up.packed, up.bias))
+            del x
+        ctx.spent = True
+        _, _, _, wants_hidden, _, *needs = ctx.needs_input_grad
+        wanted = [f if needed else None for f, needed in zip((*up[2:4], *down[2:4]), needs, strict=True)]
+        gradients = backward_pass(ctx.function, dout, hidden, weights, where, passed, up, down, wanted, wants_hidden)
+        return None, None, None, *gradients
+
+
+def _leaves(hidden: Tensor, weights: Tensor, up: Projection, down: Projection) -> tuple[Tensor | None, ...]:
+    """What a gradient may be wanted of."""
+    return hidden, weights, *[factor and factor.tensor for factor in (*up[2:4], *down[2:4])]
+
+
+def _any_trains(leaves: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+
+
+def fused_experts(
+    function: ActivationOf,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: Projection,
+    read_down: Callable[[], Projection],
+) -> Tensor:
+    """Routed experts with LoRA, forward and backward in fused kernels.
+
+    Args:
+        function: A fused activation, or the module's own function of the up projection's rows.
+        hidden: "T H".
+        top_k_index, top_k_weights: "T k"; ids outside 0..E-1 contribute nothing.
+        up: The base weights must need no gradient.
+        read_down: Gives the down projection, once the device is busy with the other.
+
+    Returns:
+        "T H" in the dtype of `hidden`.
+    """
+    hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
+    if top_k_index.numel() <= MOST_ROWS and isinstance(function, Activation):
+        read_down = cache(read_down)  # read once, also where it turns out that something trains
+        down = read_down()
+        if not _any_trains(_leaves(hidden, top_k_weights, up, down)):
+            return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
+    where = routing(top_k_index, up.weight.shape[0])
+    ran = forward_pass(function, hidden, top_k_weights, where, up, read_down)
+    leaves = _leaves(hidden, top_k_weights, *ran[2:])
+    return _FusedExperts.apply(function, where, ran, *leaves) if _any_trains(leaves) else ran[0]

@@ -1,0 +1,324 @@
+"""A live `ParamWrapper` chain -> {parameter name: ExpertLora}.
+
+PEFT nests one wrapper per targeted parameter around the experts module. Each is resolved when it is used, from what
+its own `get_delta_weight` would do: parameters are told apart by `parameter_name`, never by depth, and a swap flag
+counts only where the installed PEFT obeys it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import layout
+from ..errors import LayoutError, PeftMoeCompatError
+from ..layout import ExpertLora, FlatLora
+from ..releases import LayoutRule
+from . import experts as families
+from . import sharding as parallel
+from . import weights as quantised
+from .probe import installed_rule
+
+__all__ = [
+    "TAKEN_IMPLEMENTATIONS",
+    "Handover",
+    "active_adapters",
+    "expert_loras",
+    "experts_of",
+    "experts_reason",
+    "live_orientation",
+    "native_reason",
+    "parameter_reason",
+    "read_adapter",
+    "wrapper_chain",
+]
+
+# The experts implementations whose registry entry `patch` replaces, and the mark on every forward it puts in place.
+TAKEN_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+TAKES_LORA = "_peft_moe_compat_takes_lora"
+
+
+def is_param_wrapper(module: Any) -> bool:
+    """Whether a module is a PEFT `ParamWrapper`, by what it has, so that PEFT need not be imported.
+
+    What it has itself: torch.compile(module) and checkpoint_wrapper(module) pass on what is asked of them.
+    """
+    return isinstance(module, nn.Module) and "parameter_name" in vars(module) and "lora_A" in module._modules
+
+
+def wrapper_chain(module: nn.Module) -> Iterator[Any]:
+    """The ParamWrappers around one experts module, outermost first. Empty for a module that is not wrapped."""
+    while is_param_wrapper(module):
+        yield module
+        module = module.base_layer  # type: ignore[assignment]
+
+
+def _spans_last_axis(wrapper: Any, rule: LayoutRule) -> bool:
+    """Whether lora_A's columns span the last stored axis, as `get_delta_weight` of the installed PEFT has it.
+
+    "e o i" where PEFT obeys the wrapper's swap flag and it is set, else "e i o". One expert, or a 2-D parameter, goes
+    through `Linear.get_delta_weight`, which is B @ A on the stored axes whatever the flag says.
+    """
+    if wrapper.num_experts == 1:
+        return True
+    return rule.reads_swap_flag and bool(wrapper._did_swap_in_out_features)
+
+
+def live_orientation(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> str:
+    """The orientation that a live wrapper's lora_A and lora_B have: `"linear"` or `"reversed"`."""
+    in_is_last = not is_transposed
+    return "linear" if _spans_last_axis(wrapper, rule) == in_is_last else "reversed"
+
+
+def held_weight(linear: Any) -> torch.Tensor:
+    """`linear.weight`, without nn.Module's slow lookup, of which a forward would pay a dozen.
+
+    By its key, at which ZeRO-3 gathers a parameter.
+    """
+    parameters = linear._parameters
+    if "weight" not in parameters:  # parametrised
+        return linear.weight  # type: ignore[no-any-return]
+    return parameters["weight"]  # type: ignore[no-any-return]
+
+
+def experts_of(wrapper: Any) -> Any:
+    """`wrapper.get_base_layer()`, by the same shorter way."""
+    module = wrapper
+    while (inner := module._modules.get("base_layer")) is not None:
+        module = inner
+    return module
+
+
+def _loaded(linear: Any) -> torch.Tensor:
+    """The weight of lora_A or lora_B, fetched by the hook of accelerate that keeps it elsewhere, if there is one.
+
+    A ParamWrapper reads these weights without calling the layers, so that their hooks do not run by themselves.
+    """
+    weight = held_weight(linear)
+    if not weight.is_meta or (hook := getattr(linear, "_hf_hook", None)) is None:
+        return weight
+    hook.pre_forward(linear)
+    loaded: torch.Tensor = linear.weight
+    hook.post_forward(linear, None)
+    if loaded.requires_grad:
+        loaded.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
+    return loaded
+
+
+def _refuse_gradient(_gradient: torch.Tensor) -> None:
+    raise PeftMoeCompatError(
+        "lora_A or lora_B of expert weights is offloaded by accelerate, which drops the gradient of whatever it loads "
+        "for one forward. To train, leave the adapter out of the offloading: offload only the modules called "
+        "base_layer, or freeze the adapter."
+    )
+
+
+def read_adapter(
+    wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule, held: tuple[int, int] | None
+) -> FlatLora:
+    """One adapter of one wrapper. Of the live parameters: gradients reach them.
+
+    Under expert parallelism these are the factors of the experts that this rank holds.
+
+    Args:
+        wrapper: A PEFT `ParamWrapper`.
+        adapter_name: One of `wrapper.lora_A`.
+        is_transposed: Whether the wrapped weight is stored "E in out" rather than "E out in".
+        rule: Of the installed PEFT.
+        held: `parallel.local_experts` of the wrapped parameter.
+
+    Raises:
+        LayoutError: The factors cannot belong to `wrapper.num_experts` experts of the adapter's rank.
+    """
+    modules = wrapper._modules
+    lora_A = _loaded(modules["lora_A"]._modules[adapter_name])
+    lora_B = _loaded(modules["lora_B"]._modules[adapter_name])
+    num_experts = wrapper.num_experts
+    if held is not None:
+        num_experts = held[1] - held[0]
+        lora_A, lora_B = parallel.local_factors(lora_A), parallel.local_factors(lora_B)
+    lora = layout.flat(
+        lora_A,
+        lora_B,
+        num_experts,
+        orientation=live_orientation(wrapper, is_transposed, rule),
+        scaling=wrapper.scaling[adapter_name],
+    )
+    if lora.rank != wrapper.r[adapter_name]:
+        raise LayoutError(
+            f"lora_A of {wrapper.parameter_name!r}, adapter {adapter_name!r}, has {lora_A.shape[0]} rows; "
+            f"r * E = {wrapper.r[adapter_name]} * {num_experts} were expected ('(E r) p'). "
+            "Was the adapter trained with another rank or num_experts?"
+        )
+    return lora
+
+
+def active_adapters(wrapper: Any) -> list[str]:
+    """The active ones among a wrapper's own."""
+    held = wrapper._modules["lora_A"]._modules
+    return [name for name in wrapper.active_adapters if name in held]
+
+
+class Handover:
+    """What wrappers hand down to the experts module: where to read their updates, and whether that arrived.
+
+    Beside it what the outermost wrapper has found of the module, for the others.
+
+    No container, so that hooks which map over a call's arguments pass it on as it is.
+    """
+
+    def __init__(self, experts: Any, rule: LayoutRule) -> None:
+        self.experts, self.rule = experts, rule
+        self.is_transposed = families.is_transposed(experts)
+        self.exchanges = parallel.exchanges_tokens(experts)
+        self.wrappers: list[tuple[Any, list[str], tuple[int, int] | None]] = []
+        self.arrived = False
+
+    def add(self, wrapper: Any, adapter_names: list[str]) -> None:
+        """Hands down the update of a wrapper's adapters of those names.
+
+        Raises:
+            ParallelismError: The weight is quantised, and its experts are spread over ranks or cut by ZeRO-3.
+        """
+        parallel.refuse_quantised(self.experts, wrapper.parameter_name)
+        # Asked here, since the exchange of tokens has the experts module hold its local tensors.
+        self.wrappers.append((wrapper, adapter_names, parallel.local_experts(self.experts, wrapper.parameter_name)))
+
+    def get(self, name: str) -> ExpertLora | FlatLora | None:
+        """The update of a parameter, read when it is asked for: a device has something to do by then.
+
+        Raises:
+            LayoutError: See `read_adapter`.
+            PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
+        """
+        loras = [
+            self._read(wrapper, adapter_name, held)
+            for wrapper, adapter_names, held in self.wrappers
+            if wrapper.parameter_name == name
+            for adapter_name in adapter_names
+        ]
+        if len(loras) < 2:
+            return loras[0] if loras else None
+        # Of several adapters, or of a parameter that PEFT up to 0.19 has wrapped twice: they add up, as when merged.
+        return layout.concat([lora.canonical() for lora in loras])
+
+    def _read(self, wrapper: Any, adapter_name: str, held: tuple[int, int] | None) -> FlatLora:
+        lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
+        if is_dtensor(lora.lora_A) or is_dtensor(lora.lora_B):
+            raise PeftMoeCompatError(
+                f"lora_A or lora_B of {wrapper.parameter_name!r}, adapter {adapter_name!r}, is a DTensor in the "
+                "forward: it is read without calling the module that holds it, so its own fully_shard never gathers "
+                "it. Give fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
+            )
+        return lora
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded or replicated over the processes of a mesh."""
+    return hasattr(tensor, "device_mesh")
+
+
+def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None) -> dict[str, ExpertLora]:
+    """The expert LoRA of one wrapped experts module, in canonical form, per parameter.
+
+    Args:
+        module: The outermost wrapper, as it stands in the wrapped model: `...layers[0].mlp.experts`.
+        adapter_names: Adapters to read, concatenated along the rank; by default the active ones. Whether adapters are
+            disabled or merged makes no difference here.
+
+    Returns:
+        Parameter name -> ExpertLora with A "E r in", B "E out r"; parameters without such an adapter are left out.
+        Under expert parallelism E counts the experts that this rank holds.
+
+    Raises:
+        LayoutError: No ParamWrapper, or no adapter of that name; the module's orientation is unknown (see
+            `declare_layout`); or the factors do not fit the weight.
+    """
+    rule = installed_rule()
+    adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    chain = list(wrapper_chain(module))
+    if not chain:
+        raise LayoutError(
+            f"expert_loras needs the ParamWrapper that PEFT put in place of an experts module, but got a "
+            f"{type(module).__name__}. Pass it as it stands in the wrapped model: model.model.layers[0].mlp.experts."
+        )
+    known = {name for wrapper in chain for name in wrapper.lora_A}
+    if unknown := set(adapter_names or ()) - known:
+        raise LayoutError(f"No adapter {sorted(unknown)} on this module; it has {sorted(known)}.")
+    found: dict[str, ExpertLora] = {}
+    for wrapper in chain:
+        names = list(wrapper.active_adapters if adapter_names is None else adapter_names)
+        names = [name for name in names if name in wrapper.lora_A]
+        if not names:
+            continue
+        experts, parameter = wrapper.get_base_layer(), wrapper.parameter_name
+        shape = families.stored_shape(experts, parameter)
+        if shape is None:
+            raise LayoutError(f"{type(experts).__name__} has no weight {parameter!r}, which a ParamWrapper targets.")
+        is_transposed = False if len(shape) == 2 else families.is_transposed(experts)
+        if is_transposed is None:
+            raise LayoutError(
+                f"{type(experts).__name__} does not say whether its weights are stored '(E, out, in)' or "
+                f"'(E, in, out)'; {parameter!r} is {shape}. Say it once with "
+                f"peft_moe_compat.declare_layout({type(experts).__name__}, is_transposed=...)."
+            )
+        held = parallel.local_experts(experts, parameter)
+        lora = layout.concat([read_adapter(wrapper, name, is_transposed, rule, held).canonical() for name in names])
+        E, d1, d2 = (1, *shape) if len(shape) == 2 else shape
+        if held is not None:
+            E = held[1] - held[0]
+        out_features, in_features = (d2, d1) if is_transposed else (d1, d2)
+        lora.check(E, out_features, in_features, f"{type(experts).__name__}.{parameter}, stored as {shape}")
+        found[parameter] = layout.concat([found[parameter], lora]) if parameter in found else lora
+    return found
+
+
+def native_reason(wrapper: Any) -> str | None:
+    """Why a ParamWrapper runs PEFT's own forward, or None where it can run the grouped-mm forward.
+
+    About the module alone: a wrapper whose adapters are disabled or merged goes through PEFT's forward as well.
+    """
+    experts, hooked = wrapper.get_base_layer(), getattr(wrapper, "_old_forward", None)
+    if hooked is not None and not hasattr(hooked, TAKES_LORA):
+        return "accelerate hooked this wrapper before peft_moe_compat was active, and calls the forward of then"
+    return experts_reason(experts, families.is_transposed(experts)) or parameter_reason(wrapper, experts)
+
+
+def experts_reason(experts: Any, is_transposed: bool | None) -> str | None:
+    """The same of an experts module of that orientation, whichever of its parameters are wrapped."""
+    cls = type(experts)
+    registry = families.dispatching_registry(cls)
+    if registry is None:
+        return f"{cls.__name__} does not dispatch through transformers' experts registry"
+    if "forward" in experts.__dict__ and not (_only_hooked(experts) or parallel.exchanges_tokens(experts)):
+        return f"the forward of this {cls.__name__} was replaced on the instance"
+    implementation = experts.config._experts_implementation
+    if implementation not in TAKEN_IMPLEMENTATIONS:
+        return f"experts implementation is {implementation!r}, not one of {TAKEN_IMPLEMENTATIONS}"
+    entry = getattr(sys.modules[registry], families.REGISTRIES[registry])[implementation]
+    if not hasattr(entry, TAKES_LORA):
+        return f"the experts implementation {implementation!r} is that of {entry.__module__}"
+    if is_transposed is None:
+        return f"orientation of {cls.__name__} is unknown; call peft_moe_compat.declare_layout"
+    return None
+
+
+def parameter_reason(wrapper: Any, experts: Any) -> str | None:
+    """The same of the parameter that a wrapper is for, once its experts can run the grouped-mm forward."""
+    name = wrapper.parameter_name
+    if name not in ("gate_up_proj", "up_proj", "down_proj"):
+        return f"{name} is not an expert projection"
+    for linear in wrapper._modules["lora_A"]._modules.values():
+        if held_weight(linear).dtype.itemsize < 2:
+            return "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer"
+    return quantised.unreadable_reason(experts, name) or None
+
+
+def _only_hooked(experts: Any) -> bool:
+    """Whether an instance's own forward is accelerate's hook around the class's."""
+    wrapped = getattr(experts, "_old_forward", None) if hasattr(experts, "_hf_hook") else None
+    return getattr(wrapped, "__func__", None) is type(experts).forward

@@ -1,0 +1,129 @@
+"""Whether what upstream has put into the model is what the file holds; it can lose tensors and scale them wrongly.
+
+Updates are compared by what they do to one vector, expert by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.parts import Part, fused_parts, per_expert_parts
+from ..adapters.source import AdapterSource
+from ..errors import LayoutError
+from ..layout import ExpertLora, relative
+from ..model import experts as families
+from ..model.probe import installed_rule
+from ..model.sharding import local_experts
+from ..model.wrappers import is_dtensor, read_adapter
+from .matching import UnderstoodFile, chains, counterparts, facts_of, known_of_this_pair
+
+__all__ = ["check_fused", "check_per_expert"]
+
+# For the rounding of factors held in low precision, and no more.
+_TOLERANCE = 0.05
+
+
+def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
+    """Whether a fused adapter has arrived; its scaling is the caller's to choose.
+
+    Raises:
+        LayoutError: It has not.
+    """
+    around = chains(model)
+    for module in file.source.keys.modules:
+        chain = around.get(file.paths[module.path], [])
+        held, shares = _held(chain, adapter_name), _shares(chain)
+        for part in fused_parts(file.source, module, file.decision.readings[module.path], file.decision.packing_of):
+            lora = held.get(part.name)
+            if lora is not None and _elsewhere(lora):
+                continue
+            with file.source.tensors.reading(part.reads) as tensors:
+                expected = _applied(replace(part.load(tensors), scaling=1.0))[shares.get(part.name, slice(None))]
+            found = torch.zeros_like(expected) if lora is None else _applied(replace(lora, scaling=1.0))
+            if _distance(found, expected) > _TOLERANCE:
+                raise LayoutError(
+                    f"The LoRA on {module.path}.{part.name} in {file.source.folder} did not reach the model: upstream "
+                    f"lost it, or gave it another name.{known_of_this_pair('model.load_adapter')}"
+                )
+
+
+def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> None:
+    """Whether a per-expert adapter was turned into what it holds, where the model has its experts fused.
+
+    Raises:
+        LayoutError: It was not.
+    """
+    facts, around = facts_of(model), chains(model)
+    paths = counterparts((facts.fused_path(module.path) for module in source.keys.modules), facts)
+    for module in source.keys.modules:
+        path = paths.get(facts.fused_path(module.path))
+        if path is None:
+            continue
+        chain = around.get(path, [])
+        held, shares = _held(chain, adapter_name), _shares(chain)
+        for role, parameter in facts.parameters.items():
+            E, _, fan_out = facts.stacks.get((path, parameter), (0, 0, 0))
+            branches = ("gate", "up") if role == "gate_up" else (role,)
+            parts = {p.role: p for p in per_expert_parts(source, module, num_experts=E, fill_missing=True)} if E else {}
+            if not parts.keys() & set(branches):
+                continue
+            rows = [_rows(source, parts.get(branch), (E, fan_out // len(branches))) for branch in branches]
+            expected = torch.stack(rows, dim=2).flatten(1) if facts.interleaved else torch.cat(rows, dim=1)
+            if parameter in held and _elsewhere(held[parameter]):
+                continue
+            expected = expected[shares.get(parameter, slice(None))]
+            found = _applied(held[parameter]) if parameter in held else torch.zeros_like(expected)
+            distance = _distance(found, expected)
+            if distance > _TOLERANCE:
+                raise LayoutError(
+                    f"The file has LoRA on every expert by itself; what upstream made of it for {path}.{parameter} is "
+                    f"{distance:.0%} off. Convert the file instead: `peft-moe-compat convert {source.folder} OUT --to "
+                    "peft --model BASE`."
+                )
+
+
+def _held(chain: list[Any], adapter_name: str) -> dict[str, ExpertLora]:
+    """Parameter -> the adapter's LoRA in a chain of live wrappers; empty where it is on none of them."""
+    found = {}
+    for w in chain:
+        if adapter_name in w.lora_A:
+            experts, rule = w.get_base_layer(), installed_rule()
+            held = local_experts(experts, w.parameter_name)
+            lora = read_adapter(w, adapter_name, families.stored_transposed(experts, w.parameter_name), rule, held)
+            found[w.parameter_name] = lora.canonical()
+    return found
+
+
+def _elsewhere(lora: ExpertLora) -> bool:
+    """Whether the values are not to be had in this process alone: offloaded, or partitioned or sharded over several."""
+    return any(t.is_meta or t.numel() == 0 or is_dtensor(t) for t in (lora.A, lora.B))
+
+
+def _shares(chain: list[Any]) -> dict[str, slice]:
+    """Parameter -> which of its experts this rank holds; expert parallelism gives others to other ranks."""
+    held = {w.parameter_name: local_experts(w.get_base_layer(), w.parameter_name) for w in chain}
+    return {name: slice(*experts) for name, experts in held.items() if experts is not None}
+
+
+def _rows(source: AdapterSource, part: Part | None, shape: tuple[int, int]) -> Tensor:
+    if part is None:
+        return torch.zeros(shape)
+    with source.tensors.reading(part.reads) as tensors:
+        return _applied(part.load(tensors))
+
+
+def _applied(lora: ExpertLora) -> Tensor:
+    """ "E out": what every expert's update makes of one fixed vector."""
+    A, B = lora.A.detach().float().cpu(), lora.B.detach().float().cpu()
+    x = torch.linspace(-1, 1, A.shape[2]).cos()
+    return (B @ (A @ x).unsqueeze(2)).squeeze(2) * lora.scaling
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    return relative(float((found - expected).norm()), float(expected.norm()))

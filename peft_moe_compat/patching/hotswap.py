@@ -1,0 +1,46 @@
+"""PEFT's hot swap, right on experts too.
+
+PEFT copies a lower rank over the first rows, which are those of other experts, matches patterns with the module's name
+instead of the parameter's, and saves with the rank and alpha of before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import wraps
+from typing import Any
+
+from ..adapters.ranks import lora_scaling
+from ..model.wrappers import is_param_wrapper
+from .matching import live_path
+
+__all__ = ["hotswap_adapter_from_state_dict"]
+
+
+def hotswap_adapter_from_state_dict(stock: Any) -> Any:
+    """The function of that name, put right for models with LoRA on parameters."""
+    signature = inspect.signature(stock)
+
+    @wraps(stock)
+    def from_state_dict(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        model, tensors, name = given["model"], given["state_dict"], given["adapter_name"]
+        model = getattr(model, "_orig_mod", model)
+        wrappers = {p: m for p, m in model.named_modules() if is_param_wrapper(m) and name in m.lora_A}
+        if not wrappers:
+            return stock(*args, **kwargs)
+        held = dict(model.named_parameters())
+        smaller = {n: t.clone() for n, t in tensors.items() if n in held and held[n].numel() > t.numel()}
+        result = stock(*args, **kwargs)
+        for tensor_name, tensor in smaller.items():
+            held[tensor_name].data = tensor.to(held[tensor_name])
+        config = given["config"].to_dict()
+        for path, wrapper in wrappers.items():
+            wrapper.r[name] = wrapper.lora_A[name].weight.shape[0] // wrapper.num_experts
+            key = f"{live_path(path)}.{wrapper.parameter_name}"
+            wrapper.scaling[name] = lora_scaling(config, key, wrapper.r[name])
+        for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
+            setattr(model.peft_config[name], field, config[field])
+        return result
+
+    return from_state_dict

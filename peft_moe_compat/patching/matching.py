@@ -1,0 +1,278 @@
+"""What a live model says about its experts, and a file's expert tensors turned into what its wrappers hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import layout
+from ..adapters.base_model import BaseModel, load_base_model
+from ..adapters.decide import Decision
+from ..adapters.names import PREFIX, ExpertsKeys, unwrapped
+from ..adapters.parts import fused_parts
+from ..adapters.source import AdapterSource
+from ..adapters.stamp import ModuleStamp, Stamp
+from ..errors import AdapterError, LayoutError
+from ..model import experts as families
+from ..model.probe import installed_rule
+from ..model.wrappers import is_param_wrapper, live_orientation, wrapper_chain
+from ..releases import known_issues
+
+__all__ = [
+    "UnderstoodFile",
+    "bare",
+    "chains",
+    "convert",
+    "counterparts",
+    "differences",
+    "facts_of",
+    "known_of_this_pair",
+    "live_namer",
+    "live_path",
+    "live_wrappers",
+    "stamp_of",
+]
+
+_SLOT = re.compile(r"^(?P<module>.*?)(?:\.base_layer)*(?P<factor>\.lora_[AB].*)$")
+
+
+def bare(model: Any) -> nn.Module:
+    """The model inside a PeftModel: the names in adapter files are relative to it."""
+    found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return found
+
+
+def live_path(name: str) -> str:
+    """A module's name as it was before anybody wrapped it."""
+    return ".".join(part for part in unwrapped(name.removeprefix(PREFIX)).split(".") if part != "base_layer")
+
+
+def live_namer(model: Any) -> Callable[[str], str]:
+    """Tensor's name in a file -> as the model's own `state_dict` has it, whichever of its modules are compiled.
+
+    `torch.compile(module)` adds to the names below it; FSDP and checkpointing keep theirs out of a `state_dict`.
+    """
+    names = (name.removeprefix(PREFIX) for name, _ in getattr(model, "_orig_mod", model).named_modules())
+    compiled = {unwrapped(name): name for name in names if "_orig_mod" in name}
+
+    def named(name: str) -> str:
+        prefix = PREFIX if name.startswith(PREFIX) else ""
+        module, dot, rest = unwrapped(name.removeprefix(prefix)).partition(".lora_")
+        return f"{prefix}{compiled.get(module, module)}{dot}{rest}"
+
+    return named
+
+
+def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
+    """The base model of a live model, wrapped or not: the sizes of its expert stacks.
+
+    A module of unknown orientation counts as "E out in", which is what PEFT takes it for. Whatever is converted from
+    and to that comes out right.
+
+    Args:
+        model: The model.
+        target_parameters: PEFT's names of further stacks to list: of modules that nothing else shows to be experts.
+    """
+    inner = bare(model)
+    found = {(live_path(name), p): module for name, module, names in families.routed_experts(inner) for p in names}
+    endings = tuple(f".{target}" for target in target_parameters)
+    for name, module in inner.named_modules() if endings else ():
+        if not hasattr(module, "get_base_layer"):
+            path, held = live_path(name), [*module._parameters, *getattr(module, "parametrizations", ())]
+            found |= {(path, p): module for p in held if f".{path}.{p}".endswith(endings)}
+    stacks = {}
+    shapes = {key: families.stored_shape(module, key[1]) for key, module in found.items()}
+    for (path, parameter), shape in shapes.items():
+        # One expert, or a 2-D parameter, is laid out alike by every release: nothing there is to be converted.
+        if shape is not None and len(shape) == 3 and shape[0] > 1:
+            E, d1, d2 = shape
+            transposed = families.is_transposed(found[path, parameter])
+            stacks[path, parameter] = (E, d1, d2) if transposed else (E, d2, d1)
+    holders = {path for path, _ in stacks}
+    for (path, parameter), shape in shapes.items():
+        if path in holders and shape is not None and len(shape) == 2:  # but its LoRA is nested among that of stacks
+            stacks[path, parameter] = (1, shape[1], shape[0])
+    return BaseModel(_model_type(inner), stacks=stacks, name=type(inner).__name__)
+
+
+def counterparts(paths: Iterable[str], facts: BaseModel) -> dict[str, str]:
+    """Path in the file -> path of a stack in the model: the same, else the only one alike from the layer on."""
+
+    def layer(path: str) -> list[str]:
+        parts = path.split(".")
+        return parts[max(0, next((i for i, part in enumerate(parts) if part.isdigit()), 1) - 1) :]
+
+    stacks = sorted({path for path, _ in facts.stacks})
+    found = {}
+    for path in paths:
+        alike = [path] if path in stacks else [stack for stack in stacks if layer(stack) == layer(path)]
+        if len(alike) == 1:
+            found[path] = alike[0]
+    return found
+
+
+def _model_type(model: Any) -> str:
+    """`model_type` of the part of a config that has the experts, without `_text`; "" for a model without a config."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        return ""
+    try:
+        return load_base_model(config.to_dict()).model_type
+    except AdapterError:  # a config that names its sizes as no other does
+        return str(config.model_type).removesuffix("_text")
+
+
+def chains(model: Any) -> dict[str, list[Any]]:
+    """Path of an experts module -> the ParamWrappers around it, outermost first."""
+    found: dict[str, list[Any]] = {}
+    for name, module in bare(model).named_modules():
+        if is_param_wrapper(module):
+            found.setdefault(live_path(name), list(wrapper_chain(module)))
+    return found
+
+
+def _orientation(wrapper: Any) -> str:
+    """Orientation of a live wrapper's factors, `"linear"` or `"reversed"`, as its own `get_delta_weight` has it."""
+    return live_orientation(wrapper, families.stored_transposed(*_parameter(wrapper)), installed_rule())
+
+
+def _features(wrapper: Any) -> tuple[int, int]:
+    """(in, out) of the parameter a wrapper is on."""
+    experts, name = _parameter(wrapper)
+    shape = families.stored_shape(experts, name)
+    if shape is None:
+        raise LayoutError(f"{type(experts).__name__} has no weight {name!r}, which is targeted.")
+    return (shape[-2], shape[-1]) if families.stored_transposed(experts, name) else (shape[-1], shape[-2])
+
+
+def _parameter(wrapper: Any) -> tuple[Any, str]:
+    """The module and the name of the parameter a wrapper is on."""
+    return wrapper.get_base_layer(), wrapper.parameter_name
+
+
+@dataclass(frozen=True)
+class UnderstoodFile:
+    """An adapter file with fused expert LoRA, and the model it is for.
+
+    Attributes:
+        source: The adapter, its expert modules those that the model has too.
+        paths: Path of an experts module in the file -> in the model.
+        decision: What the file holds.
+    """
+
+    source: AdapterSource
+    paths: Mapping[str, str]
+    decision: Decision
+
+
+# Of one experts module: parameter -> (how many wrappers are around its own, its wrapper).
+Wrappers = Mapping[str, tuple[int, Any]]
+
+
+def live_wrappers(file: UnderstoodFile, model: Any, adapter_name: str) -> list[tuple[ExpertsKeys, Wrappers]]:
+    """Every experts module of the file with the live wrappers that are to take its LoRA.
+
+    Raises:
+        LayoutError: A wrapper is missing, or its factors are not such as PEFT's own forward could use.
+    """
+    around = chains(model)
+    found: list[tuple[ExpertsKeys, Wrappers]] = []
+    for module in file.source.keys.modules:
+        chain = enumerate(around.get(file.paths[module.path], ()))
+        wrappers = {w.parameter_name: (depth, w) for depth, w in chain if adapter_name in w.lora_A}
+        for name in file.decision.readings[module.path].nesting:
+            if name not in wrappers:
+                raise LayoutError(
+                    f"The file has LoRA on {module.path}.{name}; PEFT made adapter {adapter_name!r} there for "
+                    f"{', '.join(sorted(wrappers)) or 'no parameter'} alone.{known_of_this_pair('second adapter')}"
+                )
+            _check_usable(f"{module.path}.{name}", wrappers[name][1], adapter_name)
+        found.append((module, wrappers))
+    return found
+
+
+def _check_usable(what: str, wrapper: Any, adapter_name: str) -> None:
+    weights = (wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight)
+    A, B = (tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
+    fan_in, fan_out = _features(wrapper)
+    p, q = (fan_in, fan_out) if _orientation(wrapper) == "linear" else (fan_out, fan_in)
+    if (A[1], B[0]) != (p, q):
+        raise LayoutError(
+            f"The LoRA that was made for {what} has lora_A {A} and lora_B {B}; PEFT computes with '(E r) {p}' and "
+            f"'{q} (r E)' there, so its forward would fail.{known_of_this_pair('load_adapter swaps')}"
+        )
+
+
+def known_of_this_pair(words: str) -> str:
+    """The faults of the installed PEFT and transformers whose description has these words, and the ways around."""
+    import peft
+    import transformers
+
+    issues = known_issues(peft.__version__, transformers.__version__)
+    known = "; ".join(f"{issue.symptom}: {issue.remedy}" for issue in issues if words in issue.symptom)
+    pair = f"PEFT {peft.__version__} and transformers {transformers.__version__}"
+    return f" Known of {pair}: {known}." if known else f" Nothing of the kind is known of {pair}: is PEFT patched?"
+
+
+def differences(module: ExpertsKeys, wrappers: Wrappers, decision: Decision) -> set[str]:
+    """What a module's tensors in the file are that its wrappers' are not, in words; empty where they are the same."""
+    reading, found = decision.readings[module.path], set()
+    for level, name in enumerate(reversed(reading.nesting)):
+        depth, wrapper = wrappers[name]
+        if wrapper.num_experts > 1 and _orientation(wrapper) != reading.orientation:
+            found.add(f"it is {reading.orientation} ({'; '.join(decision.orientation.evidence)})")
+        if depth != level:
+            found.add(f"it is nested {', '.join(reading.nesting)} ({'; '.join(decision.nesting.evidence)})")
+    if decision.packing.value != "either" and "grouped" in map(decision.packing_of, reading.nesting):
+        found.add(f"lora_B is grouped by expert ({'; '.join(decision.packing.evidence)})")
+    return found
+
+
+def convert(file: UnderstoodFile, module: ExpertsKeys, wrappers: Wrappers, tensors: dict[str, Tensor]) -> None:
+    """Replaces the tensors of a module, by their names in the file, with what its wrappers hold. Values move only."""
+    parts = fused_parts(file.source, module, file.decision.readings[module.path], file.decision.packing_of)
+    loras = {part.name: part.load(tensors) for part in parts}
+    keys = module.slots[0].lora_A, module.slots[0].lora_B
+    for pair in module.slots:
+        del tensors[pair.lora_A], tensors[pair.lora_B]
+    for name, lora in loras.items():
+        depth, wrapper = wrappers[name]
+        for key, tensor in zip(keys, layout.to_flat(lora, orientation=_orientation(wrapper)), strict=True):
+            nested = rf"\g<module>{'.base_layer' * depth}\g<factor>"
+            tensors[_SLOT.sub(nested, key)] = tensor.contiguous()
+
+
+def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
+    """The stamp for a file of these tensors of a live model; None where it has no fused expert LoRA to speak of.
+
+    It speaks of all of the file's expert stacks or not at all: there is none where the orientation of one is unknown or
+    differs between its parameters, or the tensors are not those of the wrappers.
+    """
+    import peft
+    import transformers
+
+    shapes = {unwrapped(name.removeprefix(PREFIX)): tuple(tensor.shape) for name, tensor in tensors.items()}
+    modules = {}
+    for path, chain in chains(model).items():
+        names = [f"{path}{'.base_layer' * depth}.lora_" for depth in range(len(chain))]
+        slots = [
+            (w, shapes[f"{n}A.weight"], shapes[f"{n}B.weight"])
+            for w, n in zip(chain, names, strict=True)
+            if f"{n}A.weight" in shapes and f"{n}B.weight" in shapes
+        ]
+        num_experts = max((wrapper.num_experts for wrapper, _, _ in slots), default=1)  # a bias counts as one
+        if num_experts == 1:
+            continue
+        orientations = {_orientation(wrapper) for wrapper, _, _ in slots}
+        orientation = orientations.pop()
+        features = tuple(_features(wrapper) for wrapper, _, _ in reversed(slots))
+        written = tuple((A[1], B[0]) if orientation == "linear" else (B[0], A[1]) for _, A, B in reversed(slots))
+        if orientations or features != written or families.is_transposed(chain[0].get_base_layer()) is None:
+            return None
+        nesting = tuple(wrapper.parameter_name for wrapper, _, _ in reversed(slots))
+        modules[path] = ModuleStamp(num_experts, nesting, orientation, features)
+    return Stamp(peft.__version__, transformers.__version__, "rank_major", modules) if modules else None

@@ -1,0 +1,163 @@
+"""Which adapter is about to be loaded, and what it holds, decided before anything is put into the model."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters.base_model import BaseModel
+from ..adapters.decide import Decision, decide
+from ..adapters.files import is_hub_id, read_json
+from ..adapters.source import CONFIG_NAME, AdapterSource, open_with_model
+from ..errors import AdapterError, AmbiguousAdapterError, LayoutError
+from ..layout import ORIENTATIONS, PACKINGS
+from ..releases import parse_releases
+from .matching import UnderstoodFile, bare, counterparts, facts_of, live_path
+
+__all__ = ["understand", "written_by"]
+
+logger = logging.getLogger("peft_moe_compat")
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+# What the caller knows of a file: arguments of `decide`.
+_said: ContextVar[Mapping[str, Any] | None] = ContextVar("peft_moe_compat_said", default=None)
+
+
+@contextmanager
+def written_by(
+    release: str | None = None,
+    *,
+    orientation: str | None = None,
+    packing: str | None = None,
+    nesting: Sequence[str] | None = None,
+) -> Iterator[None]:
+    """Says of the adapters that are loaded in this block what their files cannot: who wrote them, and how.
+
+    A file whose only expert matrices are square fits either way round, and how lora_B is packed never shows. Shapes and
+    a stamp of this library come before what is said here, and this before the file's own `peft_version`.
+
+    Args:
+        release: `"peft==VERSION"`, or with the transformers release beside it `"peft==VERSION,transformers==VERSION"`.
+        orientation: `"linear"` or `"reversed"`: whether lora_A's columns run over the in- or the out-features.
+        packing: Of lora_B's columns, `"rank_major"` (every PEFT release) or `"grouped"` (Unsloth before 2026-09).
+        nesting: Parameters of an experts module, innermost wrapper first: `("up_proj", "down_proj")`.
+
+    Raises:
+        UnsupportedPeftError: `release` names none.
+        LayoutError: `orientation` or `packing` is neither of the two.
+    """
+    if release is not None:
+        parse_releases(release)
+    for name, value, known in (("orientation", orientation, ORIENTATIONS), ("packing", packing, PACKINGS)):
+        if value not in (None, *known):
+            raise LayoutError(f"{name} is {value!r}; one of {known} was expected.")
+    said = {"written_by": release, "orientation": orientation, "packing": packing, "nesting": nesting}
+    token = _said.set(said)
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
+def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodFile | AdapterSource | None:
+    """The adapter, once it is known what it holds; a per-expert one just opened, whose converting is upstream's.
+
+    None for one without LoRA on experts, or that upstream will not find.
+
+    Raises:
+        AdapterError: It does not belong to this model, or is damaged.
+        AmbiguousAdapterError: Nothing settles how it is laid out.
+    """
+    folder = _folder(model_id, hub)
+    if folder is None:
+        return None
+    config = read_json(folder / CONFIG_NAME)
+    facts = facts_of(model, config.get("target_parameters") or ())
+    if config.get("peft_type", "LORA") != "LORA" or not (config.get("target_parameters") or facts.stacks):
+        return None
+    source, _ = open_with_model(folder, facts)
+    if source.form == "stacked":
+        raise LayoutError(
+            f"{model_id} holds the experts' LoRA as stacks, which PEFT leaves out without a word. Convert it: "
+            f"`peft-moe-compat convert {model_id} OUT --to peft --model BASE`."
+        )
+    if source.form != "fused":
+        return source if source.form == "per_expert" else None
+    paths = counterparts((module.path for module in source.keys.modules), facts)
+    if not paths:
+        _refuse_other_names(model_id, source, facts, model)
+        return None
+    modules = tuple(module for module in source.keys.modules if module.path in paths)
+    source = replace(source, keys=replace(source.keys, modules=modules))
+    # The model's sizes under the file's own paths.
+    stacks = {(path, p): size for path, live in paths.items() for (at, p), size in facts.stacks.items() if at == live}
+    decision = decide(source, model=replace(facts, stacks=stacks), **(_said.get() or {}))
+    _require(model_id, decision)
+    return UnderstoodFile(source, paths, decision)
+
+
+def _require(model_id: str, decision: Decision) -> None:
+    """Refuses a file that was not decided, with what settles it here and for good."""
+    try:
+        decision.require(model_id)
+    except AmbiguousAdapterError as error:
+        flags = [c.settle for c in (decision.orientation, decision.packing, decision.nesting) if not c.decided]
+        said = []
+        for flag in dict.fromkeys(flags):
+            if found := re.search(r"--written-by (\S+)", flag):
+                said.append(f'"{found[1]}"')
+            elif found := re.search(r"--nesting (\S+)", flag):
+                said.append(f"nesting={tuple(found[1].split(','))}")
+            elif found := re.search(r"--packing (\w+)", flag):
+                said.append(f'packing="{found[1]}"')
+        call = f"with peft_moe_compat.written_by({', '.join(said)}):"
+        command = f"peft-moe-compat convert {model_id} OUT --to peft --written-by peft==VERSION"
+        raise AmbiguousAdapterError(
+            f"{error} In Python that is `{call}` around the call, with what is true of the file; or convert it for "
+            f"good: `{command}` (or the flag named above)."
+        ) from error
+
+
+def _refuse_other_names(model_id: str, source: AdapterSource, facts: BaseModel, model: Any) -> None:
+    """Raises unless the model has at least one of the file's targets: PEFT may load the rest and say nothing."""
+    holders = {live_path(name).rpartition(".")[0] for name, _ in bare(model).named_parameters()}
+    if any(module.path in holders for module in source.keys.modules):
+        return
+    stacks = sorted({path for path, _ in facts.stacks})
+    raise AdapterError(
+        f"{model_id} has LoRA on the stack of experts {source.keys.modules[0].path!r}, and this {facts.name} has "
+        f"{'others, such as ' + repr(stacks[0]) if stacks else 'none'}. If it is the adapter's base model, another "
+        f"transformers release built it. `peft-moe-compat convert {model_id} OUT --model BASE --to per-expert` makes "
+        "what a release that keeps experts as separate modules reads (before 5.0), `--to peft` what the others do."
+    )
+
+
+def _folder(model_id: str, hub: Mapping[str, Any]) -> Path | None:
+    """The folder that upstream is going to read, downloaded if need be; None where upstream will not find one."""
+    local = Path(model_id, hub.get("subfolder") or "")
+    if (local / CONFIG_NAME).is_file():
+        return local if any((local / name).is_file() for name in _WEIGHTS) else None
+    if local.exists() or not is_hub_id(model_id):
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client_error: Any = HfHubHTTPError.__bases__[0]
+    known = {"subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type", "proxies"}
+    options = {key: value for key, value in hub.items() if key in known and value is not None}
+    for name in _WEIGHTS:
+        try:
+            folder = Path(hf_hub_download(model_id, CONFIG_NAME, **options)).parent
+            hf_hub_download(model_id, name, **options)
+        except (client_error, OSError, ValueError) as error:
+            logger.debug("%s: %s could not be had (%s)", model_id, name, error)
+        else:
+            return folder
+    return None  # upstream asks for the same files, and says what is wrong

@@ -1,0 +1,354 @@
+"""What a model's experts are called, and what becomes of each: `expert_parameters(model)` and `report(model)`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from shutil import get_terminal_size
+from typing import Any
+
+from torch import nn
+
+from .errors import CompatWarning, NoExpertParametersError
+from .forward.fused import backend_of
+from .model import experts as families
+from .model import sharding as parallel
+from .model import weights as quantised
+from .model.wrappers import active_adapters, is_param_wrapper, native_reason
+from .patching.activation import inactive_reason
+
+__all__ = ["AdapterRow", "ExpertsRow", "ParameterRow", "Report", "expert_parameters", "report"]
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel: the names PEFT matches are relative to it."""
+    bare: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return bare
+
+
+def expert_parameters(
+    model: nn.Module,
+    projections: Collection[str] | None = None,
+    layers: Collection[int] | None = None,
+) -> list[str]:
+    """Names for `LoraConfig(target_parameters=...)` that reach every routed expert weight and nothing else.
+
+    PEFT wraps a parameter whose full name is, or ends in "." plus, a target. The names returned are the shortest such
+    endings, from two components on, that no other parameter of the model shares; so shared experts, dense layers,
+    routers and biases stay out. Pass `target_modules=[]` beside them if nothing else should be adapted: left at None,
+    some PEFT releases add attention layers of their own choice.
+
+    Args:
+        model: The model, wrapped by PEFT or not.
+        projections: Only these, for example `["down_proj"]`. By default all.
+        layers: Only decoder layers of these indices, the first number in a module's name. By default all.
+
+    Raises:
+        NoExpertParametersError: The model has no such parameter, or none for one of the projections or layers asked
+            for; the message lists what was found instead.
+    """
+    model = _bare(model)
+    found = [(f"{name}.{parameter}", m) for name, m, names in _runnable(model) for parameter in names]
+    if not found:
+        raise NoExpertParametersError(_nothing_found(model))
+    projections = _chosen("projections", projections, {_projection(full) for full, _ in found})
+    layers = _chosen("layers", layers, {_layer(full) for full, _ in found})
+    others = [tuple(families.strip_base_layer(name).split(".")) for name, _ in model.named_parameters()]
+    wanted = {full: m for full, m in found if _projection(full) in projections and _layer(full) in layers}
+    others = [parts for parts in others if ".".join(parts) not in wanted]
+    # PEFT finds an already parametrised weight by its full name only.
+    targets = {
+        full if getattr(module, "parametrizations", None) else _shortest_ending(full, others): None
+        for full, module in wanted.items()
+    }
+    return list(targets)
+
+
+def _projection(full: str) -> str:
+    return full.rpartition(".")[2]
+
+
+def _layer(full: str) -> int | None:
+    return next((int(part) for part in full.split(".") if part.isdigit()), None)
+
+
+def _chosen(what: str, asked: Any, there: set[Any]) -> Collection[Any]:
+    """What was asked for, all by default; one value may come without a list around it."""
+    if asked is None:
+        return there
+    chosen = {asked} if isinstance(asked, str) or not isinstance(asked, Iterable) else set(asked)
+    if chosen - there or not chosen:
+        raise NoExpertParametersError(
+            f"{what}={_in_order(chosen)} was asked for, but the experts have {what}={_in_order(there)}."
+        )
+    return chosen
+
+
+def _in_order(values: Collection[Any]) -> list[Any]:
+    return sorted(values, key=lambda value: (isinstance(value, int), value if isinstance(value, int) else str(value)))
+
+
+def _shortest_ending(full: str, others: list[tuple[str, ...]]) -> str:
+    """Of two components at least, shared with none of the others, and not beginning with a bare layer number."""
+    parts = tuple(full.split("."))
+    for length in range(2, len(parts)):
+        ending = parts[-length:]
+        if not ending[0].isdigit() and not any(other[-length:] == ending for other in others):
+            return ".".join(ending)
+    return full
+
+
+def _runnable(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    for name, module, names in families.routed_experts(model):
+        _refuse_unrunnable(name, module)
+        yield name, module, names
+
+
+def _refuse_unrunnable(name: str, module: nn.Module) -> None:
+    if type(module).__name__ in quantised.PACKED_CLASSES:
+        reason = quantised.unreadable_reason(module, "")
+        raise NoExpertParametersError(f"{name} ({type(module).__name__}): {reason}.")
+    if type(module).__name__ in families.FLAT_CLASSES:
+        raise NoExpertParametersError(
+            f"{name} ({type(module).__name__}) keeps its experts as flat 2-D weights that the block around it reads "
+            "itself. PEFT can wrap them, but the forward then fails ('ParamWrapper' object has no attribute ...) in "
+            "every release. Target the attention layers of this model instead."
+        )
+
+
+def _nothing_found(model: nn.Module) -> str:
+    message = f"{type(model).__name__} has no routed expert parameter."
+    for name, module in model.named_modules():
+        if name.endswith("experts") and isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module):
+            each = type(next(module.children())).__name__
+            return (
+                f"{message} Its experts are separate modules ({name} is a list of {each}), as in most models of "
+                "transformers before 5.0: target their linear layers with target_modules, or install a transformers "
+                "that fuses them."
+            )
+    stacks = [f"{n} {tuple(p.shape)}" for n, p in model.named_parameters() if p.ndim == 3]
+    if not stacks:
+        return f"{message} It has no 3-D parameter at all, so it is not a Mixture-of-Experts model with fused experts."
+    return (
+        f"{message} 3-D parameters found: {', '.join(stacks[:5])}. If one of these is an expert stack, name its class "
+        "with peft_moe_compat.declare_layout."
+    )
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter on one expert parameter. `gradient`: "yes", "partly" (one of lora_A and lora_B) or "no"."""
+
+    name: str
+    rank: int
+    scaling: float
+    active: bool
+    gradient: str
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One expert parameter: its stored shape, and the path its forward takes.
+
+    `path` is "grouped_mm" (this library), "peft" (PEFT's own forward, for `reason`) or "base" (no adapter at work, for
+    `reason`). Of "grouped_mm" `reason` says why no faster backend runs.
+    `backend`, where `path` is "grouped_mm", is what computes it on the device it is on: "triton", "torch" or "loop".
+    `format` is what the weight is quantised to, such as "bnb nf4"; empty for a plain one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    wrapped: bool
+    path: str
+    reason: str
+    adapters: tuple[AdapterRow, ...] = ()
+    backend: str = ""
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class ExpertsRow:
+    """One stack of routed experts."""
+
+    module: str
+    cls: str
+    is_transposed: bool | None
+    parameters: tuple[ParameterRow, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which experts of a model run how. `print` it for a table; `rows`, `to_dict()` and `to_json()` for programs."""
+
+    active: bool
+    rows: tuple[ExpertsRow, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        if not self.rows:
+            return "peft_moe_compat: the model has no routed experts in fused weights."
+        table = Table(title=f"peft_moe_compat {'active' if self.active else 'inactive'}")
+        for heading in ("experts", "parameter", "stored", "adapters", "path", "reason"):
+            table.add_column(heading, overflow="fold", no_wrap=heading in ("experts", "path"))
+        for modules, parameter in _folded(self.rows):
+            adapters = ", ".join(
+                f"{a.name} r={a.rank} s={a.scaling:g}{'' if a.active else ' (inactive)'}" for a in parameter.adapters
+            )
+            stored = f"{' x '.join(map(str, parameter.shape))} {parameter.format}".strip()
+            reason = ": ".join(filter(None, (parameter.backend, parameter.reason)))
+            cells = modules, parameter.name, stored, adapters or "-", parameter.path, reason
+            table.add_row(*map(escape, cells))
+        console = Console(width=max(120, get_terminal_size().columns), file=StringIO(), color_system=None)
+        console.print(table)
+        for warning in self.warnings:
+            console.print(f"warning: {warning}", highlight=False, markup=False)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+
+
+def _folded(rows: Iterable[ExpertsRow]) -> Iterable[tuple[str, ParameterRow]]:
+    """Parameters that differ in their layer number alone share one line: ("...layers.{0,1,2}.mlp.experts", row)."""
+    groups: dict[tuple[str, ParameterRow], list[str]] = {}
+    for row in rows:
+        parts = row.module.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        number = parts[at] if at is not None else ""
+        pattern = ".".join("{}" if i == at else part for i, part in enumerate(parts))
+        for parameter in row.parameters:
+            groups.setdefault((pattern, parameter), []).append(number)
+    for (pattern, parameter), numbers in groups.items():
+        yield pattern.replace("{}", _ranges(numbers)), parameter
+
+
+def _ranges(numbers: list[str]) -> str:
+    """["0", "1", "2", "5"] -> "{0-2,5}"; a single number stays as it is."""
+    if len(numbers) == 1:
+        return numbers[0]
+    values = sorted(int(n) for n in numbers)
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) + "}"
+
+
+def _adapter_row(wrapper: Any, name: str) -> AdapterRow:
+    weights = [linear[name].weight for linear in (wrapper.lora_A, wrapper.lora_B)]
+    trainable = [weight.requires_grad and weight.device.type != "meta" for weight in weights]
+    gradient = "yes" if all(trainable) else "partly" if any(trainable) else "no"
+    active = name in wrapper.active_adapters and not wrapper.disable_adapters
+    return AdapterRow(name, wrapper.r[name], float(wrapper.scaling[name]), active, gradient)
+
+
+def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> ParameterRow:
+    shape = families.stored_shape(experts, name) or ()
+    stored = quantised.stored_format(experts, name)
+    if wrapper is None:
+        packed = type(experts).__name__ in quantised.PACKED_CLASSES
+        reason = quantised.unreadable_reason(experts, name) if packed else "not wrapped by PEFT"
+        return ParameterRow(name, shape, False, "base", reason, format=stored)
+    adapters = tuple(_adapter_row(wrapper, adapter) for adapter in wrapper.lora_A)
+    if wrapper.disable_adapters or wrapper.merged:
+        merged = "adapters are merged, but a merge into a quantised weight is lost; unmerge them"
+        merged = merged if stored else "adapters are merged into the weight"
+        reason = "adapters are disabled" if wrapper.disable_adapters else merged
+        return ParameterRow(name, shape, True, "base", reason, adapters, format=stored)
+    if not active_adapters(wrapper):
+        return ParameterRow(name, shape, True, "base", "none of its adapters is active", adapters, format=stored)
+    reason = inactive_reason() or native_reason(wrapper) or ""
+    if reason:
+        refused = "refused, since its experts are spread over ranks" if parallel.exchanges_tokens(experts) else ""
+        reason = "; ".join(filter(None, (reason, refused, quantised.peft_caveat(stored))))
+        return ParameterRow(name, shape, True, "peft", reason, adapters, format=stored)
+    backend, reason = backend_of(experts, name)
+    return ParameterRow(name, shape, True, "grouped_mm", reason, adapters, backend, stored)
+
+
+def report(model: nn.Module) -> Report:
+    """Which of a model's routed experts are adapted, and the path and reason of each.
+
+    Warns (`CompatWarning`) of what silently trains less than it seems to: expert parameters left unwrapped in a model
+    that PEFT has wrapped, a parameter wrapped twice, adapters missing on some parameters, active adapters whose
+    lora_A or lora_B gets no gradient while another does, and trainable adapters that are offloaded.
+
+    Args:
+        model: The model, wrapped by PEFT or not.
+
+    Returns:
+        A `Report`; its `str` is a table.
+    """
+    wrappers: dict[int, dict[str, Any]] = {}  # id of the experts module -> parameter name -> its wrapper
+    twice: list[str] = []
+    found_wrappers: list[Any] = [module for module in model.modules() if is_param_wrapper(module)]
+    for wrapper in found_wrappers:
+        base, parameter = wrapper.get_base_layer(), wrapper.parameter_name
+        if wrappers.setdefault(id(base), {}).setdefault(parameter, wrapper) is not wrapper:
+            twice.append(f"{type(base).__name__}.{parameter}")
+    experts = {id(m): (name, m, names) for name, m, names in families.routed_experts(model)}
+    for name, other in model.named_modules():  # whatever else PEFT put a ParamWrapper around
+        if id(other) in wrappers:
+            experts.setdefault(id(other), (families.strip_base_layer(name), other, ()))
+    rows = []
+    for key, (name, module, names) in experts.items():
+        chain = wrappers.get(key, {})
+        extra = tuple(sorted(set(chain) - set(names)))
+        parameters = tuple(_parameter_row(module, n, chain.get(n)) for n in names + extra)
+        rows.append(ExpertsRow(name, type(module).__name__, families.is_transposed(module), parameters))
+    found = list(_complaints(rows, any(hasattr(m, "lora_A") for m in model.modules())))
+    if twice:
+        found.append(
+            f"PEFT wrapped {len(twice)} expert parameters twice, {twice[0]} among them: get_peft_model ran twice on "
+            "the same model. The two updates add up; build the model afresh if that is not what you want."
+        )
+    lora = [layers[adapter].weight for w in found_wrappers for layers in (w.lora_A, w.lora_B) for adapter in layers]
+    offloaded = sum(weight.device.type == "meta" for weight in lora)
+    if offloaded and any(weight.requires_grad for weight in lora):
+        found.append(
+            f"{offloaded} of {len(lora)} LoRA weights of experts are on the meta device: offloaded, so they get no "
+            "gradient, or without data. To train, offload the modules called base_layer alone."
+        )
+    for complaint in found:
+        warnings.warn(complaint, CompatWarning, stacklevel=2)
+    return Report(inactive_reason() is None, tuple(rows), tuple(found))
+
+
+def _complaints(rows: Iterable[ExpertsRow], adapted: bool) -> Iterable[str]:
+    parameters = [(f"{row.module}.{p.name}", p) for row in rows for p in row.parameters]
+    wrapped = [(name, p) for name, p in parameters if p.wrapped]
+    if not adapted:
+        return
+    bare = [name for name, p in parameters if not p.wrapped]
+    if bare:
+        yield (
+            f"{len(bare)} of {len(parameters)} expert parameters are not adapted, {bare[0]} among them. Unless you "
+            "chose so, pass target_parameters=peft_moe_compat.expert_parameters(model), which reaches them all."
+        )
+    adapters = sorted({a.name for _, p in wrapped for a in p.adapters})
+    for adapter in adapters:
+        lacking = [name for name, p in wrapped if adapter not in {a.name for a in p.adapters}]
+        if lacking:
+            yield (
+                f"Adapter {adapter!r} is missing on {len(lacking)} of {len(wrapped)} wrapped expert parameters, "
+                f"{lacking[0]} among them."
+            )
+        states = [(name, a) for name, p in wrapped for a in p.adapters if a.name == adapter and a.active]
+        frozen = [name for name, a in states if a.gradient != "yes"]
+        if frozen and any(a.gradient != "no" for _, a in states):
+            yield (
+                f"Adapter {adapter!r} trains only in part: lora_A or lora_B of {len(frozen)} expert parameters gets "
+                f"no gradient, {frozen[0]} among them. Call model.set_adapter, or set requires_grad on both."
+            )

@@ -1,0 +1,199 @@
+"""What is concluded from contradictory, missing or ambiguous evidence: no guess, but the flag that settles it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support.adapter_files import GPT_OSS, NEMOTRON, QWEN, Spec, load, read_config, save, save_fused
+
+from peft_moe_compat.adapters.convert import convert_adapter
+from peft_moe_compat.adapters.inspect import inspect_adapter
+from peft_moe_compat.adapters.stamp import STAMP_KEY, ModuleStamp, Stamp
+from peft_moe_compat.errors import AdapterError, AdapterFileError, AmbiguousAdapterError, UnsupportedPeftError
+
+SQUARE = Spec(I=8)
+TO = "peft==0.21.2,transformers==5.23.0"
+
+
+def square_down(folder, family=QWEN, orientation="linear", **config):
+    spec = Spec(family=family, I=8)
+    return save_fused(folder / "in", spec, spec.factors(("down",)), orientation=orientation, **config), spec.model()
+
+
+def test_a_square_file_without_a_writer_is_refused_and_each_flag_settles_it(tmp_path):
+    source, model = square_down(tmp_path)
+    found = inspect_adapter(source, model=model, packing="rank_major")
+    assert found.orientation.settle == "--written-by peft==VERSION"
+    assert "--model BASE" in inspect_adapter(source, packing="rank_major").orientation.settle
+    with pytest.raises(AmbiguousAdapterError, match="--written-by peft==VERSION.* And its packing .*--packing"):
+        convert_adapter(source, tmp_path / "out", to=TO, model=model)
+    for release, value in (("0.18.1", "reversed"), ("0.21.2", "linear")):
+        said = inspect_adapter(source, model=model, written_by=f"peft=={release}")
+        assert (said.orientation.value, said.packing.value) == (value, "rank_major")
+    for value in ("linear", "reversed"):
+        assert inspect_adapter(source, model=model, orientation=value).orientation.value == value
+
+
+@pytest.mark.parametrize(
+    ("peft", "value"),
+    [("0.18.0", "reversed"), ("0.19.1", "linear"), ("0.19.0.dev0@abc", "reversed"), ("0.21.2", "linear")],
+)
+def test_the_version_in_the_file_speaks_for_a_square_one(tmp_path, peft, value):
+    source, model = square_down(tmp_path, peft_version=peft)
+    found = inspect_adapter(source, model=model).orientation
+    if peft.startswith("0.19.0"):
+        # load_adapter() of transformers 5.0 to 5.12 turns what this release writes.
+        assert found.value is None
+        assert "--orientation" in found.settle
+        return
+    assert (found.value, found.confidence) == (value, "stated")
+
+
+def test_what_the_caller_says_wins_over_the_version_in_the_file(tmp_path):
+    source, model = square_down(tmp_path, peft_version="0.21.2")
+    assert inspect_adapter(source, model=model, written_by="peft==0.18.1").orientation.value == "reversed"
+
+
+def test_naming_the_release_settles_a_square_file_of_unsloth_too(tmp_path):
+    source, model = square_down(tmp_path, peft_version="0.19.0", lora_B_layout="grouped_by_expert")
+    assert inspect_adapter(source, model=model).orientation.value is None
+    found = inspect_adapter(source, model=model, written_by="peft==0.19.0")
+    assert (found.orientation.value, found.packing.value) == ("reversed", "grouped")
+
+
+def test_the_flag_for_gpt_oss_names_transformers_and_what_it_cannot_know(tmp_path):
+    source, model = square_down(tmp_path, GPT_OSS, peft_version="0.21.2")
+    settle = inspect_adapter(source, model=model).orientation.settle
+    assert settle.startswith("--written-by peft==0.21.2,transformers==VERSION")
+    assert "--orientation" in settle
+    for beside, value in (("4.57.6", "reversed"), ("5.23.0", "linear")):
+        found = inspect_adapter(source, model=model, written_by=f"peft==0.21.2,transformers=={beside}")
+        assert found.orientation.value == value
+
+
+def test_a_square_pair_without_a_gate_needs_the_nesting(tmp_path):
+    spec = Spec(family=NEMOTRON, I=8)
+    source = save_fused(tmp_path / "in", spec, spec.factors(("up", "down")), peft_version="0.21.2")
+    found = inspect_adapter(source, model=spec.model())
+    assert found.undecided == ("nesting",)
+    assert found.nesting.settle.startswith("--nesting up_proj,down_proj")
+    for nesting in (["up_proj", "down_proj"], ["down_proj", "up_proj"]):
+        assert inspect_adapter(source, model=spec.model(), nesting=nesting).nesting.value == ",".join(nesting)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"orientation": "reversed"}, "fit linear alone"),
+        ({"orientation": "sideways"}, "one of linear, reversed"),
+        ({"packing": "loose"}, "one of rank_major, grouped"),
+        ({"nesting": ["up_proj", "down_proj"]}, "was expected for"),
+    ],
+)
+def test_impossible_answers_are_refused(tmp_path, said, message):
+    spec = Spec()
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")), peft_version="0.21.2")
+    with pytest.raises(AdapterError, match=message):
+        inspect_adapter(source, model=spec.model(), **said)
+
+
+def test_a_release_without_expert_lora_is_no_writer(tmp_path):
+    source, model = square_down(tmp_path)
+    with pytest.raises(UnsupportedPeftError):
+        inspect_adapter(source, model=model, written_by="peft==0.16.0")
+
+
+@pytest.mark.parametrize("change", [{"E": 2}, {"H": 10}, {"I": 5}])
+def test_another_model_is_refused(tmp_path, change):
+    spec = Spec()
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")), peft_version="0.21.2")
+    with pytest.raises(AdapterFileError, match="another num_experts or rank, or for another model"):
+        inspect_adapter(source, model=Spec(**change).model())
+
+
+def test_layers_that_disagree_are_refused(tmp_path):
+    spec = Spec()
+    factors = spec.factors(("gate_up", "down"))
+    one = save_fused(tmp_path / "one", spec, {k: f for k, f in factors.items() if k[0] == 0})
+    two = save_fused(tmp_path / "two", spec, {k: f for k, f in factors.items() if k[0] == 1}, orientation="reversed")
+    both = save(tmp_path / "in", load(one) | load(two), read_config(one))
+    with pytest.raises(AdapterFileError, match="layers of .* disagree"):
+        inspect_adapter(both, model=spec.model())
+
+
+def test_contradictory_markers_are_refused(tmp_path):
+    spec = Spec()
+    source = save_fused(
+        tmp_path / "in", spec, spec.factors(("gate_up", "down")), peft_version="0.21.2",
+        lora_B_layout="rank_major", auto_mapping={"lora_B_layout": "grouped_by_expert"},
+    )  # fmt: skip
+    with pytest.raises(AdapterFileError, match="contradict each other"):
+        inspect_adapter(source)
+
+
+def stamped(tmp_path):
+    source, model = square_down(tmp_path, orientation="reversed", peft_version="0.18.1")
+    out = tmp_path / "out"
+    convert_adapter(source, out, to=TO, model=model)
+    return out, model, source
+
+
+def test_a_stamp_settles_a_square_file_without_the_model(tmp_path):
+    out, _, source = stamped(tmp_path)
+    found = inspect_adapter(out)
+    assert (found.undecided, found.orientation.value, found.orientation.confidence) == ((), "linear", "certain")
+    assert inspect_adapter(source).orientation.value is None
+
+
+@pytest.mark.parametrize("change", ["sizes", "path", "orientation", "text"])
+def test_a_stamp_that_does_not_describe_the_file_is_refused(tmp_path, change):
+    out, model, _ = stamped(tmp_path)
+    raw = (out / "adapter_model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    stamp = json.loads(header["__metadata__"][STAMP_KEY])
+    (path, entry), *_ = stamp["modules"].items()
+    if change == "sizes":
+        entry["features"][0][0] += 1
+    elif change == "path":
+        stamp["modules"]["elsewhere.experts"] = stamp["modules"].pop(path)
+    elif change == "orientation":
+        entry["orientation"] = "sideways"
+    text = "{" if change == "text" else json.dumps(stamp)
+    edited = save(tmp_path / "edited", load(out), read_config(out), {STAMP_KEY: text})
+    with pytest.raises(AdapterFileError, match="stamp|metadata entry"):
+        inspect_adapter(edited, model=model)
+
+
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_a_stamp_counts_the_experts_of_one_of_the_parameters(tmp_path, count):
+    """longcat_flash has rows for its zero experts in gate_up_proj alone."""
+    spec, more = Spec(layers=(0,)), Spec(E=6, layers=(0,))
+    factors = {**more.factors(("gate_up",)), **spec.factors(("down",))}
+    path, features = QWEN.fused.format(0), ((8, 12), (6, 8))
+    stamp = Stamp("0.21.2", "5.24.0", "rank_major", {path: ModuleStamp(count, QWEN.parameters, "linear", features)})
+    plain = save_fused(tmp_path / "plain", spec, factors)
+    source = save(tmp_path / "in", load(plain), read_config(plain), stamp.to_metadata())
+    if count == 5:
+        with pytest.raises(AdapterFileError, match="says 5 experts"):
+            inspect_adapter(source)
+    else:
+        assert inspect_adapter(source).orientation.confidence == "certain"
+
+
+def test_a_target_that_depends_on_what_is_not_known_is_refused(tmp_path):
+    source, model = square_down(tmp_path, GPT_OSS, peft_version="0.21.2")
+    with pytest.raises(AmbiguousAdapterError, match=r"--to peft==0\.21\.2,transformers==VERSION"):
+        convert_adapter(source, tmp_path / "out", to="peft==0.21.2", model=model, orientation="linear")
+
+
+def test_square_factors_of_both_readings_differ(tmp_path):
+    """The two readings of a square file are different adapters: what is refused here would have been wrong."""
+    source, model = square_down(tmp_path, peft_version="0.21.2")
+    outs = []
+    for value in ("linear", "reversed"):
+        convert_adapter(source, tmp_path / value, to="per-expert", model=model, orientation=value)
+        outs.append(load(tmp_path / value))
+    assert outs[0].keys() == outs[1].keys()
+    assert not all(torch.equal(outs[0][name], outs[1][name]) for name in outs[0])

@@ -1,0 +1,119 @@
+"""`peft-moe-compat bench` on the CPU, at sizes that take no time."""
+
+import builtins
+import json
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from typer.testing import CliRunner
+
+from peft_moe_compat import is_active, releases
+from peft_moe_compat.cli import bench
+from peft_moe_compat.cli import main as cli
+
+needs_registry = pytest.mark.skipif(
+    Version(releases.installed_versions("transformers")["transformers"]) < Version("5"),
+    reason="transformers 4 keeps Qwen3's experts one by one: there is no fused weight to time",
+)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["bench", *arguments], env={"COLUMNS": "400"})
+
+
+SMALL = ("--shape", "4,2,16,8", "--rank", "2", "--device", "cpu", "--dtype", "float32", "--repeats", "1")
+
+
+@needs_registry
+def test_it_measures_every_method_at_every_number_of_tokens(tmp_path):
+    result = run(*SMALL, "--tokens", "3,9,3", "--backend", "loop", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert document["settings"]["shape"] == {"E": 4, "k": 2, "H": 16, "I": 8}
+    assert document["versions"].items() >= releases.installed_versions("torch", "peft", "transformers").items()
+    methods = ("frozen base", "stock PEFT", "peft_moe_compat")
+    assert [(row["method"], row["tokens"]) for row in document["rows"]] == [(m, n) for m in methods for n in (3, 9)]
+    assert all(row["both_ms"] > 0 and row["forward_ms"] > 0 and row["peak_mib"] > 0 for row in document["rows"])
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert all(method in result.output for method in methods)
+    assert "backend loop" in result.output
+    assert is_active()
+
+
+@needs_registry
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **keywords):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    result = run(*SMALL, "--tokens", "3", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "matplotlib is not installed" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+@needs_registry
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--tokens", "abc"),
+        ("--tokens", ""),
+        ("--tokens", "-3"),
+        ("--dtype", "int8"),
+        ("--dtype", "foo"),
+        ("--repeats", "0"),
+        ("--rank", "0"),
+        ("--device", "tpu"),
+        ("--device", "cuda:x"),
+        ("--device", "meta"),
+        ("--shape", "2,4,32,32"),
+        ("--shape", "4,2,33,7"),
+        ("--model", "/nonexistent"),
+        ("--out", "/dev/null/x"),
+        ("--out", "/proc"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_measured_is_one_sentence(wrong):
+    result = run(*SMALL, *wrong)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.output.startswith("error: ")
+
+
+@pytest.mark.parametrize("text", ["4,2,16", "4,2,16,many", ""])
+def test_a_shape_is_four_integers(text):
+    with pytest.raises(bench.PeftMoeCompatError, match="four integers"):
+        bench.Shape.parse(text)
+
+
+def test_what_cannot_be_measured_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("--shape", "4,2,16,8", "--device", "cuda", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "torch sees no CUDA device" in result.output
+
+
+def test_the_shape_of_a_config(tmp_path):
+    config = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
+    assert bench.shape_of_config(str(tmp_path)) == bench.Shape(4, 2, 16, 24)
+    of_nemotron = {"hidden_size": 64, "moe_latent_size": 16, "n_routed_experts": 4, "moe_intermediate_size": 24}
+    kinds = {"moe_num_experts": 4, "moe_k": 2, "hidden_size": 16, "moe_intermediate_size": [24, 8]}
+    for model_type, sizes in (("nemotron_h", of_nemotron), ("ernie4_5_vl_moe", {"text_config": kinds})):
+        if model_type in transformers.CONFIG_MAPPING:
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **sizes}))
+            shape = bench.shape_of_config(str(tmp_path))
+            assert (shape.E, shape.H, shape.I) == (4, 16, 24), model_type
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(bench.PeftMoeCompatError, match="pass --shape"):
+        bench.shape_of_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    with pytest.raises(bench.PeftMoeCompatError, match="hidden_size|intermediate_size"):
+        bench.shape_of_config(str(tmp_path))

@@ -1,0 +1,463 @@
+"""The fused kernels against a float64 loop: through triton's interpreter on CPU, and natively where there is a GPU.
+
+TRITON_INTERPRET=1 python -m pytest tests/forward/test_kernels.py      (tox -e kernels)
+python -m pytest tests/forward/test_kernels.py -m gpu
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is on no CPU-only install but the tox environment `kernels`")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import zoo
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+import peft_moe_compat
+from forward import test_models
+from forward.test_layer import Experts, compare, loop
+from peft_moe_compat import CompatWarning, ExpertLora
+from peft_moe_compat.forward import backend as backends
+from peft_moe_compat.forward import fused
+from peft_moe_compat.forward.kernels import gemm, layer
+from peft_moe_compat.forward.kernels.common import Config, Factor
+from peft_moe_compat.forward.kernels.factors import packed, unpacked
+from peft_moe_compat.forward.kernels.routing import route
+from peft_moe_compat.forward.layer import experts_forward
+from peft_moe_compat.layout import flat
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+EXAMPLES = 12 if INTERPRETED else 24
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with peft_moe_compat.set_backend("triton"):
+        yield
+
+
+def clamped(module):
+    """The experts as gpt-oss has them, by class name and home, which is how the kernels know its gate."""
+
+    def _apply_gate(self, rows):
+        gate, up = rows[..., ::2], rows[..., 1::2]
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+    _apply_gate.__module__ = "transformers.models.gpt_oss.modeling_gpt_oss"
+    module.__class__ = type("GptOssExperts", (type(module),), {"_apply_gate": _apply_gate})
+    module.alpha, module.limit = 1.7, 1.2
+    return module
+
+
+def concatenated(module):
+    """The experts with transformers' default gate."""
+
+    def _apply_gate(self, rows):
+        gate, up = rows.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    _apply_gate.__module__ = fused.families.REGISTRY_MODULE
+    module.__class__ = type("Concatenated", (type(module),), {"_apply_gate": _apply_gate})
+    return module
+
+
+GATES = {"default": concatenated, "clamped": clamped, "own": lambda module: module, "none": lambda module: module}
+ACTIVATIONS = {
+    "silu": nn.SiLU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU(),
+}
+
+
+@st.composite
+def cases(draw, kinks=True):
+    """`kinks`: activations whose slope jumps, where a rounded argument may fall on the other side."""
+    E, k = draw(st.sampled_from([(1, 1), (3, 1), (5, 2), (8, 3)]))
+    T = draw(st.sampled_from([1, 3, 17, 70]))
+    kind = draw(st.sampled_from(["any", "one expert takes all", "sentinels"]))
+    high = E if kind == "sentinels" else E - 1
+    seed = draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, high + 1, (T, k), generator=generator)
+    if kind == "one expert takes all":
+        index[:] = draw(st.integers(0, E - 1))
+    ranks = draw(st.sampled_from([(4, 4), (3, 5), (16, None), (None, 9), (40, 17)]))
+    H, I = draw(st.sampled_from([(16, 8), (24, 40), (64, 64)]))
+    flags = {name: draw(st.booleans()) for name in ("transposed", "biased")}
+    gate = draw(st.sampled_from(sorted(set(GATES) - (set() if kinks else {"clamped"}))))
+    act = draw(st.sampled_from(sorted(set(ACTIVATIONS) - (set() if kinks else {"relu"}))))
+    return E, H, I, index, flags, gate, act, ranks, seed
+
+
+def build(case, dtype):
+    E, H, I, index, flags, gate, act, ranks, seed = case
+    torch.manual_seed(seed)
+    experts = GATES[gate](Experts(E, H, I, gated=gate != "none", dtype=dtype, **flags))
+    experts.act_fn = ACTIVATIONS[act]
+    for parameter in experts.parameters():
+        parameter.requires_grad_(False)
+    up = (1 if gate == "none" else 2) * I
+    loras = {}
+    for (name, out, into), r in zip(((experts.up_name, up, H), ("down_proj", H, I)), ranks, strict=True):
+        if r is not None:  # lora_B as PEFT packs it
+            p, q = (out, into) if seed % 2 else (into, out)
+            lora_A, lora_B = torch.randn(E * r, p) / p**0.5, torch.randn(q, r * E) / r**0.5
+            orientation = "reversed" if seed % 2 else "linear"
+            factors = lora_A.requires_grad_(), lora_B.requires_grad_()
+            loras[name] = flat(*factors, E, orientation=orientation, scaling=0.7)
+    hidden = torch.randn(index.shape[0], H).to(dtype).requires_grad_()
+    weights = torch.rand(index.shape).to(dtype).requires_grad_()
+    return experts, loras, hidden, index, weights
+
+
+def moved(experts, loras):
+    there = {n: x._replace(lora_A=x.lora_A.to(DEVICE), lora_B=x.lora_B.to(DEVICE)) for n, x in loras.items()}
+    return experts.to(DEVICE), there
+
+
+def parameters(loras):
+    return [t for lora in loras.values() for t in lora[:2]]
+
+
+def check(case, dtype, tolerance):
+    experts, loras, hidden, index, weights = build(case, dtype)
+    leaves = [hidden, weights, *parameters(loras)]
+    exact = loop(experts, {n: lora.canonical() for n, lora in loras.items()}, hidden, index, weights)
+    grad = torch.randn_like(exact)
+    if exact.requires_grad:
+        theirs = torch.autograd.grad(exact, leaves, grad)
+    else:  # no row is computed here
+        theirs = [torch.zeros_like(leaf) for leaf in leaves]
+
+    experts, there = moved(experts, loras)
+    arguments = hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
+    assert fused.runs_fused(experts, *arguments[:2])
+    ours = experts_forward(experts, there, *arguments)
+    compare(ours.cpu(), exact, tolerance)
+    assert ours.dtype == dtype
+    mine = torch.autograd.grad(ours, leaves, grad.to(dtype).to(DEVICE), retain_graph=True)
+    again = torch.autograd.grad(ours, leaves, grad.to(dtype).to(DEVICE))
+    for a, b, c in zip(mine, theirs, again, strict=True):
+        compare(a, b, 10 * tolerance)
+        compare(c, b, 10 * tolerance)
+    with torch.no_grad():
+        compare(experts_forward(experts, there, *arguments).cpu(), exact, tolerance)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(cases())
+def test_forward_and_gradients_equal_a_float64_loop(case):
+    check(case, torch.float32, 2e-5)
+
+
+@settings(max_examples=EXAMPLES // 2, deadline=None)
+@given(cases(kinks=False))
+def test_in_half_precision(case):
+    check(case, torch.float16, 1e-2)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="triton's interpreter keeps bfloat16 as integers and multiplies those")
+@settings(max_examples=EXAMPLES // 2, deadline=None)
+@given(cases(kinks=False))
+def test_in_bfloat16(case):
+    check(case, torch.bfloat16, 4e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ranks", [(4, 8), (70, 33)], ids=str)
+def test_the_tiled_product(monkeypatch, transposed, ranks):
+    """Its tiles are too large for the cases above, so here they are made small."""
+    if INTERPRETED:
+        monkeypatch.setattr(layer, "_tile_sizes", lambda S, E: (16, 64))
+        monkeypatch.setattr(gemm, "PRODUCT", Config(32, 4, 2))
+        monkeypatch.setattr(gemm, "BLOCK_K", 32)
+    torch.manual_seed(0)
+    index = torch.randint(0, 3, (75 if INTERPRETED else 400, 2))
+    flags = {"transposed": transposed, "biased": True}
+    check((3, 64, 128, index, flags, "default", "silu", ranks, 0), torch.float32, 2e-5)
+
+
+@pytest.mark.parametrize("E", [1, 5, 130])
+@pytest.mark.parametrize("S", [1, 63, 1000])
+def test_routing_is_a_stable_sort_with_tiles_that_never_cross_an_expert(E, S):
+    index = torch.randint(0, E + 1, (S, 1)).clamp(max=E)  # E itself is computed elsewhere
+    found = route(index.to(DEVICE), E, 16, 64)
+    flat = index.reshape(-1)
+    here = int((flat < E).sum())
+    expected = torch.sort(flat, stable=True).indices
+    assert torch.equal(found.order[:here].cpu().long(), expected[:here])
+    ends = torch.stack([(flat <= e).sum() for e in range(E)])
+    assert torch.equal(found.offs.cpu().long(), ends)
+    position = found.position[:S].cpu().long()
+    assert torch.equal(position >= 0, flat < E)
+    assert torch.equal(expected[position[position >= 0]], torch.arange(S)[flat < E])
+    for tiles in (found.small, found.large):
+        table = tiles.table[: 2 * tiles.limit].view(-1, 2).cpu().tolist()
+        wanted, start = [], 0
+        for expert, end in enumerate(ends.tolist()):
+            wanted += [[expert, row] for row in range(start, end, tiles.block)]
+            start = end
+        assert table[: len(wanted)] == wanted
+        assert all(expert == -1 for expert, _ in table[len(wanted) :])
+        assert int(tiles.table[2 * tiles.limit]) == len(wanted)
+
+
+def test_packing_and_back():
+    B = torch.randn(10, 18, device=DEVICE)  # "d (r E)"
+    factor = Factor(B, 3, 1, 6, 18, 2.0)
+    apart = packed(factor, torch.empty(6, 4, 10, device=DEVICE), 100)
+    assert torch.equal(apart.tensor, 2.0 * B.view(10, 3, 6).permute(2, 0, 1))
+    assert apart[1:] == (3, 30, 1, 3, 1.0)
+    assert torch.equal(unpacked(apart, factor, 6, 10), 2.0 * B)
+
+
+def test_factors_in_any_other_form():
+    """Of several adapters, say, which are concatenated: as those of one adapter, gradients included."""
+    torch.manual_seed(0)
+    flags = {"transposed": False, "biased": False}
+    case = 5, 16, 8, torch.randint(0, 5, (20, 2)), flags, "default", "silu", (4, 5), 0
+    experts, loras, *inputs = build(case, torch.float32)
+    experts, there = moved(experts, loras)
+    canonical = {n: lora.canonical() for n, lora in there.items()}
+    assert all(isinstance(lora, ExpertLora) for lora in canonical.values())
+    outs = [experts_forward(experts, form, *(t.to(DEVICE) for t in inputs)) for form in (there, canonical)]
+    torch.testing.assert_close(outs[0], outs[1])
+    for a, b in zip(*(torch.autograd.grad(out.sum(), parameters(loras)) for out in outs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["linear", "reversed"])
+def test_gradients_are_taken_over_without_a_copy(monkeypatch, seed):
+    flags = {"transposed": False, "biased": False}
+    case = 5, 16, 8, torch.randint(0, 5, (20, 2)), flags, "default", "silu", (4, 5), seed
+    experts, loras, *inputs = build(case, torch.float32)
+    experts = experts.to(DEVICE)
+    leaves = {
+        n: x._replace(lora_A=x.lora_A.detach().to(DEVICE), lora_B=x.lora_B.detach().to(DEVICE))
+        for n, x in loras.items()
+    }
+    for leaf in parameters(leaves):
+        leaf.requires_grad_()
+    made = []
+
+    def noted(*args, run=layer.factor_gradient, **kwargs):
+        gradient = run(*args, **kwargs)
+        made.append(gradient.data_ptr())
+        return gradient
+
+    monkeypatch.setattr(layer, "factor_gradient", noted)
+    experts_forward(experts, leaves, *(t.to(DEVICE) for t in inputs)).sum().backward()
+    assert {leaf.grad.data_ptr() for leaf in parameters(leaves)} == set(made)
+
+
+@pytest.mark.parametrize("ranks", [(4, 5), (None, 4)], ids=str)
+def test_one_graph_trains_as_eager_does(ranks):
+    """With other numbers of tokens from step to step, and without keeping a row that was gathered."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    flags = {"transposed": False, "biased": True}
+    kept, frames = [], 0
+
+    def forward(hidden, index, weights):
+        return experts_forward(experts, loras, hidden, index, weights)
+
+    def backend(graph, inputs):
+        nonlocal frames
+        frames += 1
+        return graph
+
+    compiled = torch.compile(forward, backend=aot_autograd(fw_compiler=backend), fullgraph=True, dynamic=True)
+    case = 4, 48, 16, torch.randint(0, 5, (40, 2)), flags, "default", "silu", ranks, 0
+    experts, loras, *_ = build(case, torch.float32)
+    experts, loras = moved(experts, loras)
+    loras = {n: x._replace(lora_A=x.lora_A.detach(), lora_B=x.lora_B.detach()) for n, x in loras.items()}
+    for lora in loras.values():
+        lora.lora_A.requires_grad_(), lora.lora_B.requires_grad_()
+    for T in (40, 17, 64):
+        hidden = torch.randn(T, 48, device=DEVICE, requires_grad=True)
+        weights = torch.rand(T, 2, device=DEVICE, requires_grad=True)
+        index = torch.randint(0, 5, (T, 2), device=DEVICE)
+        leaves = [hidden, weights, *parameters(loras)]
+        expected = forward(hidden, index, weights)
+        gradient = torch.randn_like(expected)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            found = compiled(hidden, index, weights)
+        compare(found, expected, 1e-6)
+        mine, theirs = (torch.autograd.grad(out, leaves, gradient) for out in (found, expected))
+        for a, b in zip(mine, theirs, strict=True):
+            compare(a, b, 1e-6)
+        assert (2 * T, 32) in {t.shape for t in kept}
+        assert (2 * T, 48) not in {t.shape for t in kept}
+    assert frames == 2  # forward and backward, once for all three
+    with torch.no_grad():
+        compare(compiled(hidden, index, weights), forward(hidden, index, weights), 1e-6)
+    torch._dynamo.reset()
+
+
+def test_what_the_backward_keeps():
+    """Token-level tensors, the up projection's output and the routing; no gathered rows and no activation."""
+    torch.manual_seed(0)
+    case = (
+        4,
+        48,
+        24,
+        torch.randint(0, 4, (40, 2)),
+        {"transposed": False, "biased": False},
+        "default",
+        "silu",
+        (4, 4),
+        0,
+    )
+    experts, loras, hidden, index, weights = build(case, torch.float32)
+    experts, loras = moved(experts, loras)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        experts_forward(experts, loras, hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE))
+    by_row = [tuple(t.shape) for t in kept if t.ndim == 2 and t.shape[0] == 80]
+    assert sorted(by_row) == [(80, 16), (80, 16), (80, 48)]
+
+
+@zoo.each(zoo.DECORATED)
+def test_every_experts_class_that_the_kernels_run(found):
+    """And that what they do not run goes to torch with a reason, without a word."""
+    experts = zoo.build(found, 16)
+    names = [f"experts.{n}" for n in peft_moe_compat.model.experts.projections(experts)]
+    holder = zoo.wrap(experts, names).to(DEVICE)
+    index, weights = zoo.routing()
+    given = {"hidden_states": torch.randn(zoo.T, zoo.H), "top_k_index": index, "top_k_weights": weights}
+    given = {n: v.to(DEVICE) for n, v in given.items()}
+    reason = fused.fused_reason(experts, DEVICE)
+    assert reason in (None, "a norm follows the experts"), reason
+    ours = zoo.gradients(holder["experts"], given, {})
+    with peft_moe_compat.set_backend("torch"):
+        assert "set to 'torch'" in fused.fused_reason(experts, DEVICE)
+        zoo.assert_same(ours, zoo.gradients(holder["experts"], given, {}), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
+@zoo.each(test_models.LOW)
+def test_as_near_to_float64_as_stock(found, dtype, stock, monkeypatch):
+    """Of the output, and of what the adapter adds to it."""
+    ran = []
+    monkeypatch.setattr(layer, "fused_experts", lambda *a, run=layer.fused_experts: ran.append(1) or run(*a))
+    (output, effect), (stock_output, stock_effect) = test_models.low_precision(dtype, 1e-2, found, stock, device=DEVICE)
+    assert ran
+    assert output <= 1.05 * stock_output
+    assert effect <= 1.05 * stock_effect
+
+
+def test_a_kernel_that_does_not_compile_is_given_up_once(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    case = (3, 16, 8, torch.randint(0, 3, (5, 2)), {"transposed": False, "biased": False}, "default", "silu", (4, 4), 0)
+    experts, loras, hidden, index, weights = build(case, torch.float32)
+    experts, loras = moved(experts, loras)
+    arguments = hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
+    expected = experts_forward(experts, loras, *arguments)
+
+    def fails(*_args, **_kwargs):
+        raise OutOfResources(2**20, 2**17, "shared memory")
+
+    monkeypatch.setattr(layer, "fused_experts", fails)
+    monkeypatch.setattr(backends, "_given_up", {})
+    with pytest.warns(CompatWarning, match="shared memory"):
+        found = experts_forward(experts, loras, *arguments)
+    compare(found.cpu(), expected.cpu(), 2e-5)
+    assert "a kernel failed" in fused.fused_reason(experts, hidden.to(DEVICE).device)
+    experts_forward(experts, loras, *arguments)  # no second warning: it would be an error
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_are_tried_once(monkeypatch, dtype):
+    tries = []
+    monkeypatch.setattr(backends, "_tried", set())
+    monkeypatch.setattr(backends, "_trial", lambda *key, trial=backends._trial: tries.append(trial(*key)) or tries[-1])
+    device = torch.zeros(0, device=DEVICE).device
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype):  # of no effect on the trial
+        assert backends.trial_reason(device, dtype) is None
+        assert backends.trial_reason(device, dtype) is None
+    assert len(tries) == 1
+    assert tries[0] < 0.015
+
+
+@pytest.mark.parametrize("wrong", [1.0, float("nan")])
+def test_kernels_that_give_other_numbers_are_given_up(monkeypatch, wrong):
+    monkeypatch.setattr(backends, "_tried", set())
+    monkeypatch.setattr(backends, "_given_up", {})
+    monkeypatch.setattr(backends, "_trial", lambda *_: wrong)
+    with pytest.warns(CompatWarning, match="are off by"):
+        assert "are off by" in backends.trial_reason(DEVICE, torch.float16)
+    assert "are off by" in backends.trial_reason(DEVICE, torch.float16)  # no second warning: it would be an error
+
+
+@pytest.mark.parametrize(("rows", "E"), [(6, 5), (40, 2), (300, 2)], ids=str)
+@pytest.mark.parametrize("I", [8, 48])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
+def test_equal_inputs_give_equal_bits(dtype, biased, I, rows, E):
+    """Of tiles of all sizes, with and without the wait for rows of odd width, and of a second backward.
+
+    The kernels that work in place must not race.
+    """
+    index = torch.randint(0, E, (rows // 2, 2), generator=torch.Generator().manual_seed(0))
+    flags = {"transposed": False, "biased": biased}
+    experts, loras, hidden, index, weights = build((E, 16, I, index, flags, "default", "gelu_tanh", (4, 4), 0), dtype)
+    leaves = [hidden, weights, *parameters(loras)]
+    experts, loras = moved(experts, loras)
+    first = None
+    for _ in range(1 if INTERPRETED else 20):
+        out = experts_forward(experts, loras, hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE))
+        once = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+        found = [out.detach(), *once]
+        first = first or found
+        for again in (found, [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]):
+            for a, b in zip(first, again, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_expert_elsewhere_adds_nothing_whatever_overflows_here(grad):
+    """A row that another rank computes may be run through an expert of this one, whose numbers do not fit it."""
+    experts = Experts(2, 16, 8, gated=True, transposed=False, biased=False, dtype=torch.float16)
+    experts = concatenated(experts).to(DEVICE).requires_grad_(False)
+    experts.gate_up_proj[0] = 40
+    hidden = torch.full((1, 16), 8, dtype=torch.float16, device=DEVICE, requires_grad=grad)
+    index, weights = torch.tensor([[1, 2]], device=DEVICE), torch.rand(1, 2).half().to(DEVICE)
+    out = experts_forward(experts, {}, hidden, index, weights)
+    with peft_moe_compat.set_backend("loop"):
+        compare(out.detach().cpu(), experts_forward(experts, {}, hidden, index, weights).detach().cpu(), 2e-3)
+
+
+@pytest.mark.parametrize("gate", ["default", "clamped", "none"])
+@pytest.mark.parametrize("act", ["silu", "relu"])
+def test_what_is_no_number_stays_that(gate, act):
+    experts = Experts(2, 16, 8, gated=gate != "none", transposed=False, biased=False, dtype=torch.float16)
+    experts = GATES[gate](experts).to(DEVICE).requires_grad_(False)
+    experts.act_fn = ACTIVATIONS[act]
+    getattr(experts, experts.up_name)[1] = torch.nan
+    index, weights = torch.tensor([[0], [1]], device=DEVICE), torch.ones(2, 1).half().to(DEVICE)
+    hidden = torch.ones(2, 16, dtype=torch.float16, device=DEVICE)
+    for grad in (False, True):
+        out = experts_forward(experts, {}, hidden.detach().requires_grad_(grad), index, weights)
+        assert out.isnan().all(1).tolist() == [False, True]
+
+
+def test_auto_takes_the_kernels_in_half_precision():
+    with peft_moe_compat.set_backend("auto"):
+        for dtype, reason in ((torch.float16, None), (torch.float32, "no faster")):
+            experts = Experts(3, 16, 8, gated=True, transposed=False, biased=False, dtype=dtype)
+            found = fused.fused_reason(experts.requires_grad_(False).to(DEVICE), DEVICE)
+            assert found is None if reason is None else reason in found
+        assert backends.fastest(DEVICE) == "triton"

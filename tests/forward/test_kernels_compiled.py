@@ -1,0 +1,56 @@
+"""The fused kernels compiled for devices that need not be there: what they ask of one, and that they load ahead.
+
+Beside the interpreter, which checks numbers, this is what runs without a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip(
+    "triton", reason="triton is on no CPU-only install but tox's `kernels`, `triton360` and `...-torch...`"
+)
+
+# Bytes of shared memory of a program: the least of any device of compute capability 8.x and 12.x, and Hopper's.
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
+
+
+def aot(*arguments):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).parents[1] / "support" / "aot.py", *arguments]
+    return json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return aot()
+
+
+def test_every_kernel_is_launched_and_compiles():
+    found = aot("launched")
+    assert found["launched"] == found["defined"]
+
+
+def test_every_kernel_fits_the_smallest_device(kernels):
+    assert {k["capability"] for k in kernels} == set(SHARED)
+    assert [k for k in kernels if k["shared"] > SHARED[k["capability"]]] == []
+
+
+def test_nothing_spills_at_the_usual_rank(kernels):
+    assert [k for k in kernels if k["stack"] and k["R"] == 16 and k["dtype"] == "bf16"] == []
+
+
+def test_what_is_no_number_stays_that(kernels):
+    """A minimum or maximum drops NaN unless told otherwise, which the interpreter cannot show."""
+    assert {"activate, clamped", "backward, clamped", "activate, relu"} <= {k["kernel"] for k in kernels}
+    assert [k["kernel"] for k in kernels if k["loses NaN"]] == []
+
+
+def test_the_kernels_bound_by_memory_load_ahead(kernels):
+    """All but the backward that waits between its loads and stores, for rows of odd width alone."""
+    idle = {k["kernel"] for k in kernels if not k["loads ahead"]}
+    assert idle == {"backward, waiting", "product"}  # the product's loads are those of tensor descriptors

@@ -1,0 +1,222 @@
+"""`experts_forward` alone, over drawn shapes and routings, against a float64 loop over tokens written out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import zoo
+from torch import nn
+
+from peft_moe_compat import ExpertLora, LayoutError
+from peft_moe_compat.forward.layer import experts_forward
+
+
+class Experts(nn.Module):
+    """What `@use_experts_implementation` makes of a class, in every variant, with no transformers in it."""
+
+    def __init__(self, E, H, I, *, gated, transposed, biased, normed=False, dtype=torch.float64):
+        super().__init__()
+        self.num_experts, self.has_gate, self.is_transposed, self.has_bias = E, gated, transposed, biased
+        self.has_post_expert_norm = normed
+        self.up_name = "gate_up_proj" if gated else "up_proj"
+        up = 2 * I if gated else I
+        for name, out, into in ((self.up_name, up, H), ("down_proj", H, I)):
+            stored = (E, into, out) if transposed else (E, out, into)
+            setattr(self, name, nn.Parameter(torch.randn(stored, dtype=dtype) / into**0.5))
+            if biased:
+                setattr(self, f"{name}_bias", nn.Parameter(torch.randn(E, out, dtype=dtype)))
+        self.act_fn = torch.nn.functional.silu
+
+    def _apply_gate(self, rows):  # interleaved, as gpt-oss has it
+        gate, up = rows[..., ::2], rows[..., 1::2]
+        return self.act_fn(gate) * up
+
+    def post_expert_norm(self, rows):
+        return rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def loop(experts, loras, hidden, index, weights):
+    """Token by token, expert by expert; ids past the last expert are skipped."""
+
+    def project(name, e, x):
+        weight = getattr(experts, name)[e].double()
+        weight = weight.T if experts.is_transposed else weight
+        if name in loras:
+            lora = loras[name]
+            weight = weight + lora.scaling * lora.B[e].double() @ lora.A[e].double()
+        y = weight @ x
+        return y + getattr(experts, f"{name}_bias")[e].double() if experts.has_bias else y
+
+    rows = []
+    for t in range(hidden.shape[0]):
+        total = torch.zeros(hidden.shape[1], dtype=torch.float64)
+        for j in range(index.shape[1]):
+            e = int(index[t, j])
+            if e >= experts.num_experts:
+                continue
+            up = project(experts.up_name, e, hidden[t].double())
+            h = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+            y = project("down_proj", e, h)
+            if experts.has_post_expert_norm:
+                y = experts.post_expert_norm(y)
+            total = total + weights[t, j].double() * y
+        rows.append(total)
+    return torch.stack(rows) if rows else hidden.double() * 1.0
+
+
+@st.composite
+def cases(draw):
+    E = draw(st.integers(1, 6))
+    k = draw(st.integers(1, min(3, E)))
+    T = draw(st.integers(1, 6))
+    H, I = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    if draw(st.booleans()):  # square, one projection or the other
+        H = draw(st.sampled_from([I, 2 * I]))
+    kind = draw(st.sampled_from(["distinct", "one expert takes all", "any", "sentinels"]))
+    high = E if kind == "sentinels" else E - 1
+    if kind == "distinct":
+        index = [draw(st.permutations(range(E)))[:k] for _ in range(T)]
+    elif kind == "one expert takes all":
+        index = [[draw(st.integers(0, E - 1))] * k] * T
+    else:
+        index = [[draw(st.integers(0, high)) for _ in range(k)] for _ in range(T)]
+    flags = {name: draw(st.booleans()) for name in ("gated", "transposed", "biased", "normed")}
+    ranks = draw(st.tuples(*[st.none() | st.integers(1, 9)] * 2))
+    return E, H, I, torch.tensor(index), flags, ranks, draw(st.floats(0.1, 4))
+
+
+def factors(experts, E, H, I, ranks, scaling, dtype=torch.float64):
+    up = 2 * I if experts.has_gate else I
+    made = {}
+    for (name, out, into), r in zip(((experts.up_name, up, H), ("down_proj", H, I)), ranks, strict=True):
+        if r is not None:
+            A = (torch.randn(E, r, into, dtype=dtype) / into**0.5).requires_grad_()
+            B = torch.randn(E, out, r, dtype=dtype, requires_grad=True)
+            made[name] = ExpertLora(A, B, scaling)
+    return made
+
+
+def compare(ours, exact, tolerance):
+    """Within `tolerance` of the largest entry: sums of large terms round by the size of the terms."""
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    torch.testing.assert_close(ours.double(), exact.double(), rtol=0, atol=tolerance * max(1.0, scale))
+
+
+def check(case, dtype, tolerance):
+    E, H, I, index, flags, ranks, scaling = case
+    torch.manual_seed(0)
+    experts = Experts(E, H, I, **flags, dtype=dtype)
+    loras = factors(experts, E, H, I, ranks, scaling, dtype)
+    hidden = torch.randn(index.shape[0], H, dtype=dtype, requires_grad=True)
+    weights = torch.rand(index.shape, dtype=dtype, requires_grad=True)
+    leaves = [hidden, weights, *experts.parameters(), *(t for lora in loras.values() for t in (lora.A, lora.B))]
+    ours = experts_forward(experts, loras, hidden, index, weights)
+    exact = loop(experts, loras, hidden, index, weights)
+    grad = torch.randn_like(exact)
+    compare(ours, exact, tolerance)
+    assert ours.dtype == dtype
+    if exact.requires_grad and exact.grad_fn is not None:
+        mine = torch.autograd.grad(ours, leaves, grad.to(dtype), allow_unused=True)
+        theirs = torch.autograd.grad(exact, leaves, grad, allow_unused=True)
+        for a, b in zip(mine, theirs, strict=True):
+            compare(a, torch.zeros_like(a) if b is None else b, 10 * tolerance)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_float64_on_the_loop_backend(case):
+    check(case, torch.float64, 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_float32_on_whatever_backend_serves(case):
+    E, H, I, *rest = case
+    check((E, 4 * H, 4 * I, *rest), torch.float32, 1e-4)
+
+
+def test_no_tokens_at_all():
+    experts = Experts(3, 8, 4, gated=True, transposed=False, biased=True)
+    loras = factors(experts, 3, 8, 4, (2, 2), 1.0)
+    empty = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
+    index, weights = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.float64)
+    out = experts_forward(experts, loras, empty, index, weights)
+    assert out.shape == (0, 8)
+    out.sum().backward()
+    assert loras["down_proj"].A.grad.count_nonzero() == 0
+
+
+def test_every_lora_parameter_gets_a_gradient_even_with_no_token():
+    """Data-parallel training needs a zero gradient, not None, from experts that no token reached."""
+    experts = Experts(4, 8, 4, gated=True, transposed=False, biased=False)
+    loras = factors(experts, 4, 8, 4, (2, 2), 1.0)
+    hidden, weights = torch.randn(3, 8, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64)
+    experts_forward(experts, loras, hidden, torch.zeros(3, 1, dtype=torch.long), weights).sum().backward()
+    for lora in loras.values():
+        for factor in (lora.A, lora.B):
+            assert factor.grad[0].count_nonzero() > 0
+            assert factor.grad[1:].count_nonzero() == 0
+
+
+def test_weights_of_all_experts_are_gathered():
+    """transformers 5.0 hands some classes the whole routing distribution, "T E"."""
+    experts = Experts(4, 8, 4, gated=True, transposed=False, biased=False)
+    loras = factors(experts, 4, 8, 4, (2, None), 1.0)
+    hidden, dense = torch.randn(3, 8, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    index = torch.tensor([[0, 2], [3, 1], [1, 0]])
+    torch.testing.assert_close(
+        experts_forward(experts, loras, hidden, index, dense),
+        experts_forward(experts, loras, hidden, index, dense.gather(1, index)),
+    )
+
+
+def test_the_torch_backend_never_waits_for_the_device(monkeypatch):
+    """Every way to read a tensor's value on the host raises; shapes alone must be enough, forward and backward."""
+    experts = Experts(4, 16, 8, gated=True, transposed=False, biased=True, normed=True, dtype=torch.bfloat16)
+    loras = factors(experts, 4, 16, 8, (3, 5), 1.0, torch.bfloat16)
+    index, weights = zoo.routing(4, 6, 2)
+    hidden = torch.randn(6, 16, dtype=torch.bfloat16, requires_grad=True)
+
+    def waits(*args, **kwargs):
+        raise AssertionError("a host synchronisation")
+
+    for name in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    experts_forward(experts, loras, hidden, index, weights).sum().backward()
+    monkeypatch.undo()
+    assert hidden.grad.count_nonzero() > 0
+
+
+def test_repeated_runs_are_bit_identical():
+    experts = Experts(4, 16, 8, gated=True, transposed=False, biased=False, dtype=torch.float32)
+    loras = factors(experts, 4, 16, 8, (4, 4), 1.0, torch.float32)
+    index, weights = zoo.routing(4, 50, 2)
+    hidden = torch.randn(50, 16)
+    first = experts_forward(experts, loras, hidden, index, weights)
+    assert all(torch.equal(experts_forward(experts, loras, hidden, index, weights), first) for _ in range(3))
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_factors_of_another_shape_are_refused_at_use(name):
+    experts = Experts(3, 8, 4, gated=True, transposed=False, biased=False)
+    wrong = ExpertLora(torch.zeros(3, 2, 5, dtype=torch.float64), torch.zeros(3, 7, 2, dtype=torch.float64))
+    index, weights = zoo.routing(3, 4, 2)
+    with pytest.raises(LayoutError, match=rf"Experts\.{name}.*another PEFT release"):
+        experts_forward(experts, {name: wrong}, torch.randn(4, 8, dtype=torch.float64), index, weights.double())
+
+
+def test_the_kept_memory_does_not_grow_with_the_weights():
+    """Autograd keeps the stack itself and per-row tensors; no other tensor of the size of the stack."""
+    experts = Experts(16, 32, 32, gated=True, transposed=False, biased=False, dtype=torch.float32)
+    for parameter in experts.parameters():
+        parameter.requires_grad_(False)
+    loras = factors(experts, 16, 32, 32, (4, 4), 1.0, torch.float32)
+    index, weights = zoo.routing(16, 8, 2)
+    own = {p.untyped_storage().data_ptr() for p in experts.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        experts_forward(experts, loras, torch.randn(8, 32, requires_grad=True), index, weights)
+    extra = [t.shape for t in kept if t.untyped_storage().data_ptr() not in own and t.numel() >= 16 * 32 * 32]
+    assert extra == []

@@ -1,0 +1,157 @@
+"""Compiles kernels ahead of time for devices that need not be there, and prints what they take, as JSON.
+
+A process of its own, since the tests run under triton's interpreter, which leaves nothing to compile. Given "launched",
+it prints the kernels there are and those that a layer launches, each of which triton has compiled for a Hopper.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from peft_moe_compat import layout
+from peft_moe_compat.forward.fused import Activation
+from peft_moe_compat.forward.kernels import activation, decode, gemm, gradients, layer, routing, rows
+from peft_moe_compat.forward.kernels import factors as _factors
+from peft_moe_compat.forward.kernels.common import fitting
+from peft_moe_compat.forward.kernels.launch import Kernel
+
+TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
+TYPES |= {"dweights": "*fp32", "alpha": "fp32", "limit": "fp32", "scaling": "fp32", "k": "i32"}
+FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Sizes of a user's model: multiples of 16, which the launch tells triton.
+ALIGNED = {"I", "D", "N", "K", "stride_e", "stride_r"}
+
+
+def compiled(kernel, capability, dtype, constants, config, **types):
+    signature, values, attributes = {}, {}, {}
+    names = kernel.jit.arg_names
+    integers = {"I", "D", "N", "K", "rank", "stride_e", "stride_r", "stride_d"}
+    for place, name in enumerate(names):
+        if name in constants:
+            signature[name], values[place,] = "constexpr", constants[name]
+            continue
+        signature[name] = types.get(name) or TYPES.get(name) or ("i32" if name in integers else f"*{dtype}")
+        if signature[name].startswith("*") or name in ALIGNED:
+            attributes[place,] = [["tt.divisibility", 16]]
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    source = ASTSource(kernel.jit, signature, values, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(name, capability, dtype, R, found):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    return {
+        "loses NaN": re.search(r"(min|max)\.f32", found.asm["ptx"]) is not None,
+        "kernel": name, "capability": capability, "dtype": dtype, "R": R, "registers": registers, "stack": stack,
+        "shared": found.metadata.shared, "loads ahead": "async_copy_global_to_local" in found.asm["ttgir"],
+    }  # fmt: skip
+
+
+def bound_by_memory(capability, dtype, R):
+    precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "R": R}
+    forward, backward, gather, gradient = (
+        fitting(config, R, FLOATS[dtype], capability == 90)
+        for config in (activation.FORWARD, activation.BACKWARD, rows.GATHER, gradients.GRADIENT)
+    )
+    gate = {"NAME": "silu", "GATED": True, "INTERLEAVED": False, "BLOCK": 32, "PARTS": 2, **precision}
+    last = {"DOTS": True, **gate, "BLOCK_I": backward.columns}
+    yield "activate", activation._activate, {**gate, "BLOCK_I": forward.columns}, forward
+    yield "backward", activation._backward, {"WAIT": False, **last}, backward
+    yield "backward, waiting", activation._backward, {"WAIT": True, **last}, backward
+    if (capability, dtype, R) == (90, "bf16", 16):
+        for name, gated in (("clamped", True), ("relu", False), ("relu2", False)):
+            other = {"NAME": name, "GATED": gated}
+            yield f"activate, {name}", activation._activate, {**gate, **other, "BLOCK_I": forward.columns}, forward
+            yield f"backward, {name}", activation._backward, {"WAIT": False, **last, **other}, backward
+    tile = {"GATHER": True, "BLOCK": 64, "BLOCK_D": gather.columns, **precision}
+    yield "gather", rows._gather, {"DOTS": False, **tile}, gather
+    tile = {"GATHER": True, "BLOCK": 128, "BLOCK_D": gradient.columns, **precision}
+    yield "gradient", gradients._factor_gradient, {"WEIGHTED": False, **tile}, gradient
+
+
+def product(R, along_k):
+    columns, depth = gemm.PRODUCT.columns, gemm.BLOCK_K
+    constants = {
+        "R": R, "BIAS": True, "ALONG_K": along_k, "BLOCK": 128, "BLOCK_N": columns, "BLOCK_K": depth,
+        "GROUP": gemm.GROUP_TILES, "EARLY": 32, "PRECISION": "tf32",
+    }  # fmt: skip
+    tile = f"{columns}, {depth}" if along_k else f"{depth}, {columns}"
+    types = {"x": f"tensordesc<bf16[128, {depth}]>", "weight": f"tensordesc<bf16[{tile}]>", "limit": "i32"}
+    return compiled(gemm._product, 90, "bf16", constants, gemm.PRODUCT, **types)
+
+
+class Nowhere:
+    """A driver for triton: compiles for compute capability 9.0, loads and launches nothing."""
+
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+    launcher_cls = staticmethod(lambda *_: lambda *_: None)
+
+    class utils:
+        get_device_properties = staticmethod(lambda _: {"max_shared_mem": 227 * 1024, "max_num_regs": 65536})
+        load_binary = staticmethod(lambda *_: (1, 1, 32, 0, 1024))  # module, function, registers, spills, threads
+
+
+def launched():
+    """Names of all kernels, and of those that two layers launched."""
+    triton.runtime.driver.set_active(Nowhere())
+    gemm.grouped_mm = lambda x, weight, offs: x.new_empty(len(x), weight.shape[2])  # would read what no kernel wrote
+    names = []
+    triton.knobs.compilation.listener = lambda *, src, **_: names.append(src.name)
+    for H in (128, 96):  # with the tiled product and without
+        E, k, T, dtype = 4, 2, 256, torch.bfloat16
+        up, down = torch.empty(E, H, 128, dtype=dtype), torch.empty(E, 64, H, dtype=dtype)
+        flat = [
+            layout.flat(torch.empty(E * 16, i), torch.empty(o, 16 * E), E, orientation="linear", scaling=1.0)
+            for i, o in ((H, 128), (64, H))
+        ]
+        base = (up, None, flat[0]), (down, None, flat[1])
+        for tokens, grad in ((T, True), (T, True), (8, False)):
+            hidden = torch.empty(tokens, H, dtype=dtype, requires_grad=grad)
+            index, weights = torch.zeros(tokens, k, dtype=torch.int64), torch.empty(tokens, k, dtype=dtype)
+            of_up, of_down = (layer.Projection.of(*held) for held in base)
+            for factor in (*of_up[2:4], *of_down[2:4]):
+                factor.tensor.requires_grad_(grad)
+            routed = hidden, index, weights
+            out = layer.fused_experts(Activation("silu", True), *routed, of_up, lambda of_down=of_down: of_down)
+            if grad:
+                out.sum().backward()
+    modules = activation, decode, _factors, gemm, gradients, routing, rows
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
+    return {"defined": sorted({kernel.jit.__name__ for kernel in kernels}), "launched": sorted(set(names))}
+
+
+def main():
+    if sys.argv[1:] == ["launched"]:
+        json.dump(launched(), sys.stdout)
+        return
+    found = []
+    for capability, (dtype, R) in itertools.product(
+        (80, 90), (("bf16", 16), ("bf16", 64), ("bf16", 256), ("fp32", 16))
+    ):
+        for name, kernel, constants, config in bound_by_memory(capability, dtype, R):
+            if "waiting" not in name or (capability, R, dtype) == (90, 16, "bf16"):
+                result = compiled(kernel, capability, dtype, constants, config)
+                found.append(usage(name, capability, dtype, R, result))
+    for R, along_k in itertools.product((16, 32), (True, False)):
+        found.append(usage("product", 90, "bf16", R, product(R, along_k)))
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
