@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from .forward.backend import set_backend
     from .layout import ExpertLora
     from .model.experts import declare_layout
+    from .model.targets import expert_parameters
     from .model.wrappers import expert_loras
     from .patching.opening import written_by
     from .releases import LayoutRule, release_for
-    from .reporting import Report, expert_parameters, report
+    from .reporting import Report, report
 
 __version__ = "0.1.0"
 
@@ -86,7 +87,7 @@ _LAZY = {
     "convert_adapter": "adapters.convert",
     "declare_layout": "model.experts",
     "expert_loras": "model.wrappers",
-    "expert_parameters": "reporting",
+    "expert_parameters": "model.targets",
     "inspect_adapter": "adapters.inspect",
     "release_for": "releases",
     "report": "reporting",

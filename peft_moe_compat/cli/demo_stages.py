@@ -226,7 +226,7 @@ def _prepare(job: Job) -> dict[str, Any]:
     """A base that has read some Python, so that routing and experts are not random. Kept as base.pt."""
     import torch
 
-    from ..reporting import expert_parameters
+    from ..model.targets import expert_parameters
 
     model = _base_model(job, prepared=False)
     expert_parameters(model)  # refuses a model without fused experts before the work
@@ -242,7 +242,8 @@ def _leg(job: Job, name: str) -> dict[str, Any]:
     from transformers import set_seed
 
     from .. import activate
-    from ..reporting import expert_parameters, report
+    from ..model.targets import expert_parameters
+    from ..reporting import report
 
     if name == "ours":
         activate()  # the import alone would only warn where it cannot

@@ -123,6 +123,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
 
     from ..forward.backend import fastest
     from ..model.wrappers import TAKEN_IMPLEMENTATIONS
+    from ..patching.forward import experts_registry
 
     found.rule = handle.rule
     expected = releases.release_for(peft_version)
@@ -131,7 +132,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
         if handle.rule.agrees_with(expected)
         else f"this development build follows this rule, not yet that of {expected.since}"
     )
-    registry = patch.experts_registry()
+    registry = experts_registry()
     found.taken = None if registry is None else [name for name in TAKEN_IMPLEMENTATIONS if name in registry]
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     found.backends = {str(device): fastest(device) for device in devices}

@@ -25,11 +25,13 @@ from .probe import installed_rule
 
 __all__ = [
     "TAKEN_IMPLEMENTATIONS",
-    "Handover",
+    "TAKES_LORA",
     "active_adapters",
     "expert_loras",
     "experts_of",
     "experts_reason",
+    "is_dtensor",
+    "is_param_wrapper",
     "live_orientation",
     "native_reason",
     "parameter_reason",
@@ -161,60 +163,6 @@ def active_adapters(wrapper: Any) -> list[str]:
     """The active ones among a wrapper's own."""
     held = wrapper._modules["lora_A"]._modules
     return [name for name in wrapper.active_adapters if name in held]
-
-
-class Handover:
-    """What wrappers hand down to the experts module: where to read their updates, and whether that arrived.
-
-    Beside it what the outermost wrapper has found of the module, for the others.
-
-    No container, so that hooks which map over a call's arguments pass it on as it is.
-    """
-
-    def __init__(self, experts: Any, rule: LayoutRule) -> None:
-        self.experts, self.rule = experts, rule
-        self.is_transposed = families.is_transposed(experts)
-        self.exchanges = parallel.exchanges_tokens(experts)
-        self.wrappers: list[tuple[Any, list[str], tuple[int, int] | None]] = []
-        self.arrived = False
-
-    def add(self, wrapper: Any, adapter_names: list[str]) -> None:
-        """Hands down the update of a wrapper's adapters of those names.
-
-        Raises:
-            ParallelismError: The weight is quantised, and its experts are spread over ranks or cut by ZeRO-3.
-        """
-        parallel.refuse_quantised(self.experts, wrapper.parameter_name)
-        # Asked here, since the exchange of tokens has the experts module hold its local tensors.
-        self.wrappers.append((wrapper, adapter_names, parallel.local_experts(self.experts, wrapper.parameter_name)))
-
-    def get(self, name: str) -> ExpertLora | FlatLora | None:
-        """The update of a parameter, read when it is asked for: a device has something to do by then.
-
-        Raises:
-            LayoutError: See `read_adapter`.
-            PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
-        """
-        loras = [
-            self._read(wrapper, adapter_name, held)
-            for wrapper, adapter_names, held in self.wrappers
-            if wrapper.parameter_name == name
-            for adapter_name in adapter_names
-        ]
-        if len(loras) < 2:
-            return loras[0] if loras else None
-        # Of several adapters, or of a parameter that PEFT up to 0.19 has wrapped twice: they add up, as when merged.
-        return layout.concat([lora.canonical() for lora in loras])
-
-    def _read(self, wrapper: Any, adapter_name: str, held: tuple[int, int] | None) -> FlatLora:
-        lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
-        if is_dtensor(lora.lora_A) or is_dtensor(lora.lora_B):
-            raise PeftMoeCompatError(
-                f"lora_A or lora_B of {wrapper.parameter_name!r}, adapter {adapter_name!r}, is a DTensor in the "
-                "forward: it is read without calling the module that holds it, so its own fully_shard never gathers "
-                "it. Give fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
-            )
-        return lora
 
 
 def is_dtensor(tensor: Tensor) -> bool:

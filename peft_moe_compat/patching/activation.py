@@ -1,31 +1,20 @@
-"""Activation: the only code that touches somebody else's objects.
-
-For the forward two things are replaced: `ParamWrapper.forward`, and the "grouped_mm" and "batched_mm" entries of
-transformers' experts registries (FP8 experts have one of their own). A wrapper that can run fast hands its factors down
-as a keyword argument; the registered function consumes them. No state is kept on any module. Whatever cannot run fast
-goes to PEFT's own forward.
-
-For adapter files, the functions that load and save them: `guard.replacements` lists these.
-"""
+"""Activation: on, off, and what stands in the way. `replacements` lists what is put in place."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CompatWarning, PatchConflictError, PeftMoeCompatError, UnsupportedPeftError
+from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
+from ..releases import parse_version, release_for
 
 if TYPE_CHECKING:
     from ..releases import LayoutRule
+    from .replacements import Replacement
 
 __all__ = ["Activation", "activate", "deactivate", "is_active"]
-
-KEYWORD = "expert_lora"
-# Other names the experts classes' own forwards use for their arguments (gpt_oss, openai_privacy_filter).
-_ARGUMENT_ALIASES = {"router_indices": "top_k_index", "routing_weights": "top_k_weights"}
 
 _lock = threading.RLock()
 _current: Activation | None = None
@@ -44,15 +33,9 @@ class Activation:
     rule: LayoutRule
 
     def __init__(self) -> None:
-        self._wrapper_class: Any = None
-        self._peft_forward: Any = None
-        self._our_forward: Any = None
         self._fresh = True  # whether the last `activate()` made this activation rather than found it
         self._blocks: list[bool] = []  # of each `with` block entered: whether its end restores
-        # what it is -> (the registry's mapping that holds it, its key there, transformers' function, ours)
-        self._entries: dict[str, tuple[Any, str, Any, Any]] = {}
-        # (the class or module that holds it, its name there, what was there, ours)
-        self._loaders: list[tuple[Any, str, Any, Any]] = []
+        self._done: list[tuple[Replacement, Any, Any]] = []  # what was there, and ours
 
     @property
     def active(self) -> bool:
@@ -68,60 +51,35 @@ class Activation:
         with _lock:
             if not self.active:
                 return
-            if displaced := self.displaced() or self._displaced_loader():
+            if displaced := self._displaced(self._done):
                 raise PatchConflictError(f"{displaced}, so it cannot be put back. Undo that patch first.")
-            self._wrapper_class.forward = self._peft_forward
-            for mapping, key, stock, _ in self._entries.values():
-                mapping[key] = stock
-            for owner, name, stock, _ in self._loaders:
-                setattr(owner, name, stock)
+            for replacement, stock, _ in self._done:
+                replacement.put(stock)
             _current = None
 
     def displaced(self) -> str | None:
         """Which function of the forward is no longer the one put in place, and whose is; None while all are there."""
-        found = [("ParamWrapper.forward", _param_wrapper().__dict__.get("forward"), self._our_forward)]
-        found += [(what, mapping.get(key), ours) for what, (mapping, key, _, ours) in self._entries.items()]
-        for what, there, ours in found:
-            if there is not ours:
-                return f"{what} was replaced by {_owner(there)} after peft_moe_compat was activated"
-        return None
+        return self._displaced([done for done in self._done if done[0].of_forward])
 
-    def _displaced_loader(self) -> str | None:
-        """The same for the functions that load and save."""
-        for owner, name, _, ours in self._loaders:
-            there = vars(owner).get(name)
-            if there is not ours:
-                return f"{owner.__name__}.{name} was replaced by {_owner(there)} after peft_moe_compat was activated"
+    def _displaced(self, done: list[tuple[Replacement, Any, Any]]) -> str | None:
+        for replacement, _, ours in done:
+            if (there := replacement.there()) is not ours:
+                return f"{replacement.what} was replaced by {_owner(there)} after peft_moe_compat was activated"
         return None
 
     def _install(self) -> None:
+        # Here, since these import torch, and transformers and peft need not be there when the package is imported.
         from ..model.probe import installed_rule
-        from ..model.wrappers import TAKEN_IMPLEMENTATIONS
-        from .loading import replacements
+        from .replacements import replacements
 
-        self._wrapper_class = _param_wrapper()
-        self._peft_forward = self._wrapper_class.__dict__["forward"]
-        _refuse_foreign("ParamWrapper.forward", self._peft_forward, "peft.")
-        for whose, registry in (("", experts_registry()), ("FP8 ", _fp8_experts_registry())):
-            for key in TAKEN_IMPLEMENTATIONS if registry is not None else ():
-                if key in registry:
-                    what = f"transformers' {whose}experts implementation {key!r}"
-                    _refuse_foreign(what, registry[key], "transformers.")
-                    # In the layer that holds the entry, so that whoever registers another later is heard.
-                    mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping
-                    self._entries[what] = mapping, key, registry[key], _registered(registry[key])
-        for owner, name, home, make in replacements():
-            stock = vars(owner)[name]
-            _refuse_foreign(f"{owner.__name__}.{name}", stock, home)
-            self._loaders.append((owner, name, stock, make(stock)))
+        found = [(replacement, replacement.there()) for replacement in replacements()]
+        for replacement, stock in found:
+            _refuse_foreign(replacement.what, stock, replacement.home)
         self.rule = installed_rule()  # after the foreign functions, which could make its probe fail in any way
+        self._done = [(replacement, stock, replacement.make(stock)) for replacement, stock in found]
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
-        for mapping, key, _, ours in self._entries.values():
-            mapping[key] = ours
-        for owner, name, _, ours in self._loaders:
-            setattr(owner, name, ours)
-        self._our_forward = _wrapper_forward(self._peft_forward, self.rule)
-        self._wrapper_class.forward = self._our_forward
+        for replacement, _, ours in self._done:
+            replacement.put(ours)
 
     def __enter__(self) -> Activation:
         self._blocks.append(self._fresh)
@@ -152,94 +110,6 @@ def _refuse_foreign(what: str, function: Any, home: str) -> None:
         )
 
 
-def _param_wrapper() -> Any:
-    return importlib.import_module("peft.tuners.lora.layer").ParamWrapper
-
-
-def experts_registry() -> Any:
-    """transformers' `ALL_EXPERTS_FUNCTIONS`, or None where the installed transformers has none (before 5.0)."""
-    from ..model.experts import REGISTRY_MODULE
-
-    try:
-        return importlib.import_module(REGISTRY_MODULE).ALL_EXPERTS_FUNCTIONS
-    except ModuleNotFoundError as error:
-        if error.name != REGISTRY_MODULE:
-            raise
-        return None
-
-
-def _fp8_experts_registry() -> Any:
-    """transformers' `ALL_FP8_EXPERTS_FUNCTIONS`, or None where there can be no FP8 experts."""
-    from ..model.weights import FP8_MODULE
-
-    try:
-        module = importlib.import_module(FP8_MODULE)
-    except ImportError:  # no such module, or no triton, which it needed up to transformers 5.5
-        return None
-    return getattr(module, "ALL_FP8_EXPERTS_FUNCTIONS", None)
-
-
-def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
-    from ..model.sharding import carry, check_zero3, refuse_native
-    from ..model.wrappers import TAKES_LORA, Handover, active_adapters, experts_of, experts_reason, parameter_reason
-
-    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """`ParamWrapper.forward` with peft_moe_compat active: hands itself down, or falls back to PEFT's own."""
-        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
-            return peft_forward(self, x, *args, **kwargs)
-        handover: Any = kwargs.get(KEYWORD)
-        outermost = handover is None
-        reason = None
-        if outermost:
-            handover = Handover(experts_of(self), rule)
-            reason = experts_reason(handover.experts, handover.is_transposed)
-        experts = handover.experts
-        if reason := reason or parameter_reason(self, experts):
-            refuse_native(experts, reason)
-            return peft_forward(self, x, *args, **kwargs)
-        check_zero3(self, x)
-        names = active_adapters(self)
-        if not names:
-            return peft_forward(self, x, *args, **kwargs)
-        handover.add(self, names)
-        kwargs.pop("adapter_names", None)
-        kwargs[KEYWORD] = handover
-        base_layer = self._modules["base_layer"]
-        if handover.exchanges and base_layer is experts:
-            del kwargs[KEYWORD]
-            with carry(handover):
-                result = base_layer(x, *args, **kwargs)
-        else:
-            result = base_layer(x, *args, **kwargs)
-        if outermost and not handover.arrived:
-            raise PeftMoeCompatError(
-                f"{type(self.get_base_layer()).__name__} ran without its LoRA: a hook or wrapper on it dropped the "
-                f"keyword argument {KEYWORD!r}. Let it pass keyword arguments on, or call peft_moe_compat.deactivate()."
-            )
-        return result
-
-    setattr(forward, TAKES_LORA, True)
-    return forward
-
-
-def _registered(stock: Any) -> Any:
-    """The registry entry that consumes the factors; without any it is transformers' own function."""
-    from ..forward.layer import experts_forward
-    from ..model.sharding import carried, exchanges_tokens
-    from ..model.wrappers import TAKES_LORA
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handover = carried() if exchanges_tokens(self) else kwargs.pop(KEYWORD, None)
-        if handover is None:
-            return stock(self, *args, **kwargs)
-        handover.arrived = True
-        named = {_ARGUMENT_ALIASES.get(key, key): value for key, value in kwargs.items()}
-        return experts_forward(self, handover, *args, **named)
-
-    setattr(forward, TAKES_LORA, True)
-    return forward
-
-
 def is_active() -> bool:
     """Whether the library is active in this process."""
     return _current is not None
@@ -262,8 +132,6 @@ def activate() -> Activation:
     global _current
     # Before the lock: importing peft may activate by itself, and another thread may be in the middle of that.
     import peft
-
-    from ..releases import parse_version, release_for
 
     release_for(parse_version(peft.__version__))  # before anything that only a PEFT with ParamWrapper has
     with _lock:

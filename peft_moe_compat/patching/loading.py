@@ -1,11 +1,11 @@
-"""Adapters read as what they are while PEFT or transformers loads them, and stamped while they are saved.
+"""Adapters read as what they are while PEFT or transformers loads them.
 
 PEFT and transformers load a file without asking who wrote it. The functions they look up on the way are wrapped here:
 the file is decided (`adapters.decide`) before anything is put into the model, and once its ParamWrappers are live the
 expert tensors are handed on in the form those wrappers hold. A file that is right already goes through untouched.
 
-`patch` puts in place what `replacements` lists. Nothing is kept on any module; what is being loaded or saved stands in
-a context variable for the length of the call.
+Each function here takes one of theirs and gives what goes in its place (`replacements` lists them). Nothing is kept on
+any module; what is being loaded stands in a context variable for the length of the call.
 """
 
 from __future__ import annotations
@@ -18,98 +18,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from ..adapters.names import PREFIX, unwrapped
+from ..adapters.names import PREFIX
 from ..adapters.source import AdapterSource
 from ..errors import AdapterError
-from ..model import sharding as parallel
-from ..model.wrappers import is_param_wrapper
 from .arrival import check_fused, check_per_expert
-from .hotswap import hotswap_adapter_from_state_dict
 from .matching import (
     UnderstoodFile,
-    bare,
     convert,
     differences,
-    facts_of,
     live_namer,
-    live_path,
     live_wrappers,
-    stamp_of,
 )
-from .opening import understand, written_by
+from .opening import understand
 
-__all__ = ["Replacement", "facts_of", "replacements", "stamp_of", "written_by"]
+__all__ = ["from_pretrained", "load_adapter", "load_peft_weights", "load_pretrained_model", "load_weights_to_swap"]
 
 logger = logging.getLogger("peft_moe_compat")
-
-
-class Replacement(NamedTuple):
-    """A function that is replaced while the library is active.
-
-    Attributes:
-        owner: The class or module that holds it.
-        name: The attribute.
-        home: How the name of the module it was written in begins; any other is somebody else's patch.
-        make: What was there, as it stands in the owner's `__dict__` -> what goes there instead.
-    """
-
-    owner: Any
-    name: str
-    home: str
-    make: Callable[[Any], Any]
-
-
-def replacements() -> list[Replacement]:
-    """What reading and stamping replace: the same names in every release of PEFT and transformers."""
-    import peft.utils.hotswap
-    import transformers.modeling_utils
-    from transformers.integrations.peft import PeftAdapterMixin
-
-    peft_model, hotswap, modeling = peft.peft_model, peft.utils.hotswap, transformers.modeling_utils
-    PeftModel, PreTrainedModel = peft.PeftModel, transformers.PreTrainedModel
-    return [
-        Replacement(PeftModel, "from_pretrained", "peft.", _from_pretrained),
-        Replacement(PeftModel, "load_adapter", "peft.", _load_adapter),
-        Replacement(PeftAdapterMixin, "load_adapter", "transformers.", _load_adapter),
-        Replacement(hotswap, "hotswap_adapter", "peft.", _load_adapter),
-        Replacement(hotswap, "hotswap_adapter_from_state_dict", "peft.", hotswap_adapter_from_state_dict),
-        # Where each of these takes the tensors from: PEFT, transformers before 5.0, hot-swapping, transformers 5.
-        Replacement(peft_model, "load_peft_weights", "peft.", _load_peft_weights),
-        Replacement(peft, "load_peft_weights", "peft.", _load_peft_weights),
-        Replacement(hotswap, "load_peft_weights", "peft.", _load_weights_to_swap),
-        Replacement(PreTrainedModel, "_load_pretrained_model", "transformers.", _load_pretrained_model),
-        Replacement(PeftModel, "save_pretrained", "peft.", _save_pretrained),
-        Replacement(PreTrainedModel, "save_pretrained", "transformers.", _save_pretrained),
-        Replacement(peft_model, "safe_save_file", "safetensors.", _safe_save_file),
-        Replacement(modeling, "safe_save_file", "safetensors.", _safe_save_file),
-        *_for_parallelism(),
-    ]
-
-
-def _for_parallelism() -> list[Replacement]:
-    """What is replaced of the making of an adapter.
-
-    For ZeRO-3, where PEFT reads the shape in a method of its own (0.19 on); for expert parallelism, where transformers
-    keeps its shares of the experts as DTensors (5.17 on).
-    """
-    import peft.tuners.lora.model as lora_model
-    from peft.tuners.lora.layer import ParamWrapper
-
-    found = []
-    if "_get_in_out_features" in vars(ParamWrapper):
-        found.append(Replacement(ParamWrapper, "_get_in_out_features", "peft.", parallel.get_in_out_features))
-    if not getattr(lora_model, "is_transformers_dtensor_tp", False):
-        return found
-    return [
-        *found,
-        Replacement(ParamWrapper, "update_layer", "peft.", parallel.update_layer),
-        Replacement(lora_model, "get_tp_plan_and_mesh", "peft.", parallel.get_tp_plan_and_mesh),
-    ]
 
 
 @dataclass(frozen=True)
@@ -139,24 +67,24 @@ def _load(model: Any, model_id: Any, adapter_name: str, hub: Mapping[str, Any]) 
         _loading.reset(token)
 
 
-def _from_pretrained(stock: Any) -> Any:
+def from_pretrained(stock: Any) -> Any:
     @wraps(stock.__func__)
-    def from_pretrained(
+    def replacement(
         cls: Any, model: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> Any:
         with _load(model, model_id, adapter_name, kwargs):
             return stock.__get__(None, cls)(model, model_id, adapter_name, *args, **kwargs)
 
-    return classmethod(from_pretrained)
+    return classmethod(replacement)
 
 
-def _load_adapter(stock: Any) -> Any:
+def load_adapter(stock: Any) -> Any:
     """For `load_adapter` of PEFT and transformers and for `hotswap_adapter`: model, adapter and its name come first."""
     signature = inspect.signature(stock)
     model_name, id_name = list(signature.parameters)[:2]
 
     @wraps(stock)
-    def load_adapter(*args: Any, **kwargs: Any) -> Any:
+    def replacement(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         config = given.get("load_config")
@@ -172,12 +100,12 @@ def _load_adapter(stock: Any) -> Any:
                 check_fused(load.file, load.model, load.adapter_name)
             return result
 
-    return load_adapter
+    return replacement
 
 
-def _load_peft_weights(stock: Any) -> Any:
+def load_peft_weights(stock: Any) -> Any:
     @wraps(stock)
-    def load_peft_weights(model_id: Any, device: Any = None, key_mapping: Any = None, **kwargs: Any) -> Any:
+    def replacement(model_id: Any, device: Any = None, key_mapping: Any = None, **kwargs: Any) -> Any:
         weights = stock(model_id, device=device, key_mapping=key_mapping, **kwargs)
         load = _loading.get()
         if load is None or not isinstance(load.file, UnderstoodFile):
@@ -195,17 +123,17 @@ def _load_peft_weights(stock: Any) -> Any:
         named = live_namer(load.model)
         return {named(name): tensor for name, tensor in weights.items()}
 
-    return load_peft_weights
+    return replacement
 
 
-def _load_weights_to_swap(stock: Any) -> Any:
+def load_weights_to_swap(stock: Any) -> Any:
     """For `hotswap_adapter`, which somebody may have imported by its name before it was replaced."""
     from peft import PeftConfig
 
-    ours = _load_peft_weights(stock)
+    ours = load_peft_weights(stock)
 
     @wraps(stock)
-    def load_peft_weights(model_id: Any, device: Any = None, **kwargs: Any) -> Any:
+    def replacement(model_id: Any, device: Any = None, **kwargs: Any) -> Any:
         if _loading.get() is None and PeftConfig.from_pretrained(model_id, **kwargs).to_dict().get("target_parameters"):
             raise AdapterError(
                 f"{model_id} has LoRA on parameters, and the hotswap_adapter that loads it was imported before "
@@ -214,7 +142,7 @@ def _load_weights_to_swap(stock: Any) -> Any:
             )
         return ours(model_id, device, **kwargs)
 
-    return load_peft_weights
+    return replacement
 
 
 def _renamed(name: str, key_mapping: Mapping[str, str] | None) -> str:
@@ -228,9 +156,9 @@ def _renamed(name: str, key_mapping: Mapping[str, str] | None) -> str:
     return prefix + inner
 
 
-def _load_pretrained_model(stock: Any) -> Any:
+def load_pretrained_model(stock: Any) -> Any:
     @wraps(stock.__func__)
-    def load_pretrained_model(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def replacement(cls: Any, *args: Any, **kwargs: Any) -> Any:
         load = _loading.get()
         if load is not None and isinstance(load.file, UnderstoodFile):
             tensors, given = load.file.source.tensors, kwargs.get("state_dict")
@@ -247,7 +175,7 @@ def _load_pretrained_model(stock: Any) -> Any:
                 kwargs["state_dict"] = {named(name): tensor for name, tensor in held.items()}
         return stock.__get__(None, cls)(*args, **kwargs)
 
-    return classmethod(load_pretrained_model)
+    return classmethod(replacement)
 
 
 def _as_held(load: _Load, file: UnderstoodFile, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
@@ -281,65 +209,3 @@ def _as_held(load: _Load, file: UnderstoodFile, read: Callable[[], Mapping[str, 
         ", and ".join(sorted(set().union(*(said for _, _, said in found)))),
     )
     return held
-
-
-# The model that is being saved.
-_saving: ContextVar[Any] = ContextVar("peft_moe_compat_saving", default=None)
-
-
-def _save_pretrained(stock: Any) -> Any:
-    @wraps(stock)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _saving.set(self)
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            _saving.reset(token)
-
-    return save_pretrained
-
-
-def _safe_save_file(stock: Any) -> Any:
-    """Whichever process writes an adapter file writes the stamp into it, at once."""
-
-    @wraps(stock)
-    def safe_save_file(tensors: Any, filename: Any, metadata: Any = None) -> Any:
-        model = _saving.get()
-        if model is not None and Path(filename).name.startswith("adapter_model"):
-            if not tensors and any(map(is_param_wrapper, model.modules())):
-                raise AdapterError(
-                    f"There is nothing to save in {filename}: PEFT found none of the model's LoRA by the names it "
-                    "expects (torch's checkpoint_wrapper gives modules others), or was given an empty state_dict, as "
-                    "all ranks but the first have of FSDP's full one."
-                )
-            if lost := _lost(model, tensors, Path(filename)):
-                raise AdapterError(
-                    f"PEFT found no LoRA of {len(lost)} expert parameters to save in {filename}, by the names it "
-                    f"expects, {lost[0]} first: torch's checkpoint_wrapper (accelerate's FSDP activation_checkpointing "
-                    "too) gives modules other names. Use model.gradient_checkpointing_enable() instead, which does not."
-                )
-            parallel.refuse_partitioned(tensors)
-            stamp = stamp_of(model, tensors)
-            if stamp is not None:
-                metadata = {**(metadata or {}), **stamp.to_metadata()}
-        return stock(tensors, filename, metadata=metadata)
-
-    return safe_save_file
-
-
-def _lost(model: Any, tensors: Mapping[str, Tensor], file: Path) -> list[str]:
-    """The wrapped expert parameters whose LoRA should be in a file of the model's, and is not."""
-    adapters = model.peft_config
-    if hasattr(model, "get_base_model"):  # PEFT gives each adapter a folder of its name, but for "default"
-        name = file.parent.name if file.parent.name in adapters else "default"
-    else:
-        name = model.active_adapters()[0]
-    found = {unwrapped(tensor.removeprefix(PREFIX)) for tensor in tensors}
-    return [
-        f"{live_path(path)}.{wrapper.parameter_name}"
-        for path, wrapper in bare(model).named_modules()
-        if is_param_wrapper(wrapper)
-        and name in wrapper.lora_A
-        and "_checkpoint_wrapped_module" in path  # else whoever saves has chosen
-        and f"{unwrapped(path)}.lora_A.weight" not in found
-    ]

@@ -15,7 +15,6 @@ from ..adapters.decide import Decision
 from ..adapters.names import PREFIX, ExpertsKeys, unwrapped
 from ..adapters.parts import fused_parts
 from ..adapters.source import AdapterSource
-from ..adapters.stamp import ModuleStamp, Stamp
 from ..errors import AdapterError, LayoutError
 from ..model import experts as families
 from ..model.probe import installed_rule
@@ -30,11 +29,12 @@ __all__ = [
     "counterparts",
     "differences",
     "facts_of",
+    "features_of",
     "known_of_this_pair",
     "live_namer",
     "live_path",
     "live_wrappers",
-    "stamp_of",
+    "orientation_of",
 ]
 
 _SLOT = re.compile(r"^(?P<module>.*?)(?:\.base_layer)*(?P<factor>\.lora_[AB].*)$")
@@ -135,12 +135,12 @@ def chains(model: Any) -> dict[str, list[Any]]:
     return found
 
 
-def _orientation(wrapper: Any) -> str:
+def orientation_of(wrapper: Any) -> str:
     """Orientation of a live wrapper's factors, `"linear"` or `"reversed"`, as its own `get_delta_weight` has it."""
     return live_orientation(wrapper, families.stored_transposed(*_parameter(wrapper)), installed_rule())
 
 
-def _features(wrapper: Any) -> tuple[int, int]:
+def features_of(wrapper: Any) -> tuple[int, int]:
     """(in, out) of the parameter a wrapper is on."""
     experts, name = _parameter(wrapper)
     shape = families.stored_shape(experts, name)
@@ -198,8 +198,8 @@ def live_wrappers(file: UnderstoodFile, model: Any, adapter_name: str) -> list[t
 def _check_usable(what: str, wrapper: Any, adapter_name: str) -> None:
     weights = (wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight)
     A, B = (tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
-    fan_in, fan_out = _features(wrapper)
-    p, q = (fan_in, fan_out) if _orientation(wrapper) == "linear" else (fan_out, fan_in)
+    fan_in, fan_out = features_of(wrapper)
+    p, q = (fan_in, fan_out) if orientation_of(wrapper) == "linear" else (fan_out, fan_in)
     if (A[1], B[0]) != (p, q):
         raise LayoutError(
             f"The LoRA that was made for {what} has lora_A {A} and lora_B {B}; PEFT computes with '(E r) {p}' and "
@@ -223,7 +223,7 @@ def differences(module: ExpertsKeys, wrappers: Wrappers, decision: Decision) -> 
     reading, found = decision.readings[module.path], set()
     for level, name in enumerate(reversed(reading.nesting)):
         depth, wrapper = wrappers[name]
-        if wrapper.num_experts > 1 and _orientation(wrapper) != reading.orientation:
+        if wrapper.num_experts > 1 and orientation_of(wrapper) != reading.orientation:
             found.add(f"it is {reading.orientation} ({'; '.join(decision.orientation.evidence)})")
         if depth != level:
             found.add(f"it is nested {', '.join(reading.nesting)} ({'; '.join(decision.nesting.evidence)})")
@@ -241,38 +241,6 @@ def convert(file: UnderstoodFile, module: ExpertsKeys, wrappers: Wrappers, tenso
         del tensors[pair.lora_A], tensors[pair.lora_B]
     for name, lora in loras.items():
         depth, wrapper = wrappers[name]
-        for key, tensor in zip(keys, layout.to_flat(lora, orientation=_orientation(wrapper)), strict=True):
+        for key, tensor in zip(keys, layout.to_flat(lora, orientation=orientation_of(wrapper)), strict=True):
             nested = rf"\g<module>{'.base_layer' * depth}\g<factor>"
             tensors[_SLOT.sub(nested, key)] = tensor.contiguous()
-
-
-def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
-    """The stamp for a file of these tensors of a live model; None where it has no fused expert LoRA to speak of.
-
-    It speaks of all of the file's expert stacks or not at all: there is none where the orientation of one is unknown or
-    differs between its parameters, or the tensors are not those of the wrappers.
-    """
-    import peft
-    import transformers
-
-    shapes = {unwrapped(name.removeprefix(PREFIX)): tuple(tensor.shape) for name, tensor in tensors.items()}
-    modules = {}
-    for path, chain in chains(model).items():
-        names = [f"{path}{'.base_layer' * depth}.lora_" for depth in range(len(chain))]
-        slots = [
-            (w, shapes[f"{n}A.weight"], shapes[f"{n}B.weight"])
-            for w, n in zip(chain, names, strict=True)
-            if f"{n}A.weight" in shapes and f"{n}B.weight" in shapes
-        ]
-        num_experts = max((wrapper.num_experts for wrapper, _, _ in slots), default=1)  # a bias counts as one
-        if num_experts == 1:
-            continue
-        orientations = {_orientation(wrapper) for wrapper, _, _ in slots}
-        orientation = orientations.pop()
-        features = tuple(_features(wrapper) for wrapper, _, _ in reversed(slots))
-        written = tuple((A[1], B[0]) if orientation == "linear" else (B[0], A[1]) for _, A, B in reversed(slots))
-        if orientations or features != written or families.is_transposed(chain[0].get_base_layer()) is None:
-            return None
-        nesting = tuple(wrapper.parameter_name for wrapper, _, _ in reversed(slots))
-        modules[path] = ModuleStamp(num_experts, nesting, orientation, features)
-    return Stamp(peft.__version__, transformers.__version__, "rank_major", modules) if modules else None

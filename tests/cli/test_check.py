@@ -133,7 +133,7 @@ def test_switched_off_by_the_environment_it_stays_off(check, monkeypatch):
 
 def test_without_anexperts_registry_it_says_whose_forward_runs(check, monkeypatch):
     activate()
-    monkeypatch.setattr(patch, "experts_registry", lambda: None)
+    monkeypatch.setattr("peft_moe_compat.patching.forward.experts_registry", lambda: None)
     result = check()
     assert result.exit_code == 0
     assert "PEFT's own forward is used everywhere" in result.output

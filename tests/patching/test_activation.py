@@ -20,7 +20,7 @@ import peft_moe_compat
 from peft_moe_compat import CompatWarning, PatchConflictError, UnsupportedPeftError
 from peft_moe_compat.model.wrappers import TAKEN_IMPLEMENTATIONS
 from peft_moe_compat.patching import activation as patch
-from peft_moe_compat.patching.activation import experts_registry
+from peft_moe_compat.patching.forward import experts_registry
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 

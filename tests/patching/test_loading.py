@@ -25,7 +25,8 @@ from peft_moe_compat.errors import (
     LayoutError,
     PatchConflictError,
 )
-from peft_moe_compat.patching.loading import replacements, written_by
+from peft_moe_compat.patching.opening import written_by
+from peft_moe_compat.patching.replacements import replacements
 
 FAMILY = zoo.FAMILIES[0]
 
@@ -431,19 +432,21 @@ def test_stacks_that_peft_would_leave_out_are_an_error(tmp_path):
 
 def test_everything_comes_back_and_a_foreign_patch_is_refused():
     peft_moe_compat.deactivate()
-    before = [vars(r.owner)[r.name] for r in replacements()]
+    before = [r.there() for r in replacements()]
     with peft_moe_compat.activate():
-        during = [vars(r.owner)[r.name] for r in replacements()]
+        during = [r.there() for r in replacements()]
         assert all(ours is not theirs for ours, theirs in zip(during, before, strict=True))
-    assert all(now is was for now, was in zip((vars(r.owner)[r.name] for r in replacements()), before, strict=True))
+    assert all(now is was for now, was in zip((r.there() for r in replacements()), before, strict=True))
     for replacement, stock_function in zip(replacements(), before, strict=True):
         foreign = lambda *args, **kwargs: None  # noqa: E731
-        setattr(replacement.owner, replacement.name, foreign)
+        replacement.put(foreign)
         try:
-            with pytest.raises(PatchConflictError, match=f"{replacement.name} is already patched by patching.test"):
+            with pytest.raises(
+                PatchConflictError, match=f"{re.escape(replacement.what)} is already patched by patching"
+            ):
                 peft_moe_compat.activate()
         finally:
-            setattr(replacement.owner, replacement.name, stock_function)
+            replacement.put(stock_function)
     peft_moe_compat.activate()
     ours = PeftModel.load_adapter
     PeftModel.load_adapter = foreign

@@ -23,7 +23,7 @@ from support import zoo
 
 import peft_moe_compat
 from peft_moe_compat.errors import AdapterError, AmbiguousAdapterError
-from peft_moe_compat.patching.loading import written_by
+from peft_moe_compat.patching.opening import written_by
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "fixtures"))
 import base_weights

@@ -1,0 +1,108 @@
+"""Everything that is replaced in PEFT and transformers while the library is active: one row each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..model.wrappers import TAKEN_IMPLEMENTATIONS
+from . import hotswap, loading, saving, sharding
+from .forward import experts_registry, fp8_experts_registry, registered_forward, wrapper_forward
+
+__all__ = ["Replacement", "replacements"]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A function that is replaced while the library is active.
+
+    Attributes:
+        owner: The class, module or mapping that holds it.
+        name: The attribute or key.
+        home: How the name of the module it was written in begins; any other is somebody else's patch.
+        make: What was there, as it stands in the owner's `__dict__` -> what goes there instead.
+        what: For messages.
+        of_forward: Whether a forward depends on it; the others are of loading, saving and making adapters.
+    """
+
+    owner: Any
+    name: str
+    home: str
+    make: Callable[[Any], Any]
+    what: str
+    of_forward: bool = False
+
+    def there(self) -> Any:
+        """What is in place now."""
+        return (self.owner if isinstance(self.owner, dict) else vars(self.owner)).get(self.name)
+
+    def put(self, function: Any) -> None:
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = function
+        else:
+            setattr(self.owner, self.name, function)
+
+
+def _attribute(owner: Any, name: str, home: str, make: Callable[[Any], Any], of_forward: bool = False) -> Replacement:
+    return Replacement(owner, name, home, make, f"{owner.__name__}.{name}", of_forward)
+
+
+def replacements() -> list[Replacement]:
+    """The same names in every release of PEFT and transformers, where nothing else is said."""
+    import peft.utils.hotswap
+    import transformers.modeling_utils
+    from peft.tuners.lora.layer import ParamWrapper
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    peft_model, swapping, modeling = peft.peft_model, peft.utils.hotswap, transformers.modeling_utils
+    PeftModel, PreTrainedModel = peft.PeftModel, transformers.PreTrainedModel
+    return [
+        _attribute(ParamWrapper, "forward", "peft.", wrapper_forward, of_forward=True),
+        *_registry_entries(),
+        _attribute(PeftModel, "from_pretrained", "peft.", loading.from_pretrained),
+        _attribute(PeftModel, "load_adapter", "peft.", loading.load_adapter),
+        _attribute(PeftAdapterMixin, "load_adapter", "transformers.", loading.load_adapter),
+        _attribute(swapping, "hotswap_adapter", "peft.", loading.load_adapter),
+        _attribute(swapping, "hotswap_adapter_from_state_dict", "peft.", hotswap.hotswap_adapter_from_state_dict),
+        # Where each of these takes the tensors from: PEFT, transformers before 5.0, hot-swapping, transformers 5.
+        _attribute(peft_model, "load_peft_weights", "peft.", loading.load_peft_weights),
+        _attribute(peft, "load_peft_weights", "peft.", loading.load_peft_weights),
+        _attribute(swapping, "load_peft_weights", "peft.", loading.load_weights_to_swap),
+        _attribute(PreTrainedModel, "_load_pretrained_model", "transformers.", loading.load_pretrained_model),
+        _attribute(PeftModel, "save_pretrained", "peft.", saving.save_pretrained),
+        _attribute(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),
+        _attribute(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
+        _attribute(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
+        *_of_sharded_experts(ParamWrapper),
+    ]
+
+
+def _registry_entries() -> list[Replacement]:
+    """Of transformers' registries of experts forwards, each in the layer that holds it.
+
+    So whoever registers another one later is heard.
+    """
+    found = []
+    for whose, registry in (("", experts_registry()), ("FP8 ", fp8_experts_registry())):
+        for key in TAKEN_IMPLEMENTATIONS if registry is not None else ():
+            if key in registry:
+                mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping
+                what = f"transformers' {whose}experts implementation {key!r}"
+                found.append(Replacement(mapping, key, "transformers.", registered_forward, what, of_forward=True))
+    return found
+
+
+def _of_sharded_experts(ParamWrapper: Any) -> list[Replacement]:
+    """For ZeRO-3, where PEFT reads the shape in a method of its own (0.19 on); for expert parallelism, where
+    transformers keeps its shares of the experts as DTensors (5.17 on).
+    """
+    lora_model = importlib.import_module("peft.tuners.lora.model")
+    found = []
+    if "_get_in_out_features" in vars(ParamWrapper):
+        found.append(_attribute(ParamWrapper, "_get_in_out_features", "peft.", sharding.get_in_out_features))
+    if getattr(lora_model, "is_transformers_dtensor_tp", False):
+        found.append(_attribute(ParamWrapper, "update_layer", "peft.", sharding.update_layer))
+        found.append(_attribute(lora_model, "get_tp_plan_and_mesh", "peft.", sharding.get_tp_plan_and_mesh))
+    return found

@@ -1,0 +1,117 @@
+"""Adapters stamped while they are saved, and refused where what is to be written is not the model's LoRA.
+
+Nothing is kept on any module; the model that is being saved stands in a context variable for the length of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters.names import PREFIX, unwrapped
+from ..adapters.stamp import ModuleStamp, Stamp
+from ..errors import AdapterError
+from ..model.experts import is_transposed
+from ..model.wrappers import is_param_wrapper
+from .matching import bare, chains, features_of, live_path, orientation_of
+from .sharding import refuse_partitioned
+
+__all__ = ["safe_save_file", "save_pretrained", "stamp_of"]
+
+# The model that is being saved.
+_saving: ContextVar[Any] = ContextVar("peft_moe_compat_saving", default=None)
+
+
+def save_pretrained(stock: Any) -> Any:
+    @wraps(stock)
+    def saving(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _saving.set(self)
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            _saving.reset(token)
+
+    return saving
+
+
+def safe_save_file(stock: Any) -> Any:
+    """Whichever process writes an adapter file writes the stamp into it, at once."""
+
+    @wraps(stock)
+    def stamped(tensors: Any, filename: Any, metadata: Any = None) -> Any:
+        model = _saving.get()
+        if model is not None and Path(filename).name.startswith("adapter_model"):
+            if not tensors and any(map(is_param_wrapper, model.modules())):
+                raise AdapterError(
+                    f"There is nothing to save in {filename}: PEFT found none of the model's LoRA by the names it "
+                    "expects (torch's checkpoint_wrapper gives modules others), or was given an empty state_dict, as "
+                    "all ranks but the first have of FSDP's full one."
+                )
+            if lost := _lost(model, tensors, Path(filename)):
+                raise AdapterError(
+                    f"PEFT found no LoRA of {len(lost)} expert parameters to save in {filename}, by the names it "
+                    f"expects, {lost[0]} first: torch's checkpoint_wrapper (accelerate's FSDP activation_checkpointing "
+                    "too) gives modules other names. Use model.gradient_checkpointing_enable() instead, which does not."
+                )
+            refuse_partitioned(tensors)
+            stamp = stamp_of(model, tensors)
+            if stamp is not None:
+                metadata = {**(metadata or {}), **stamp.to_metadata()}
+        return stock(tensors, filename, metadata=metadata)
+
+    return stamped
+
+
+def _lost(model: Any, tensors: Mapping[str, Tensor], file: Path) -> list[str]:
+    """The wrapped expert parameters whose LoRA should be in a file of the model's, and is not."""
+    adapters = model.peft_config
+    if hasattr(model, "get_base_model"):  # PEFT gives each adapter a folder of its name, but for "default"
+        name = file.parent.name if file.parent.name in adapters else "default"
+    else:
+        name = model.active_adapters()[0]
+    found = {unwrapped(tensor.removeprefix(PREFIX)) for tensor in tensors}
+    return [
+        f"{live_path(path)}.{wrapper.parameter_name}"
+        for path, wrapper in bare(model).named_modules()
+        if is_param_wrapper(wrapper)
+        and name in wrapper.lora_A
+        and "_checkpoint_wrapped_module" in path  # else whoever saves has chosen
+        and f"{unwrapped(path)}.lora_A.weight" not in found
+    ]
+
+
+def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
+    """The stamp for a file of these tensors of a live model; None where it has no fused expert LoRA to speak of.
+
+    It speaks of all of the file's expert stacks or not at all: there is none where the orientation of one is unknown or
+    differs between its parameters, or the tensors are not those of the wrappers.
+    """
+    import peft
+    import transformers
+
+    shapes = {unwrapped(name.removeprefix(PREFIX)): tuple(tensor.shape) for name, tensor in tensors.items()}
+    modules = {}
+    for path, chain in chains(model).items():
+        names = [f"{path}{'.base_layer' * depth}.lora_" for depth in range(len(chain))]
+        slots = [
+            (w, shapes[f"{n}A.weight"], shapes[f"{n}B.weight"])
+            for w, n in zip(chain, names, strict=True)
+            if f"{n}A.weight" in shapes and f"{n}B.weight" in shapes
+        ]
+        num_experts = max((wrapper.num_experts for wrapper, _, _ in slots), default=1)  # a bias counts as one
+        if num_experts == 1:
+            continue
+        orientations = {orientation_of(wrapper) for wrapper, _, _ in slots}
+        orientation = orientations.pop()
+        features = tuple(features_of(wrapper) for wrapper, _, _ in reversed(slots))
+        written = tuple((A[1], B[0]) if orientation == "linear" else (B[0], A[1]) for _, A, B in reversed(slots))
+        if orientations or features != written or is_transposed(chain[0].get_base_layer()) is None:
+            return None
+        nesting = tuple(wrapper.parameter_name for wrapper, _, _ in reversed(slots))
+        modules[path] = ModuleStamp(num_experts, nesting, orientation, features)
+    return Stamp(peft.__version__, transformers.__version__, "rank_major", modules) if modules else None
