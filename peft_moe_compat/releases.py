@@ -1,14 +1,15 @@
 """The version detector: PEFT release -> which stored axis of an expert parameter lora_A spans.
 
-With `storage`, the only place that decides by version numbers. Supporting another PEFT release costs a new
-`NEWEST_TESTED`, or a row in `RULES` where the layout changed. Imports neither torch, peft nor transformers.
+Every fact of a PEFT or transformers version; those of a family in one release or another are its row in `families`.
+Supporting another PEFT release costs a new `NEWEST_TESTED`, or a row in `RULES` where the layout changed. Imports
+neither torch, peft nor transformers.
 
 Stored axes are those of the expert parameter as the module holds it, `(E, d1, d2)`: axis 1 has d1 entries, axis 2 d2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
@@ -20,12 +21,14 @@ __all__ = [
     "FIRST_PEFT_FOR_TRANSFORMERS_5",
     "KNOWN_ISSUES",
     "NEWEST_TESTED",
+    "NEWEST_TRANSFORMERS",
     "RULES",
     "KnownIssue",
     "LayoutRule",
     "base_release",
     "installed_versions",
     "known_issues",
+    "newer_than_tested",
     "parse_releases",
     "parse_version",
     "release_for",
@@ -79,6 +82,7 @@ RULES: tuple[LayoutRule, ...] = (
     LayoutRule(Version("0.19.1"), axis_plain=2, axis_transposed=1, reads_swap_flag=True),
 )
 NEWEST_TESTED = Version("0.21.2")
+NEWEST_TRANSFORMERS = Version("5.24.0")
 
 # NeMo Automodel's names for a layout, None where it gives none (0.4 to 0.6), and the PEFT release whose rule it means.
 # Source: nemo_automodel 0.7, components/moe.
@@ -92,72 +96,93 @@ FIRST_PEFT_FOR_TRANSFORMERS_5 = Version("0.18.0")
 
 @dataclass(frozen=True)
 class KnownIssue:
-    """A fault of a (PEFT, transformers) pair that this package cannot mend, with the way around it."""
+    """A fault of a (PEFT, transformers) pair that this package cannot mend, with the way around it.
 
+    Attributes:
+        code: What it is called in code.
+        peft, transformers: Where it holds, as far as releases were tested. A range without an upper bound is one whose
+            end is not known; an empty one says that the release does not matter.
+        symptom, remedy: In words.
+        certain: Whether it holds for a pair, see `known_issues`; False where one of the two is newer than any tested.
+    """
+
+    code: str
     peft: SpecifierSet
     transformers: SpecifierSet
     symptom: str
     remedy: str
+    certain: bool = True
 
 
+_ANY = SpecifierSet()
 KNOWN_ISSUES: tuple[KnownIssue, ...] = (
     KnownIssue(
+        "peft_does_not_import",
         SpecifierSet("<0.18"),
         SpecifierSet(">=5"),
         "this PEFT does not import: it needs transformers' HybridCache, which 5.0 removed",
         "install peft>=0.18 or transformers<5",
     ),
     KnownIssue(
+        "from_pretrained_loading_info",
         SpecifierSet(">=0.19"),
         SpecifierSet("==5.0.*"),
         "PeftModel.from_pretrained fails on MoE models (convert() got an unexpected keyword argument 'loading_info')",
         "install transformers>=5.5",
     ),
     KnownIssue(
+        "from_pretrained_distributed_operation",
         SpecifierSet(">=0.19,<0.20"),
         SpecifierSet(">=5.12.1"),
         "PeftModel.from_pretrained fails on MoE models (unexpected keyword argument 'distributed_operation')",
         "install peft>=0.20",
     ),
     KnownIssue(
+        "load_adapter_swaps",
         SpecifierSet("<0.19"),
         SpecifierSet(">=5,<5.5"),
         "transformers' model.load_adapter swaps the LoRA dimensions of this PEFT, whose forward then fails",
         "load with PeftModel.from_pretrained, or install peft>=0.19",
     ),
     KnownIssue(
+        "load_adapter_fails",
         SpecifierSet("<0.19"),
         SpecifierSet(">=5.5"),
         "transformers' model.load_adapter fails (No module named 'peft.utils.transformers_weight_conversion')",
         "load with PeftModel.from_pretrained, or install peft>=0.19",
     ),
     KnownIssue(
+        "peft_too_old_for_transformers",
         SpecifierSet("<0.22"),
         SpecifierSet(">=5.24"),
         "transformers' model.add_adapter, set_adapter and save_pretrained refuse this PEFT: they want 0.22 or newer",
         "use get_peft_model and PeftModel, or install transformers<5.24",
     ),
     KnownIssue(
+        "per_expert_dropped",
         SpecifierSet(">=0.18,<0.19"),
         SpecifierSet(">=5"),
         "experts of a per-expert adapter written under transformers 4 are dropped without an error when it is loaded",
         "install peft>=0.20",
     ),
     KnownIssue(
+        "second_adapter",
         SpecifierSet("<0.20"),
-        SpecifierSet(">=0"),
+        _ANY,
         "a second adapter on target_parameters of the same model is refused (0.17.0: reaches one parameter per module)",
         "install peft>=0.20 to train or load several expert adapters",
     ),
     KnownIssue(
+        "parametrised_loses_gradient",
         SpecifierSet(">=0.19,<0.21"),
-        SpecifierSet(">=0"),
+        _ANY,
         "of two adapters on an already parametrised (4-bit) expert parameter, one gets no gradient",
         "keep peft_moe_compat active, whose forward does not, or leave the experts unquantised",
     ),
     KnownIssue(
-        SpecifierSet(">=0.21,<0.21.3"),
-        SpecifierSet(">=0"),
+        "parametrised_accumulates",
+        SpecifierSet(">=0.21"),
+        _ANY,
         "on an already parametrised (4-bit) expert parameter, PEFT's own forward adds the update again at every call",
         "keep peft_moe_compat active from the first forward on, or leave the experts unquantised",
     ),
@@ -251,9 +276,32 @@ def verified_rule(version: str | Version, measured: LayoutRule) -> LayoutRule:
 
 
 def known_issues(peft: str, transformers: str) -> list[KnownIssue]:
-    """The faults of an installed pair, given both version numbers."""
-    p, t = base_release(parse_version(peft)), base_release(parse_version(transformers))
-    return [issue for issue in KNOWN_ISSUES if p in issue.peft and t in issue.transformers]
+    """The faults of an installed pair, given both version numbers.
+
+    Where one of the two is newer than any tested release, a fault that its newest tested release still had is listed
+    with `certain=False`: it may still hold.
+    """
+    pair = base_release(parse_version(peft)), base_release(parse_version(transformers))
+    found = []
+    for issue in KNOWN_ISSUES:
+        ranges = tuple(zip(pair, (issue.peft, issue.transformers), (NEWEST_TESTED, NEWEST_TRANSFORMERS), strict=True))
+        if all(version in known for version, known, _ in ranges):
+            open_end = any(version > newest and _is_open(known) for version, known, newest in ranges)
+            found.append(replace(issue, certain=not open_end))
+    return found
+
+
+def _is_open(known: SpecifierSet) -> bool:
+    """Whether a range has a beginning and no end."""
+    return any(one.operator == ">=" for one in known) and all(one.operator == ">=" for one in known)
+
+
+def newer_than_tested(peft: str, transformers: str) -> dict[str, str]:
+    """Of an installed pair, what is newer than any release that was tested: its name -> the newest tested release."""
+    newest = {"peft": (peft, NEWEST_TESTED), "transformers": (transformers, NEWEST_TRANSFORMERS)}
+    return {
+        name: str(tested) for name, (version, tested) in newest.items() if base_release(parse_version(version)) > tested
+    }
 
 
 def installed_versions(*names: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from .model import sharding as parallel
 from .model import weights as quantised
 from .model.wrappers import active_adapters, is_param_wrapper, native_reason
 from .patching.activation import inactive_reason
+from .releases import installed_versions, newer_than_tested
 
 __all__ = ["AdapterRow", "ExpertsRow", "ParameterRow", "Report", "report"]
 
@@ -66,11 +67,15 @@ class ExpertsRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Which experts of a model run how. `print` it for a table; `rows`, `to_dict()` and `to_json()` for programs."""
+    """Which experts of a model run how. `print` it for a table; `rows`, `to_dict()` and `to_json()` for programs.
+
+    `untested` names what of PEFT and transformers is newer than any release that was tested, with the newest that was.
+    """
 
     active: bool
     rows: tuple[ExpertsRow, ...]
     warnings: tuple[str, ...] = field(default=())
+    untested: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +103,8 @@ class Report:
             table.add_row(*map(escape, cells))
         console = Console(width=max(120, get_terminal_size().columns), file=StringIO(), color_system=None)
         console.print(table)
+        for name, tested in self.untested.items():
+            console.print(f"note: this {name} is newer than any tested release ({tested})", highlight=False)
         for warning in self.warnings:
             console.print(f"warning: {warning}", highlight=False, markup=False)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
@@ -208,7 +215,8 @@ def report(model: nn.Module) -> Report:
         )
     for complaint in found:
         warnings.warn(complaint, CompatWarning, stacklevel=2)
-    return Report(inactive_reason() is None, tuple(rows), tuple(found))
+    untested = newer_than_tested(**installed_versions("peft", "transformers"))
+    return Report(inactive_reason() is None, tuple(rows), tuple(found), untested)
 
 
 def _complaints(rows: Iterable[ExpertsRow], adapted: bool) -> Iterable[str]:

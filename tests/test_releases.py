@@ -12,9 +12,11 @@ from peft_moe_compat.model.probe import installed_rule, measure_rule
 from peft_moe_compat.releases import (
     KNOWN_ISSUES,
     NEWEST_TESTED,
+    NEWEST_TRANSFORMERS,
     RULES,
     installed_versions,
     known_issues,
+    newer_than_tested,
     parse_version,
     release_for,
     verified_rule,
@@ -114,6 +116,29 @@ def test_known_issues_are_found_by_pair():
     added = set(known_issues("0.21.2", "5.24.0")) - set(known_issues("0.21.2", "5.23.0"))
     assert ["model.add_adapter" in issue.symptom for issue in added] == [True]
     assert all(issue.remedy for issue in KNOWN_ISSUES)
+
+
+def test_what_nobody_has_seen_end_may_still_hold():
+    def codes(*pair):
+        return {issue.code: issue.certain for issue in known_issues(*pair)}
+
+    newer = f"{NEWEST_TESTED.major}.{NEWEST_TESTED.minor + 1}.0"
+    assert codes(str(NEWEST_TESTED), str(NEWEST_TRANSFORMERS))["parametrised_accumulates"]
+    assert codes(newer, str(NEWEST_TRANSFORMERS)) == {"parametrised_accumulates": False}
+    assert codes("0.19.1", "5.99.0") == {
+        "from_pretrained_distributed_operation": False,  # of transformers' doing, and nobody has seen it end
+        "peft_too_old_for_transformers": False,
+        "second_adapter": True,  # of this PEFT alone
+        "parametrised_loses_gradient": True,
+    }
+    assert len({issue.code for issue in KNOWN_ISSUES}) == len(KNOWN_ISSUES)
+
+
+def test_what_is_newer_than_tested_is_named():
+    tested = str(NEWEST_TESTED), str(NEWEST_TRANSFORMERS)
+    assert newer_than_tested(*tested) == newer_than_tested("0.18.1", "4.57.6") == {}
+    assert newer_than_tested("99.0", tested[1]) == {"peft": tested[0]}
+    assert newer_than_tested(f"{tested[0]}.dev0@abc", "99.0") == {"transformers": tested[1]}
 
 
 def test_installed_versions_names_what_is_missing():

@@ -47,7 +47,7 @@ def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
             if _distance(found, expected) > _TOLERANCE:
                 raise LayoutError(
                     f"The LoRA on {module.path}.{part.name} in {file.source.folder} did not reach the model: upstream "
-                    f"lost it, or gave it another name.{known_of_this_pair('model.load_adapter')}"
+                    f"lost it, or gave it another name.{known_of_this_pair('load_adapter_swaps', 'load_adapter_fails')}"
                 )
 
 

@@ -188,7 +188,7 @@ def live_wrappers(file: UnderstoodFile, model: Any, adapter_name: str) -> list[t
             if name not in wrappers:
                 raise LayoutError(
                     f"The file has LoRA on {module.path}.{name}; PEFT made adapter {adapter_name!r} there for "
-                    f"{', '.join(sorted(wrappers)) or 'no parameter'} alone.{known_of_this_pair('second adapter')}"
+                    f"{', '.join(sorted(wrappers)) or 'no parameter'} alone.{known_of_this_pair('second_adapter')}"
                 )
             _check_usable(f"{module.path}.{name}", wrappers[name][1], adapter_name)
         found.append((module, wrappers))
@@ -203,17 +203,17 @@ def _check_usable(what: str, wrapper: Any, adapter_name: str) -> None:
     if (A[1], B[0]) != (p, q):
         raise LayoutError(
             f"The LoRA that was made for {what} has lora_A {A} and lora_B {B}; PEFT computes with '(E r) {p}' and "
-            f"'{q} (r E)' there, so its forward would fail.{known_of_this_pair('load_adapter swaps')}"
+            f"'{q} (r E)' there, so its forward would fail.{known_of_this_pair('load_adapter_swaps')}"
         )
 
 
-def known_of_this_pair(words: str) -> str:
-    """The faults of the installed PEFT and transformers whose description has these words, and the ways around."""
+def known_of_this_pair(*codes: str) -> str:
+    """Which of the known issues of those codes the installed PEFT and transformers have, and the ways around."""
     import peft
     import transformers
 
     issues = known_issues(peft.__version__, transformers.__version__)
-    known = "; ".join(f"{issue.symptom}: {issue.remedy}" for issue in issues if words in issue.symptom)
+    known = "; ".join(f"{issue.symptom}: {issue.remedy}" for issue in issues if issue.code in codes)
     pair = f"PEFT {peft.__version__} and transformers {transformers.__version__}"
     return f" Known of {pair}: {known}." if known else f" Nothing of the kind is known of {pair}: is PEFT patched?"
 

@@ -122,6 +122,19 @@ def test_no_known_issue_is_said_too(check, monkeypatch):
     assert "No issue is known" in check().output
 
 
+def test_what_is_newer_than_any_tested_release_is_said(check, monkeypatch):
+    """Of this pair, were it newer: what is installed stays as it is."""
+    versions = releases.installed_versions("torch", "peft", "transformers") | {"peft": "99.1.0"}
+    monkeypatch.setattr(releases, "installed_versions", lambda *names: {name: versions[name] for name in names})
+    result = check()
+    assert result.exit_code == 0, result.output
+    assert f"99.1.0, newer than any tested release ({releases.NEWEST_TESTED})" in result.output
+    assert "may still hold: " in result.output
+    document = json.loads(check("--json").stdout)
+    assert document["untested"] == {"peft": str(releases.NEWEST_TESTED)}
+    assert {issue["certain"] for issue in document["known_issues"] if issue["code"].startswith("parametrised")} == {False}
+
+
 def test_switched_off_by_the_environment_it_stays_off(check, monkeypatch):
     deactivate()
     monkeypatch.setenv("PEFT_MOE_COMPAT", "0")
