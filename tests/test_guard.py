@@ -14,7 +14,7 @@ import transformers
 import zoo
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_guard_fixtures import attempt, told
+from written_files import attempt, told
 
 import peft_moe_compat
 from peft_moe_compat.errors import (
