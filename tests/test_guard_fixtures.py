@@ -13,8 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
+import transformers
 import zoo
+from packaging.version import Version
 from peft import PeftModel
 from written_files import (
     FUSED,
@@ -63,16 +66,34 @@ def test_a_file_of_any_release_is_read_as_what_it_is(folder, caplog):
 
 
 @pytest.mark.parametrize("folder", [f for f, t in TRUTHS.items() if t["kind"] == "per_expert"], ids=name_of)
-def test_a_per_expert_file_comes_out_right_or_not_at_all(folder):
-    """Upstream drops some of them, and scales others wrongly, without an error."""
-    base = base_of(folder)
-    if any(p.ndim == 3 and "experts" in n for n, p in base.named_parameters()):
-        base_weights.fill(base, base_weights.per_expert_values(TRUTHS[folder]["model_type"]))
-    model, error = attempt(PeftModel.from_pretrained, base, folder)
+def test_a_per_expert_file_comes_out_right_or_not_at_all(folder, stock):
+    """Upstream drops some of them, and scales others wrongly, without an error.
+
+    Refused is what comes out wrong without the library, and what upstream refuses upstream's own words tell.
+    """
+
+    def base():
+        made = base_of(folder)
+        if any(p.ndim == 3 and "experts" in n for n, p in made.named_parameters()):
+            return base_weights.fill(made, base_weights.per_expert_values(TRUTHS[folder]["model_type"]))
+        return made
+
+    assert TRUTHS[folder]["forward"] == "ok"  # there are logits to compare with
+    model, error = attempt(PeftModel.from_pretrained, base(), folder)
     if error is None:
         assert_true_logits(model, folder)
-    elif isinstance(error, peft_moe_compat.PeftMoeCompatError):
-        assert re.search(r"\d% off.*peft-moe-compat convert .* --to peft", str(error))
+        return
+    assert zoo.FUSED, error  # experts one by one are loaded in every release
+    theirs, refusal = stock(attempt, PeftModel.from_pretrained, base(), folder)
+    if refusal is not None:  # PEFT before 0.19 does not convert such files for fused stacks
+        for each in (error, refusal):
+            assert isinstance(each, ValueError), each
+            assert re.match("Target modules .* not found in the base model", str(each)), each
+        return
+    assert isinstance(error, peft_moe_compat.LayoutError), error
+    assert re.search(r"\d% off.*peft-moe-compat convert .* --to peft", str(error))
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        stock(assert_true_logits, theirs, folder)
 
 
 TRANSFORMERS_SCRIPT = """
@@ -80,6 +101,10 @@ import json, sys
 import pytest, peft_moe_compat, written_files as t
 from peft_moe_compat.errors import AdapterError, AmbiguousAdapterError, LayoutError
 from peft_moe_compat.guard import written_by
+
+def load_and_compare(base, folder, transposed):
+    base.load_adapter(str(folder))
+    t.assert_true_updates(base, folder, transposed)
 
 def outcome(folder):
     base, truth = t.base_of(folder), t.TRUTHS[folder]
@@ -92,7 +117,11 @@ def outcome(folder):
         t.assert_true_updates(base, folder, transposed)
         return "right"
     if isinstance(error, LayoutError) and "model.load_adapter" in str(error):
-        return "upstream: " + str(error)
+        peft_moe_compat.deactivate()
+        _, upstream = t.attempt(load_and_compare, t.base_of(folder), folder, transposed)
+        peft_moe_compat.activate()
+        assert upstream is not None, (folder, "comes out right without the library", error)
+        return f"upstream: {error}"
     if isinstance(error, AdapterError) and not truth["parameters"].keys() <= dict(base.named_parameters()).keys():
         return "other names"
     peft_moe_compat.deactivate()
@@ -109,11 +138,15 @@ for folder in t.FUSED:
     try:
         found[t.name_of(folder)] = outcome(folder)
     except pytest.skip.Exception as reason:
-        pass
+        found[t.name_of(folder)] = f"no model: {reason}"
 print("RESULT" + json.dumps(found))
 """
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) >= Version("5.5") and Version(peft.__version__) < Version("0.19"),
+    reason="transformers 5.5 loads by peft.utils.transformers_weight_conversion, which PEFT 0.19 brought",
+)
 def test_transformers_own_loader_reads_them_too():
     """In a process of its own: transformers 5.0 to 5.12 rewrite PEFT when this is called."""
     result = subprocess.run(
@@ -128,7 +161,5 @@ def test_transformers_own_loader_reads_them_too():
     assert result.returncode == 0, result.stderr[-3000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
     found = json.loads(line.removeprefix("RESULT"))
-    faults = {outcome for outcome in found.values() if outcome.startswith("upstream: ")}
-    if "right" not in found.values():
-        assert faults
-        pytest.skip(sorted(faults)[0])
+    assert found.keys() == {name_of(folder) for folder in FUSED}
+    assert sum(outcome == "right" for outcome in found.values()) > len(FUSED) // 4, set(found.values())
