@@ -11,9 +11,10 @@ import pytest
 import torch
 import transformers
 import zoo
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from written_files import attempt, told
+from written_files import told
 
 import peft_moe_compat
 from peft_moe_compat.errors import (
@@ -204,17 +205,12 @@ def test_a_trainer_resumes_into_the_adapter_that_is_there(tmp_path, caplog):
     assert len(told(caplog)) == 1
 
 
-def test_a_second_adapter_is_read_as_what_it_is(tmp_path, stock):
+def test_a_second_adapter_is_read_as_what_it_is(tmp_path):
     expected, fresh = save(tmp_path)
-
-    def by_peft():
-        model = PeftModel.from_pretrained(fresh(), tmp_path)
-        attempt(model.load_adapter, tmp_path, "second")
-        return ["second" in wrapper.lora_A for wrapper in zoo.wrappers(model)]
 
     model = PeftModel.from_pretrained(fresh(), tmp_path)
     rewrite(tmp_path, flipped)
-    if not all(stock(by_peft)):  # before 0.20: refused, or by 0.17.0 made for one parameter of each module
+    if Version(peft.__version__) < Version("0.20"):  # refused by PEFT; 0.17.0 makes it for one parameter per module
         with pytest.raises(ValueError, match="target_parameters"):
             model.load_adapter(tmp_path, "second")
         return
