@@ -168,6 +168,8 @@ def test_inspect_says_the_truth_or_nothing(case):
         assert packing.value in (said["packing"], "either", None), packing
     assert found.undecided == tuple(n for n in ("orientation", "packing", "nesting") if not getattr(found, n).decided)
     if not found.undecided:
+        seen = [f"{module.path}.{projection.name}" for module in found.modules for projection in module.projections]
+        assert sorted(seen) == sorted(said["parameters"])
         for module in found.modules:
             assert module.num_experts == said["E"]
             for projection in module.projections:
@@ -303,6 +305,7 @@ def test_a_conversion_keeps_every_update(case, to, tmp_path):
     check_config(out, to)
     if to in ("sglang", "llama.cpp") or not lossy:
         rows = verify_adapters(source, out, model=model, **how).rows
+        assert rows
         assert all(row.relative_difference <= 1e-6 for row in rows if ".lora_" in row.name or row.projection), rows
 
 

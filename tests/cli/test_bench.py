@@ -6,16 +6,15 @@ import json
 import pytest
 import torch
 import transformers
-from packaging.version import Version
+from support import zoo
 from typer.testing import CliRunner
 
 from peft_moe_compat import is_active, releases
 from peft_moe_compat.cli import bench
 from peft_moe_compat.cli import main as cli
 
-needs_registry = pytest.mark.skipif(
-    Version(releases.installed_versions("transformers")["transformers"]) < Version("5"),
-    reason="transformers 4 keeps Qwen3's experts one by one: there is no fused weight to time",
+needs_fused = pytest.mark.skipif(
+    not zoo.FUSED, reason="transformers 4 keeps Qwen3's experts one by one: there is no fused weight to time"
 )
 
 
@@ -26,7 +25,7 @@ def run(*arguments):
 SMALL = ("--shape", "4,2,16,8", "--rank", "2", "--device", "cpu", "--dtype", "float32", "--repeats", "1")
 
 
-@needs_registry
+@needs_fused
 def test_it_measures_every_method_at_every_number_of_tokens(tmp_path):
     result = run(*SMALL, "--tokens", "3,9,3", "--backend", "loop", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -42,7 +41,7 @@ def test_it_measures_every_method_at_every_number_of_tokens(tmp_path):
     assert is_active()
 
 
-@needs_registry
+@needs_fused
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
     real = builtins.__import__
 
@@ -58,7 +57,7 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
-@needs_registry
+@needs_fused
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -19,12 +19,12 @@ if not INTERPRETED and not torch.cuda.is_available():
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import zoo
+from support.experts_loop import Experts, compare, loop
+from support.precision import LOW, low_precision
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import peft_moe_compat
-from forward import test_models
-from forward.test_layer import Experts, compare, loop
 from peft_moe_compat import CompatWarning, ExpertLora
 from peft_moe_compat.forward import backend as backends
 from peft_moe_compat.forward import fused
@@ -347,12 +347,12 @@ def test_every_experts_class_that_the_kernels_run(found):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
-@zoo.each(test_models.LOW)
+@zoo.each(LOW)
 def test_as_near_to_float64_as_stock(found, dtype, stock, monkeypatch):
     """Of the output, and of what the adapter adds to it."""
     ran = []
     monkeypatch.setattr(layer, "fused_experts", lambda *a, run=layer.fused_experts: ran.append(1) or run(*a))
-    (output, effect), (stock_output, stock_effect) = test_models.low_precision(dtype, 1e-2, found, stock, device=DEVICE)
+    (output, effect), (stock_output, stock_effect) = low_precision(dtype, 1e-2, found, stock, device=DEVICE)
     assert ran
     assert output <= 1.05 * stock_output
     assert effect <= 1.05 * stock_effect

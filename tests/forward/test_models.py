@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from support import zoo
+from support.precision import LOW, low_precision
 from torch import nn
 
 import peft_moe_compat
@@ -80,22 +81,12 @@ def test_adapters_travel_between_the_two_paths(direction, tmp_path, stock):
     if direction.startswith("saved by us"):
         expected = logits(model)
         model.save_pretrained(tmp_path)
-        found = stock(load_or_skip, load)
+        found = stock(load)
     else:
         expected = stock(logits, model)
         stock(model.save_pretrained, tmp_path)
-        found = load_or_skip(load)
+        found = load()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def load_or_skip(load):
-    """PEFT's loader, whose own conversion of MoE adapters is broken under some transformers (see KNOWN_ISSUES)."""
-    try:
-        return load()
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            pytest.skip(f"PeftModel.from_pretrained is broken upstream for this pair: {error}")
-        raise
 
 
 def test_the_state_dict_is_the_same_with_and_without_us(stock):
@@ -106,6 +97,7 @@ def test_the_state_dict_is_the_same_with_and_without_us(stock):
     ours = get_peft_model_state_dict(model)
     theirs = stock(get_peft_model_state_dict, model)
     assert ours.keys() == theirs.keys()
+    assert sum("lora_" in name for name in theirs) == len(theirs) == 2 * len(zoo.wrappers(model))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
@@ -149,9 +141,10 @@ def test_trainer_takes_the_same_steps(tmp_path, stock):
     assert min(ours[1:]) < ours[0]
     assert ours == pytest.approx(theirs, abs=1e-4)
     trained = dict(twin.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter, trained[name], rtol=0, atol=2e-3)
+    moved = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(moved) == 2 * len(zoo.wrappers(model)) > 0
+    for name, parameter in moved.items():
+        torch.testing.assert_close(parameter, trained[name], rtol=0, atol=2e-3)
 
 
 def test_generation_equals_stock(stock):
@@ -227,7 +220,7 @@ def test_autocast_gives_stocks_numbers(stock):
     inner = outermost.get_base_layer()
     hidden, (index, weights) = torch.randn(zoo.T, 32), zoo.routing(6)
     given = {"hidden_states": hidden, "top_k_index": index, "top_k_weights": weights}
-    if not zoo.DECORATED:  # transformers before 5.0 reads the whole distribution
+    if not zoo.FUSED:  # transformers before 5.0 reads the whole distribution
         given["top_k_weights"] = torch.zeros(zoo.T, inner.num_experts).scatter(1, index, weights)
 
     def run():
@@ -235,53 +228,6 @@ def test_autocast_gives_stocks_numbers(stock):
             return zoo.gradients(outermost, given, {})
 
     zoo.assert_same(run(), stock(run), 2e-2)
-
-
-def low_precision(dtype, lora_std, found, stock, projections=slice(None), device="cpu"):
-    """(output error, effect error) against float64, ours and stock: norms relative to the exact ones."""
-    E, T, H, I, r = 8, 256, 256, 128, 16
-    experts = resized(found, E, H, I).to(dtype)
-    targets = [f"experts.{n}" for n in peft_moe_compat.model.experts.projections(experts)][projections]
-    holder = zoo.wrap(experts, targets, r=r)
-    for name, parameter in holder.named_parameters():
-        if "lora_" in name:  # PEFT keeps trainable LoRA in float32 over a bfloat16 base
-            parameter.data = parameter.data.float()
-            nn.init.normal_(parameter, std=lora_std if "lora_B" in name else H**-0.5)
-    index, weights = zoo.routing(E, T, 2)
-    given = {"hidden_states": torch.randn(T, H), "top_k_index": index, "top_k_weights": weights}
-    given = {n: (v.to(dtype) if v.is_floating_point() else v).to(device) for n, v in given.items()}
-    holder.to(device)
-
-    def run(module, values):
-        return module(*values.values()).detach().double()
-
-    base = run(experts, given)
-    ours, theirs = run(holder["experts"], given), stock(run, holder["experts"], given)
-    exact = copy.deepcopy(holder["experts"]).double()
-    exact.get_base_layer().config._experts_implementation = "eager"
-    in_double = {n: v.double() if v.is_floating_point() else v for n, v in given.items()}
-    reference = stock(run, exact, in_double)
-    effect = reference - run(exact.get_base_layer(), in_double)
-
-    def relative(found, expected):
-        return ((found - expected).norm() / expected.norm()).item()
-
-    return [(relative(o, reference), relative(o - base, effect)) for o in (ours, theirs)]
-
-
-def resized(found, E, H, I):
-    sizes = zoo.E, zoo.H
-    zoo.E, zoo.H = E, H
-    try:
-        experts = zoo.build(found, I)
-    finally:
-        zoo.E, zoo.H = sizes
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return experts
-
-
-LOW = [c for c in zoo.DECORATED if c.package in ("qwen3_moe", "nemotron_h", "gpt_oss")]
 
 
 @pytest.mark.parametrize("projections", [slice(None), slice(0, 1), slice(-1, None)], ids=["both", "up", "down"])
@@ -300,8 +246,9 @@ def test_compiles_into_one_graph_without_recompiling(family, stock):
     import torch._dynamo as dynamo
 
     model = model_of(family)
-    if any(native_reason(w) for w in zoo.wrappers(model)):
-        pytest.skip("stock PEFT's forward, which this transformers leaves in place, breaks the graph (peft #3304)")
+    if not zoo.FUSED:
+        pytest.skip("stock PEFT's forward, which transformers 4 leaves in place, breaks the graph (peft #3304)")
+    assert [native_reason(w) for w in zoo.wrappers(model)] == [None] * 4
     dynamo.reset()
     graphs = []
 

@@ -46,8 +46,9 @@ def agree(holder, stock):
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
-    for wrapper in zoo.wrappers(holder):
-        names = [n for n in wrapper.active_adapters if n in wrapper.lora_A]
+    on = {w: [n for n in w.active_adapters if n in w.lora_A] for w in zoo.wrappers(holder)}
+    assert any(on.values())
+    for wrapper, names in on.items():
         if names:
             delta = sum(wrapper.get_delta_weight(n) for n in names)
             lora = expert_loras(experts)[wrapper.parameter_name]

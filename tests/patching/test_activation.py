@@ -66,10 +66,9 @@ def test_on_off_on_puts_back_exactly_what_was_there():
     assert state() == before
 
 
+@zoo.needs_registry
 def test_an_entry_the_user_had_registered_locally_comes_back():
     registry = experts_registry()
-    if registry is None:
-        pytest.skip("transformers before 5.0 has no experts registry")
     peft_moe_compat.deactivate()
     stock = registry["grouped_mm"]
     registry["grouped_mm"] = stock
@@ -101,10 +100,9 @@ def test_a_foreign_patch_is_refused_by_name_and_nothing_is_touched():
         ParamWrapper.forward = genuine
 
 
+@zoo.needs_registry
 def test_a_foreign_registry_entry_is_refused_too():
     registry = experts_registry()
-    if registry is None:
-        pytest.skip("transformers before 5.0 has no experts registry")
     peft_moe_compat.deactivate()
     before = state()
     registry["batched_mm"] = lambda *args, **kwargs: None
@@ -151,7 +149,7 @@ def test_what_switches_the_import_off(value, off, monkeypatch):
 
 def mixtral_like():
     """A holder of a decorated experts class with LoRA on both projections, and what its forward takes."""
-    if not zoo.DECORATED:
+    if not zoo.FUSED:
         pytest.skip("transformers before 5.0 decorates no experts class")
     holder = zoo.wrap(zoo.build(next(c for c in zoo.DECORATED if c.package == "mixtral")), TARGETS)
     return holder, (torch.randn(zoo.T, zoo.H), *zoo.routing())

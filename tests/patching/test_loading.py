@@ -11,12 +11,13 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import zoo
+from support.written_files import told
 
 import peft_moe_compat
-from patching.test_loading_fixtures import attempt, told
 from peft_moe_compat.adapters.orientations import orientations
 from peft_moe_compat.errors import (
     AdapterError,
@@ -208,13 +209,14 @@ def test_a_trainer_resumes_into_the_adapter_that_is_there(tmp_path, caplog):
 
 def test_a_second_adapter_is_read_as_what_it_is(tmp_path):
     expected, fresh = save(tmp_path)
+
     model = PeftModel.from_pretrained(fresh(), tmp_path)
     rewrite(tmp_path, flipped)
-    _, error = attempt(model.load_adapter, tmp_path, "second")
-    if error is not None:
-        assert isinstance(error, ValueError), error
-        assert re.search("install peft>=0.20|only supports one adapter|target_parameters", str(error)), error
-        pytest.skip(f"PEFT {peft.__version__} takes one adapter on target_parameters: {error}")
+    if Version(peft.__version__) < Version("0.20"):  # refused by PEFT; 0.17.0 makes it for one parameter per module
+        with pytest.raises(ValueError, match="target_parameters"):
+            model.load_adapter(tmp_path, "second")
+        return
+    model.load_adapter(tmp_path, "second")
     assert_equal(model, expected, "second")
 
 
@@ -302,7 +304,7 @@ def test_compiled_modules_are_loaded_by_the_names_they_had(tmp_path, change, sav
 
 
 @pytest.mark.parametrize("above", ["itself", "block", "layer"])
-def test_lora_that_peft_does_not_find_while_saving_is_missed(tmp_path, above):
+def test_lora_that_peft_does_not_find_while_saving_is_missed(tmp_path, above, stock):
     """torch's checkpoint_wrapper on a part of the model: newer PEFTs look tensors up by names they do not have."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -313,12 +315,14 @@ def test_lora_that_peft_does_not_find_while_saving_is_missed(tmp_path, above):
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, checkpoint_wrapper(model.get_submodule(path)))
     whole, part = (tmp_path / folder / "adapter_model.safetensors" for folder in ("whole", "part"))
-    _, error = attempt(model.save_pretrained, tmp_path / "part")
-    if error is None:
+    stock(model.save_pretrained, tmp_path / "stock")
+    lost = load_file(whole).keys() - load_file(tmp_path / "stock" / "adapter_model.safetensors").keys()
+    if not lost:
+        model.save_pretrained(tmp_path / "part")
         assert load_file(part).keys() == load_file(whole).keys()
         return
-    assert isinstance(error, AdapterError), error
-    assert re.search(r"found no LoRA of [12] expert parameters.*checkpoint_wrapper", str(error))
+    with pytest.raises(AdapterError, match=r"found no LoRA of [12] expert parameters.*checkpoint_wrapper"):
+        model.save_pretrained(tmp_path / "part")
     assert not part.exists()
 
 
@@ -381,7 +385,7 @@ def test_whatever_upstream_cannot_find_upstream_reports(tmp_path, stock):
     _, fresh = save(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     for adapter in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(Exception) as theirs:  # noqa: PT011
+        with pytest.raises((OSError, ValueError)) as theirs:
             stock(PeftModel.from_pretrained, fresh(), str(adapter))
         with pytest.raises(type(theirs.value)) as ours:
             PeftModel.from_pretrained(fresh(), str(adapter))

@@ -11,13 +11,10 @@ import types
 
 import pytest
 import torch
-from bitsandbytes import functional as bnb
-from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import zoo
 from torch import nn
-from torch.nn.utils import parametrize
-from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig, quantize_
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config, TorchAoConfig
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
@@ -25,86 +22,11 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 import peft_moe_compat
 from peft_moe_compat.errors import CompatWarning, NoExpertParametersError, PeftMoeCompatError
 
-H, I = 64, 128  # bitsandbytes' blocks: with AVX-512 it dequantises rows of 16, 32 or 48 wrongly
-BLOCK = (32, 32)
-PROJECTIONS = ("gate_up_proj", "down_proj")
+from .quantised_models import BLOCK, PROJECTIONS, QUANTISE, H, I, experts_at_the_bottom, experts_of, to_fp8
+
 FLOAT32 = 2e-5
-
-
-class Int8(nn.Module):
-    """bitsandbytes' row-wise int8 as a parametrization; bitsandbytes has none of its own for 8 bits."""
-
-    def __init__(self, scales):
-        super().__init__()
-        self.register_buffer("scales", scales)
-
-    def forward(self, packed):
-        rows = packed.reshape(-1, packed.shape[-1])
-        return bnb.int8_vectorwise_dequant(rows, self.scales).view(packed.shape)
-
-
-def to_bnb4(quant_type):
-    def quantise(model):
-        for experts in experts_of(model):
-            for name in PROJECTIONS:
-                replace_parameter_4bit(experts, name, quant_type=quant_type)
-
-    return quantise
-
-
-def to_int8(model):
-    for experts in experts_of(model):
-        for name in PROJECTIONS:
-            weight = experts._parameters[name].detach()
-            packed, scales, _ = bnb.int8_vectorwise_quant(weight.reshape(-1, weight.shape[-1]).half())
-            setattr(experts, name, nn.Parameter(packed.view(weight.shape), requires_grad=False))
-            parametrize.register_parametrization(experts, name, Int8(scales), unsafe=True)
-
-
-def to_torchao(config):
-    def quantise(model):
-        for experts in experts_of(model):
-            quantize_(experts, FqnToConfig({name: config() for name in PROJECTIONS}), filter_fn=None)
-
-    return quantise
-
-
-def to_fp8(model):
-    """As the loader does it: the experts replaced on the meta device, then filled with what it computes of a weight."""
-    plain = {n: m for n, m in model.named_modules() if n.endswith(".experts")}
-    config = FineGrainedFP8Config(weight_block_size=BLOCK)
-    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    finegrained_fp8.replace_with_fp8_linear(model, others, config)
-    quantiser = finegrained_fp8.Fp8Quantize(types.SimpleNamespace(quantization_config=config))
-    for path, experts in plain.items():
-        fp8 = model.get_submodule(path)
-        assert isinstance(fp8, finegrained_fp8.FP8Experts)
-        for name in PROJECTIONS:
-            for key, value in quantiser.convert({name: experts._parameters[name].detach()}).items():
-                assert fp8._parameters[key].shape == value.shape
-                fp8._parameters[key] = nn.Parameter(value, requires_grad=False)
-
-
-QUANTISE = {
-    "bnb nf4": to_bnb4("nf4"),
-    "bnb fp4": to_bnb4("fp4"),
-    "parametrised by Int8": to_int8,
-    "torchao Int8Tensor": to_torchao(Int8WeightOnlyConfig),
-    "torchao Float8Tensor": to_torchao(Float8WeightOnlyConfig),
-    "fp8 (fine-grained)": to_fp8,
-}
 CASES = [("qwen3_moe", stored) for stored in QUANTISE]
 CASES += [("gpt_oss", stored) for stored in QUANTISE if not stored.startswith("fp8")]  # FP8Experts takes no bias
-
-
-def experts_of(model):
-    return [m for n, m in model.named_modules() if n.endswith(".experts") and not hasattr(m, "lora_A")]
-
-
-def experts_at_the_bottom(model):
-    return [
-        m for m in model.modules() if not hasattr(m, "lora_A") and hasattr(m, "down_proj") and hasattr(m, "_apply_gate")
-    ]
 
 
 def tiny(family="qwen3_moe"):
@@ -262,7 +184,7 @@ def test_the_measurement_sees_a_kept_stack(stock):
 
 def test_each_stack_is_dequantised_once_forward_and_once_backward():
     model = tiny()
-    to_bnb4("nf4")(model)
+    QUANTISE["bnb nf4"](model)
     model = zoo.peft_model(model)
     model.enable_input_require_grads()
     calls = []

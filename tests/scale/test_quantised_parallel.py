@@ -18,22 +18,11 @@ import peft_moe_compat
 from peft_moe_compat import ParallelismError
 
 from . import models
+from .quantised_models import base_model, experts_at_the_bottom, lora_model
 from .ranks import run
-from .test_quantised import QUANTISE, H, I, experts_at_the_bottom
 
 FORMATS = ("bnb nf4", "torchao Int8Tensor", "torchao Float8Tensor", "fp8 (fine-grained)")
 TOLERANCE = 2e-5
-
-
-def _base(stored: str) -> Any:
-    model = models.base_model("qwen3_moe", hidden_size=H, moe_intermediate_size=I)
-    if stored:
-        QUANTISE[stored](model)
-    return model
-
-
-def _model(stored: str) -> Any:
-    return zoo.peft_model(_base(stored), target_modules=["q_proj", "v_proj"])
 
 
 def _of_experts(model: Any) -> dict[str, nn.Parameter]:
@@ -90,7 +79,7 @@ CASES = [(engine, stored) for engine in ENGINES for stored in FORMATS if (engine
 
 
 def _train(engine: str, stored: str) -> dict[str, Any]:
-    model = _model(stored)
+    model = lora_model(stored)
     packed = _of_experts(model).keys()
     wrapped = ENGINES[engine](model)
     sharded = {hasattr(p, "placements") for n, p in model.named_parameters() if n in packed}
@@ -100,7 +89,7 @@ def _train(engine: str, stored: str) -> dict[str, Any]:
 
 
 def _refusal_of_upstream(engine: str, stored: str) -> str:
-    model = _base(stored).requires_grad_(False)
+    model = base_model(stored).requires_grad_(False)
     model.lm_head.requires_grad_(True)
     try:
         ENGINES[engine](model)
@@ -126,7 +115,7 @@ def on_ranks():
 
 @pytest.fixture(scope="module")
 def single():
-    return {stored: models.train(_model(stored), models.batches()) for stored in FORMATS}
+    return {stored: models.train(lora_model(stored), models.batches()) for stored in FORMATS}
 
 
 @pytest.mark.parametrize(("engine", "stored"), CASES)
@@ -160,7 +149,7 @@ def _packed(experts: Any, name: str) -> nn.Parameter:
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("stored", FORMATS)
 def test_quantised_experts_in_zero3_are_refused_by_name(stored, name):
-    model = _model(stored)
+    model = lora_model(stored)
     for experts in experts_at_the_bottom(model):
         _packed(experts, name).ds_id = 7
     with pytest.raises(ParallelismError, match=rf"{name} is quantised .* and partitioned by DeepSpeed ZeRO-3") as error:
@@ -169,7 +158,7 @@ def test_quantised_experts_in_zero3_are_refused_by_name(stored, name):
 
 
 def test_plain_experts_in_zero3_are_not_refused_for_their_format():
-    model = _model("")
+    model = lora_model("")
     ids = zoo.token_ids()
     before = zoo.loss_and_gradients(model, ids)
     for parameter in model.parameters():
@@ -179,7 +168,7 @@ def test_plain_experts_in_zero3_are_not_refused_for_their_format():
 
 def test_fp8_experts_spread_over_ranks_are_refused_by_name():
     """Half of the experts on this rank, as far as their parameters tell."""
-    model = _model("fp8 (fine-grained)")
+    model = lora_model("fp8 (fine-grained)")
     experts = experts_at_the_bottom(model)[0]
     for name in ("gate_up_proj", "down_proj"):
         weight = experts._parameters[name]
@@ -197,7 +186,7 @@ def test_quantised_experts_that_exchange_tokens_are_refused_by_name(stored):
     def forward(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the exchange was reached")
 
-    model = _model(stored)
+    model = lora_model(stored)
     for experts in experts_at_the_bottom(model):
         home = {"__name__": "transformers.distributed.exchange", "AssertionError": AssertionError}
         experts.forward = types.FunctionType(forward.__code__, home)

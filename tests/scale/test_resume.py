@@ -25,9 +25,9 @@ STEPS, SAVED_EVERY, KILLED_AFTER = 8, 2, 5
 def _model(family: str, stored: str) -> Any:
     if not stored:
         return models.lora_model(family)
-    from .test_quantised_parallel import _model as quantised_model
+    from .quantised_models import lora_model  # needs bitsandbytes and torchao, as no other test here does
 
-    return quantised_model(stored)
+    return lora_model(stored)
 
 
 def _train(folder: str, family: str, stored: str = "", kill: bool = False) -> None:
