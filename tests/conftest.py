@@ -9,6 +9,10 @@ import peft_moe_compat
 
 # The tensors here are tiny: a second thread costs more in barriers than it computes.
 torch.set_num_threads(1)
+# What is allocated and never written is NaN, or the largest integer: for triton's interpreter too, and in what torch's
+# own grouped products leave past the last group. Nothing that reads it goes unnoticed.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

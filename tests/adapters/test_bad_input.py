@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_moe_compat.cli.main import app
 from support.adapter_files import Spec, load, read_config, save, save_fused, save_per_expert
 from typer.testing import CliRunner
 
 from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.inspect import inspect_adapter
+from peft_moe_compat.cli.main import app
 from peft_moe_compat.errors import PeftMoeCompatError
 
 SPEC = Spec(attention=True)

@@ -133,6 +133,22 @@ def test_gate_and_up_joined(tmp_path, family, rslora, same, more):
         assert torch.equal(found.factors[0, "gate_up"][0], factors[0, "gate"][0])
 
 
+@pytest.mark.parametrize("low", ["gate", "up"])
+@pytest.mark.parametrize("same", [True, False])
+def test_gate_and_up_of_two_precisions_are_joined_in_the_higher(tmp_path, low, same):
+    spec = Spec()
+    factors = spec.factors(("gate", "up"))
+    for layer in spec.layers:
+        A, B = factors[layer, low]
+        A = factors[layer, "up" if low == "gate" else "gate"][0] if same else A.bfloat16()
+        factors[layer, low] = A, B.bfloat16()
+    source = save_per_expert(tmp_path / "in", spec, factors)
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+    found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=("gate_up_proj",))
+    assert_updates(found.experts, spec.updates(factors))
+    assert found.factors[0, "gate_up"][0].shape[1] == (2 if same else 4)
+
+
 @pytest.mark.parametrize("role", ["gate", "up"])
 def test_a_missing_branch_stays_zero(tmp_path, role):
     spec = Spec()

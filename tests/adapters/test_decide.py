@@ -73,6 +73,28 @@ def test_the_flag_for_gpt_oss_names_transformers_and_what_it_cannot_know(tmp_pat
         assert found.orientation.value == value
 
 
+@pytest.mark.parametrize("orientation", ["linear", "reversed"])
+def test_the_hidden_size_of_attention_orients_where_there_is_only_one(tmp_path, orientation):
+    spec = Spec(attention=True)
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up",)), orientation=orientation)
+    tensors, config = load(source), read_config(source)
+    attention = "base_model.model.{}.0.self_attn.q_proj.lora_A.weight"
+    found = {
+        name: inspect_adapter(save(tmp_path / name, tensors | more, config)).orientation
+        for name, more in {
+            "one": {},
+            "one and a tower's": {attention.format("visual.blocks"): torch.ones(2, 20)},
+            "two": {attention.format("model.layers"): torch.ones(2, 2 * spec.I)},
+        }.items()
+    }
+    assert {name: conclusion.value for name, conclusion in found.items()} == {
+        "one": orientation,
+        "one and a tower's": orientation,
+        "two": None,
+    }
+    assert found["one"].confidence == "likely"
+
+
 def test_a_square_pair_without_a_gate_needs_the_nesting(tmp_path):
     spec = Spec(family=NEMOTRON, I=8)
     source = save_fused(tmp_path / "in", spec, spec.factors(("up", "down")), peft_version="0.21.2")

@@ -14,13 +14,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from peft_moe_compat.cli.main import app
 from safetensors.torch import save_file
 from support.adapter_files import QWEN, Spec, read_adapter, save, save_fused, save_per_expert, save_stacked
 from typer.testing import CliRunner
 
 import peft_moe_compat.adapters
 from peft_moe_compat.adapters.inspect import inspect_adapter
+from peft_moe_compat.cli.main import app
 
 SCHEMA = json.loads((Path(peft_moe_compat.adapters.__file__).parent / "inspection.schema.json").read_text())
 FIXTURES = Path(__file__).parent.parent / "fixtures"

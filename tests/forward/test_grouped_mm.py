@@ -56,6 +56,18 @@ def test_both_backends_equal_a_loop_in_float64(dtype, problem):
         torch.testing.assert_close(dw.double(), dw64, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_a_product_leaves_undefined_is_nan_here(dtype):
+    """In these tests, see conftest: whoever reads past the last group gets numbers that no comparison takes."""
+    x, w, offs, rows = make(([2, 3], 3, 8, 8, True), dtype)
+    y = grouped_mm(x, w, offs)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    for found in (y, dx, torch.empty_like(x), x.new_empty(x.shape)):
+        assert found[rows:].isnan().all()
+    assert not y[:rows].isnan().any()
+    assert not dx[:rows].isnan().any()
+
+
 def test_the_choice_of_backend():
     rows, aligned, odd = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 8), (2, 8, 16), (2, 8, 3)))
     assert backend_for(rows, aligned) == device_backend(torch.device("cpu")) == "torch"

@@ -28,6 +28,7 @@ import peft_moe_compat
 from peft_moe_compat import CompatWarning, ExpertLora
 from peft_moe_compat.forward import backend as backends
 from peft_moe_compat.forward import fused
+from peft_moe_compat.forward import fused_ops as operators
 from peft_moe_compat.forward.kernels import gemm, layer
 from peft_moe_compat.forward.kernels.common import Config, Factor
 from peft_moe_compat.forward.kernels.factors import packed, unpacked
@@ -130,8 +131,9 @@ def parameters(loras):
     return [t for lora in loras.values() for t in lora[:2]]
 
 
-def check(case, dtype, tolerance):
+def check(case, dtype, tolerance, change=lambda experts, loras: None):
     experts, loras, hidden, index, weights = build(case, dtype)
+    change(experts, loras)
     leaves = [hidden, weights, *parameters(loras)]
     exact = loop(experts, {n: lora.canonical() for n, lora in loras.items()}, hidden, index, weights)
     grad = torch.randn_like(exact)
@@ -172,6 +174,43 @@ def test_in_half_precision(case):
 @given(cases(kinks=False))
 def test_in_bfloat16(case):
     check(case, torch.bfloat16, 4e-2)
+
+
+@pytest.mark.parametrize(
+    ("gate", "act", "at"),
+    [("clamped", "silu", 1.0), ("clamped", "silu", -1.0), ("default", "relu", 0.0), ("none", "relu", 0.0)],
+)
+def test_the_gradient_at_a_kink_is_torchs(gate, act, at):
+    """Where the argument is the limit itself, or zero, as it often is in half precision."""
+    I = 8
+
+    def put(experts, loras):
+        bias = experts.get_parameter(f"{experts.up_name}_bias")
+        with torch.no_grad():
+            experts.get_parameter(experts.up_name).zero_()
+            loras[experts.up_name].lora_B.zero_()  # gets the gradient of the argument, and adds nothing to it
+            bias.fill_(at)
+            if gate == "default":
+                bias[:, I:] = 1.0
+        experts.limit = 1.0
+
+    flags = {"transposed": False, "biased": True}
+    check((3, 16, I, torch.randint(0, 3, (9, 2)), flags, gate, act, (4, 5), 0), torch.float32, 2e-5, put)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])
+def test_a_base_parameter_that_trains_gets_its_gradient(name):
+    """From torch: the kernels have none for it."""
+    flags = {"transposed": False, "biased": True}
+    case = 3, 16, 8, torch.randint(0, 3, (9, 2)), flags, "default", "silu", (4, 5), 0
+    experts, loras, *inputs = build(case, torch.float32)
+    experts, loras = moved(experts, loras)
+    trained = experts.get_parameter(name).requires_grad_()
+    inputs = [t.to(DEVICE) for t in inputs]
+    assert fused.fused_reason(experts, DEVICE) == f"{name} is trained too"
+    experts_forward(experts, loras, *inputs).sum().backward()
+    exact = loop(experts, {n: lora.canonical() for n, lora in loras.items()}, *inputs)
+    compare(trained.grad, torch.autograd.grad(exact.sum(), trained)[0], 2e-4)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -304,6 +343,22 @@ def test_one_graph_trains_as_eager_does(ranks):
     with torch.no_grad():
         compare(compiled(hidden, index, weights), forward(hidden, index, weights), 1e-6)
     torch._dynamo.reset()
+
+
+def test_the_operators_leave_their_inputs_as_they_are():
+    """The kernels work in place, but a graph may need once more what it has handed to an operator."""
+    flags = {"transposed": True, "biased": False}
+    case = 3, 16, 8, torch.randint(0, 3, (20, 2)), flags, "default", "silu", (4, 5), 0
+    experts, loras, *inputs = build(case, torch.float32)
+    experts, there = moved(experts, loras)
+    held = [(experts.get_parameter(name), None, there[name]) for name in ("gate_up_proj", "down_proj")]
+    routed = tuple(t.to(DEVICE) for t in inputs)
+    out = operators.experts(fused._activation(experts), routed, *held)
+    leaves = [inputs[0], inputs[2], *parameters(loras)]
+    first, second = (torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert a.count_nonzero() > 0
+        assert torch.equal(a, b)
 
 
 def test_what_the_backward_keeps():

@@ -79,6 +79,36 @@ def test_float32_on_whatever_backend_serves(case):
     check((E, 4 * H, 4 * I, *rest), torch.float32, 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["on the loop backend", "on torch's"])
+@pytest.mark.parametrize("marked", [None, True], ids=["a class that does not say", "expert parallel"])
+def test_a_graph_leaves_out_what_other_ranks_compute(dtype, marked):
+    """Forward and backward with sentinels, whose rows the grouped products leave undefined; biases train too."""
+    torch._dynamo.reset()
+    E, H, I = 4, 16, 8
+    experts = Experts(E, H, I, gated=True, transposed=False, biased=True, dtype=dtype)
+    if marked is not None:
+        experts._is_expert_parallel = marked
+    loras = factors(experts, E, H, I, (3, 5), 0.7, dtype)
+    index = torch.tensor([[0, E], [E, E], [2, 0], [E + 1, 3], [2, 2]])
+    hidden = torch.randn(len(index), H, dtype=dtype, requires_grad=True)
+    weights = torch.rand(index.shape, dtype=dtype, requires_grad=True)
+    leaves = [hidden, weights, *experts.parameters(), *(t for lora in loras.values() for t in (lora.A, lora.B))]
+
+    def forward(hidden, index, weights):
+        return experts_forward(experts, loras, hidden, index, weights)
+
+    ours = torch.compile(forward, backend="aot_eager", fullgraph=True)(hidden, index, weights)
+    exact = loop(experts, loras, hidden, index, weights)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    compare(ours, exact, tolerance)
+    assert exact[1].count_nonzero() == 0
+    grad = torch.randn_like(exact)
+    mine, theirs = torch.autograd.grad(ours, leaves, grad.to(dtype)), torch.autograd.grad(exact, leaves, grad)
+    for a, b in zip(mine, theirs, strict=True):
+        compare(a, b, 10 * tolerance)
+    torch._dynamo.reset()
+
+
 def test_no_tokens_at_all():
     experts = Experts(3, 8, 4, gated=True, transposed=False, biased=True)
     loras = factors(experts, 3, 8, 4, (2, 2), 1.0)
@@ -107,10 +137,10 @@ def test_weights_of_all_experts_are_gathered():
     experts = Experts(4, 8, 4, gated=True, transposed=False, biased=False)
     loras = factors(experts, 4, 8, 4, (2, None), 1.0)
     hidden, dense = torch.randn(3, 8, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
-    index = torch.tensor([[0, 2], [3, 1], [1, 0]])
+    index = torch.tensor([[0, 2], [3, 4], [1, 0]])  # 4 is computed elsewhere, and has no weight here
     torch.testing.assert_close(
         experts_forward(experts, loras, hidden, index, dense),
-        experts_forward(experts, loras, hidden, index, dense.gather(1, index)),
+        loop(experts, loras, hidden, index, dense.gather(1, index.clamp(max=3))),
     )
 
 

@@ -27,6 +27,8 @@ _PRELOADED = ["accelerate", "peft", "peft_moe_compat", "scale.models", "torch._d
 
 def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as in conftest: unwritten memory is NaN
+    torch.utils.deterministic.fill_uninitialized_memory = True
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks, and uses the group that is there
     store = f"file://{folder}/store"
