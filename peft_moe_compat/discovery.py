@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from . import families, parallel, quantised
+from . import families, family_table, parallel, quantised
 from .errors import CompatWarning, NoExpertParametersError
 from .fused import backend_of
 from .patch import inactive_reason
@@ -106,10 +106,10 @@ def _runnable(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...
 
 
 def _refuse_unrunnable(name: str, module: nn.Module) -> None:
-    if type(module).__name__ in quantised.PACKED_CLASSES:
+    if type(module).__name__ in family_table.PACKED_CLASSES:
         reason = quantised.unreadable_reason(module, "")
         raise NoExpertParametersError(f"{name} ({type(module).__name__}): {reason}.")
-    if type(module).__name__ in families.FLAT_CLASSES:
+    if type(module).__name__ in family_table.FLAT_CLASSES:
         raise NoExpertParametersError(
             f"{name} ({type(module).__name__}) keeps its experts as flat 2-D weights that the block around it reads "
             "itself. PEFT can wrap them, but the forward then fails ('ParamWrapper' object has no attribute ...) in "
@@ -256,7 +256,7 @@ def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> Parame
     shape = families.stored_shape(experts, name) or ()
     stored = quantised.stored_format(experts, name)
     if wrapper is None:
-        packed = type(experts).__name__ in quantised.PACKED_CLASSES
+        packed = type(experts).__name__ in family_table.PACKED_CLASSES
         reason = quantised.unreadable_reason(experts, name) if packed else "not wrapped by PEFT"
         return ParameterRow(name, shape, False, "base", reason, format=stored)
     adapters = tuple(_adapter_row(wrapper, adapter) for adapter in wrapper.lora_A)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..family_table import family
 from ..releases import NEWEST_TESTED, RULES
 from ..storage import orientations
 from .base_model import BaseModel
@@ -12,7 +13,6 @@ from .detect import parameter_order
 from .inspection import ReaderVerdict
 from .keys import ExpertsKeys, linear_role
 from .source import AdapterSource
-from .targets import VLLM_FUSED
 
 __all__ = ["reader_verdicts"]
 
@@ -105,7 +105,7 @@ def _by_vllm(source: AdapterSource, decision: Decision, base: BaseModel | None) 
         return ReaderVerdict("unknown", "depends on the base model")
     if source.form == "stacked":
         return ReaderVerdict("fails", f"it takes no 3-D factors; {help_}")
-    native = base.model_type in VLLM_FUSED
+    native = family(base.model_type).vllm_fused
     if source.form == "per_expert":
         if native:
             return ReaderVerdict("fails", f"it serves {base.model_type} from fused experts; {help_}")
