@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .errors import CompatWarning
+from .families import PACKED_CLASSES
 from .forward.fused import backend_of
 from .model import experts as families
 from .model import sharding as parallel
@@ -150,7 +151,7 @@ def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> Parame
     shape = families.stored_shape(experts, name) or ()
     stored = quantised.stored_format(experts, name)
     if wrapper is None:
-        packed = type(experts).__name__ in quantised.PACKED_CLASSES
+        packed = type(experts).__name__ in PACKED_CLASSES
         reason = quantised.unreadable_reason(experts, name) if packed else "not wrapped by PEFT"
         return ParameterRow(name, shape, False, "base", reason, format=stored)
     adapters = tuple(_adapter_row(wrapper, adapter) for adapter in wrapper.lora_A)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, AdapterFileError
+from ..families import family
 from .files import download, is_hub_id, read_json, usable_path
 
 __all__ = [
@@ -40,28 +41,6 @@ NUM_EXPERTS = (
 INTERMEDIATE = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size")
 DENSE_INTERMEDIATE = ("intermediate_size", "ffn_hidden_size")
 HIDDEN = ("hidden_size", "moe_hidden_size", "moe_latent_size")
-
-# Families whose experts' gate and up rows alternate in gate_up_proj instead of lying one after the other.
-_INTERLEAVED = {"gpt_oss"}
-# Families without a gate: up_proj and down_proj.
-_NOT_GATED = {"nemotron_h"}
-# Experts' linears of the Hub's checkpoints that are not called gate_proj, up_proj, down_proj: as transformers 4 had
-# them, and as the readers that take per-expert adapters want them. Source: conversion_mapping.py of transformers 5.24.
-_W123 = {"gate": "w1", "up": "w3", "down": "w2"}
-_PROJ = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-_LINEARS = {
-    "deepseek_v4": _W123,
-    "kimi_linear": _W123,
-    "lfm2_moe": _W123,
-    "minimax": _W123,
-    "minimax_m2": _W123,
-    "minimax_m3_vl": _W123,
-    "mistral_large4": _W123,
-    "mixtral": _W123,
-    "phimoe": _W123,
-}
-# Of these, the ones whose experts stand in `block_sparse_moe` there and in `mlp` in transformers 5.
-_BLOCK_SPARSE_MOE = {"kimi_linear", "minimax", "minimax_m2", "minimax_m3_vl", "mixtral", "phimoe"}
 
 
 @dataclass(frozen=True)
@@ -105,11 +84,11 @@ class BaseModel:
     @property
     def interleaved(self) -> bool:
         """Whether gate and up alternate in the rows of gate_up_proj."""
-        return self.model_type in _INTERLEAVED
+        return family(self.model_type).interleaved
 
     @property
     def gated(self) -> bool:
-        return self.model_type not in _NOT_GATED
+        return family(self.model_type).gated
 
     def fits(self, path: str, parameter: str, role: str | None, num_experts: int, features: Features) -> bool:
         """Whether LoRA of those sizes can belong to a parameter of this model."""
@@ -164,17 +143,17 @@ class BaseModel:
 
     def linear(self, role: str) -> str:
         """Name of an expert's linear in the Hub's checkpoints: `gate_proj`, or `w1` for Mixtral's relatives."""
-        return _LINEARS.get(self.model_type, _PROJ)[role]
+        return family(self.model_type).linears[role]
 
     def per_expert_path(self, path: str) -> str:
         """Path of an experts module in the Hub's checkpoints, given the one in transformers 5."""
-        if self.model_type in _BLOCK_SPARSE_MOE:
+        if family(self.model_type).block_sparse_moe:
             return re.sub(r"(^|\.)mlp\.experts$", r"\1block_sparse_moe.experts", path)
         return path
 
     def fused_path(self, path: str) -> str:
         """The inverse of `per_expert_path`."""
-        if self.model_type in _BLOCK_SPARSE_MOE:
+        if family(self.model_type).block_sparse_moe:
             return re.sub(r"(^|\.)block_sparse_moe\.experts$", r"\1mlp.experts", path)
         return path
 

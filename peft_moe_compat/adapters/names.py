@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .. import families
 from ..errors import AdapterFileError
 from .ranks import lora_rank
 
 __all__ = [
     "LINEAR_NAMES",
     "PREFIX",
-    "ROLES",
     "AdapterKeys",
     "ExpertsKeys",
     "Pair",
@@ -38,30 +38,8 @@ PREFIX = "base_model.model."
 _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.weight)?$")
 _EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)$")
-# Names of an expert's linears -> role. w1, w3, w2 are Mixtral's, kept by PhiMoE, Jamba's relatives and MiniMax.
-LINEAR_NAMES = {
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "gate_up_proj": "gate_up",
-    "w1": "gate",
-    "w3": "up",
-    "w2": "down",
-    # llama.cpp's names for stacks, in what this package writes for it.
-    "ffn_gate_exps": "gate",
-    "ffn_up_exps": "up",
-    "ffn_down_exps": "down",
-}
-# Expert parameters -> role, by their own name or, where that is `weight`, with the name of the module that holds it.
-ROLES = {
-    "gate_up_proj": "gate_up",
-    "up_proj": "up",
-    "down_proj": "down",
-    "input_linear.weight": "gate_up",
-    "output_linear.weight": "down",
-    "fc1.weight": "gate_up",
-    "fc2.weight": "down",
-}
+# Names of an expert's linears -> role, with llama.cpp's for stacks, in what this package writes for it.
+LINEAR_NAMES = families.LINEAR_NAMES | {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
 
 
 class HasShape(Protocol):
@@ -116,7 +94,7 @@ class AdapterKeys:
 
 def role_of(path: str, parameter: str) -> str | None:
     """`"gate_up"`, `"up"` or `"down"` of an expert parameter, None for a name nobody has given a role."""
-    return ROLES.get(parameter) or ROLES.get(f"{path.rpartition('.')[2]}.{parameter}")
+    return families.ROLES.get(parameter) or families.ROLES.get(f"{path.rpartition('.')[2]}.{parameter}")
 
 
 def linear_role(name: str) -> str | None:

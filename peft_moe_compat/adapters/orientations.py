@@ -5,71 +5,12 @@ Imports neither of them: for adapter files, whose base model and writer need not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from packaging.version import Version
 
+from ..families import StoredTransposed, family
 from ..releases import FIRST_PEFT_FOR_TRANSFORMERS_5, LayoutRule, base_release, parse_version, release_for
 
 __all__ = ["expert_parameter", "has_separate_experts", "orientations", "orientations_after"]
-
-
-@dataclass(frozen=True)
-class StoredTransposed:
-    """A family that transformers holds as `(E, in, out)`, and since when its experts module says so.
-
-    Attributes:
-        until: First transformers release that holds it as `(E, out, in)`; None while there is none.
-        declared: First transformers release whose module has `is_transposed=True`; None while there is none.
-    """
-
-    until: Version | None = None
-    declared: Version | None = None
-
-
-# model_type without `_text` -> how it is stored. Every other family is "(E, out, in)" in every release. Source: the
-# experts classes of transformers 4.57.6 to 5.24.0 (aria: 5.18.0 decorated it).
-STORED_TRANSPOSED: dict[str, StoredTransposed] = {
-    "aria": StoredTransposed(declared=Version("5.18.0")),
-    "gpt_oss": StoredTransposed(declared=Version("5.0.0")),
-    "llama4": StoredTransposed(),
-    "openai_privacy_filter": StoredTransposed(declared=Version("5.0.0")),
-    "qwen3_vl_moe": StoredTransposed(until=Version("5.0.0")),
-}
-
-
-@dataclass(frozen=True)
-class RenamedExperts:
-    """A family whose experts once were two modules with a `weight` each, and are one module with two parameters now.
-
-    Attributes:
-        since: First transformers release with the one module.
-        apart: Role -> end of the path of its old module.
-        together: End of the path of the new module; its parameters are `gate_up_proj` and `down_proj`.
-    """
-
-    since: Version
-    apart: dict[str, str]
-    together: str
-
-
-_GRANITE = RenamedExperts(
-    Version("5.13.0"),
-    {"gate_up": "block_sparse_moe.input_linear", "down": "block_sparse_moe.output_linear"},
-    "block_sparse_moe.experts",
-)
-# model_type without `_text` -> how its experts were renamed.
-RENAMED_EXPERTS: dict[str, RenamedExperts] = {
-    "aria": RenamedExperts(Version("5.18.0"), {"gate_up": "mlp.experts.fc1", "down": "mlp.experts.fc2"}, "mlp.experts"),
-    "granitemoe": _GRANITE,
-    "granitemoehybrid": _GRANITE,
-    "granitemoeshared": _GRANITE,
-}
-# Families whose experts are fused stacks in transformers 4 already; it holds all others as one linear per projection.
-# Source: the experts classes of transformers 4.57.6.
-FUSED_IN_TRANSFORMERS_4 = frozenset(
-    {"aria", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "jetmoe", "llama4", "qwen3_vl_moe"}
-)
 
 
 def orientations(
@@ -108,13 +49,10 @@ def _kinds(peft: str, transformers: str | None, model_type: str | None) -> set[t
     """(stored as "E in out", declared so) in all ways that are possible."""
     if model_type is None:
         return {(False, False), (True, True), (True, False)}
-    if model_type not in STORED_TRANSPOSED:
+    stored = family(model_type).transposed
+    if stored is None:
         return {(False, False)}
-    family = STORED_TRANSPOSED[model_type]
-    return {
-        (family.until is None or version < family.until, family.declared is not None and version >= family.declared)
-        for version in _transformers_beside(parse_version(peft), transformers, family)
-    }
+    return {stored.at(version) for version in _transformers_beside(parse_version(peft), transformers, stored)}
 
 
 def orientations_after(written_by: str, orientation: str, read_by: str) -> frozenset[str]:
@@ -146,22 +84,22 @@ def has_separate_experts(model_type: str, peft: str, transformers: str | None) -
         old = base_release(parse_version(transformers)) < parse_version("5.0.0")
     else:
         old = base_release(parse_version(peft)) < FIRST_PEFT_FOR_TRANSFORMERS_5
-    return old and model_type not in FUSED_IN_TRANSFORMERS_4
+    return old and not family(model_type).fused_in_4
 
 
-def expert_parameter(model_type: str, transformers: str, path: str, role: str) -> tuple[str, str] | None:
+def expert_parameter(model_type: str, transformers: str | None, path: str, role: str) -> tuple[str, str] | None:
     """(module path, parameter) of an experts projection under a transformers release, for a family that was renamed.
 
     Args:
         model_type: Of the base model, without `_text`.
-        transformers: The release.
+        transformers: The release; None for the newest form.
         path: Of the module under any release.
         role: `"gate_up"` or `"down"`.
 
     Returns:
         None for a family that never was.
     """
-    renamed = RENAMED_EXPERTS.get(model_type)
+    renamed = family(model_type).renamed
     if renamed is None:
         return None
     for end in (*renamed.apart.values(), renamed.together):
@@ -170,16 +108,16 @@ def expert_parameter(model_type: str, transformers: str, path: str, role: str) -
             break
     else:
         return None
-    if base_release(parse_version(transformers)) >= renamed.since:
+    if transformers is None or base_release(parse_version(transformers)) >= renamed.since:
         return stem + renamed.together, {"gate_up": "gate_up_proj", "down": "down_proj"}[role]
     return stem + renamed.apart[role], "weight"
 
 
-def _transformers_beside(peft: Version, transformers: str | None, family: StoredTransposed) -> list[Version]:
+def _transformers_beside(peft: Version, transformers: str | None, stored: StoredTransposed) -> list[Version]:
     """One transformers release for each way the family is stored that is possible beside this PEFT."""
     if transformers is not None:
         return [base_release(parse_version(transformers))]
     oldest = Version("4.57")
     if base_release(peft) < FIRST_PEFT_FOR_TRANSFORMERS_5:
         return [oldest]
-    return [oldest, *(version for version in (family.until, family.declared) if version is not None)]
+    return [oldest, *(version for version in (stored.until, stored.declared) if version is not None)]

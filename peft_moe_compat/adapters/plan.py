@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import AdapterError, AmbiguousAdapterError
+from ..families import family
 from ..layout import ExpertLora
 from ..releases import NEWEST_TESTED
 from .base_model import BaseModel
@@ -15,7 +16,7 @@ from .decide import Decision
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
 from .outputs import Output, fused, gguf, per_expert
 from .parts import Part, fused_parts, per_expert_parts, stacked_parts
-from .readers import SGLANG_WITHOUT_EXPERTS, Target
+from .readers import Target
 from .shapes import parameter_order
 from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource
@@ -106,7 +107,7 @@ class Refit:
 
     def _module_key(self, part: Part) -> str:
         """What parts of one experts module share: its path, except in renamed families, whose parts lie apart."""
-        place = expert_parameter(self.base.model_type, "999", part.path, "down") if self.base is not None else None
+        place = expert_parameter(self.base.model_type, None, part.path, "down") if self.base is not None else None
         return part.path if place is None else place[0]
 
     def outputs(self, group: Mapping[str, Part]) -> list[ModuleOutputs]:
@@ -239,7 +240,7 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
         AmbiguousAdapterError: Nothing tells how the target's model stores its experts.
     """
     how = Refit(source, decision, target, base, "fused")
-    if target.name == "sglang" and how.model.model_type in SGLANG_WITHOUT_EXPERTS:
+    if target.name == "sglang" and family(how.model.model_type).sglang_refuses:
         raise AdapterError(f"SGLang takes no LoRA on the experts of {how.model.model_type}.")
     if target.name != "peft":
         return replace(how, form=target.form(how.model.model_type))

@@ -9,22 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import AdapterError
+from ..families import family
 from ..releases import NEWEST_TESTED, installed_versions, parse_releases, release_for
 
-__all__ = ["KEEP_THE_BASE", "READERS", "SGLANG_WITHOUT_EXPERTS", "VLLM_FUSED", "Target", "parse_target"]
+__all__ = ["KEEP_THE_BASE", "READERS", "Target", "parse_target"]
 
 READERS = ("peft", "per-expert", "vllm", "sglang", "llama.cpp")
 
-# Families that vLLM serves from fused 3-D experts; it takes their adapters as PEFT >= 0.19.1 writes them, and those of
-# all others per expert.
-VLLM_FUSED = {"gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
-
-
 # Values of `init_lora_weights` that leave the base model as it was: vLLM's list without lora_ga, which does not.
 KEEP_THE_BASE = {"gaussian", "eva", "orthogonal", "mica"}
-
-# Families whose model class refuses LoRA on experts in SGLang.
-SGLANG_WITHOUT_EXPERTS = {"llama4"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Target:
 
     def form(self, model_type: str) -> str:
         """`"fused"`, `"per_expert"`, or `"gguf"`: 3-D factors under the names llama.cpp gives its own tensors."""
-        if self.name == "peft" or (self.name == "vllm" and model_type in VLLM_FUSED):
+        if self.name == "peft" or (self.name == "vllm" and family(model_type).vllm_fused):
             return "fused"
         return "gguf" if self.name == "llama.cpp" else "per_expert"
 

@@ -12,6 +12,7 @@ from itertools import permutations
 from typing import Any
 
 from ..errors import AdapterFileError
+from ..families import ROLE_ORDER
 from ..layout import ORIENTATIONS
 from .base_model import BaseModel
 from .names import ExpertsKeys, HasShape, role_of, targeted_parameters
@@ -27,9 +28,6 @@ __all__ = [
     "slot_orientations",
     "slot_shapes",
 ]
-
-# The order in which every experts class of transformers registers its parameters, and hence PEFT nests: inner first.
-_ROLE_ORDER = {"gate_up": 0, "up": 1, "down": 2, None: 3}
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def slot_shapes(module: ExpertsKeys, tensors: Mapping[str, HasShape]) -> tuple[S
 
 def parameter_order(path: str, names: Iterable[str]) -> tuple[str, ...]:
     """Parameters in the order PEFT nests them in an untouched module, innermost first."""
-    return tuple(sorted(names, key=lambda name: (_ROLE_ORDER[role_of(path, name)], name)))
+    return tuple(sorted(names, key=lambda name: ((*ROLE_ORDER, None).index(role_of(path, name)), name)))
 
 
 def nestings(module: ExpertsKeys, config: Mapping[str, Any], known: Sequence[str]) -> list[tuple[str, ...]]:

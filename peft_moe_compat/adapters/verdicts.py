@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..families import family
 from ..releases import NEWEST_TESTED, RULES
 from .base_model import BaseModel
 from .conclusions import ReaderVerdict
 from .decide import Decision
 from .names import ExpertsKeys, linear_role
 from .orientations import orientations
-from .readers import VLLM_FUSED
 from .shapes import parameter_order
 from .source import AdapterSource
 
@@ -105,7 +105,7 @@ def _by_vllm(source: AdapterSource, decision: Decision, base: BaseModel | None) 
         return ReaderVerdict("unknown", "depends on the base model")
     if source.form == "stacked":
         return ReaderVerdict("fails", f"it takes no 3-D factors; {help_}")
-    native = base.model_type in VLLM_FUSED
+    native = family(base.model_type).vllm_fused
     if source.form == "per_expert":
         if native:
             return ReaderVerdict("fails", f"it serves {base.model_type} from fused experts; {help_}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
+from ..families import family
 from ..releases import AUTOMODEL_LAYOUTS, RULES, parse_releases, release_for
 from .base_model import BaseModel
 from .conclusions import Conclusion
@@ -23,24 +24,6 @@ SAID_BY_CALLER = "said by the caller"
 # unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
 UNSLOTH_LAYOUT, UNSLOTH_DETAIL, _UNSLOTH_FINGERPRINT = "lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"
 _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
-
-# Families whose experts Unsloth ran with a forward of its own before it left markers: grouped by expert. All others ran
-# PEFT's. Source: the same file.
-_UNSLOTH_GROUPED = {
-    "deepseek_v3",
-    "ernie4_5_moe",
-    "ernie4_5_vl_moe",
-    "gemma4",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "gpt_oss",
-    "lfm2_moe",
-    "mixtral",
-    "qwen3_5_moe",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_vl_moe",
-}
 
 # NeMo Automodel's own file beside the adapter, and its entry for the layout, see `releases.AUTOMODEL_LAYOUTS`.
 AUTOMODEL_FILE, _AUTOMODEL_KEY = "automodel_peft_config.json", "paramwrapper_layout"
@@ -153,12 +136,12 @@ def _unsloth(config: Mapping[str, Any], model: BaseModel | None) -> _Unsloth | N
         return None
     text = f"auto_mapping has {_UNSLOTH_FINGERPRINT!r} and no marker: Unsloth before 2026-09"
     library = re.match(r"transformers\.models\.(\w+)\.", str(auto_mapping.get("parent_library")))
-    family = model.model_type if model is not None else library and library[1]
-    if family is None:
+    model_type = model.model_type if model is not None else library and library[1]
+    if model_type is None:
         return _Unsloth({}, f"{text}, whose packing depends on the family of the base model", marked=False)
-    if family in _UNSLOTH_GROUPED:
-        return _Unsloth({None: "grouped"}, f"{text}, which groups the columns of {family} by expert", marked=False)
-    return _Unsloth({None: "rank_major"}, f"{text}, which left {family} to PEFT's own forward", marked=False)
+    if family(model_type).unsloth_grouped:
+        return _Unsloth({None: "grouped"}, f"{text}, which groups the columns of {model_type} by expert", marked=False)
+    return _Unsloth({None: "rank_major"}, f"{text}, which left {model_type} to PEFT's own forward", marked=False)
 
 
 def _markers(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..families import CLAMPED_CLASSES
 from ..layout import ExpertLora, FlatLora
 from ..model import experts as families
 from ..model import weights as quantised
@@ -33,8 +34,6 @@ _ACTIVATIONS = {
     "SiLUActivation": "silu",
     "silu": "silu",
 }
-# Classes of transformers whose own `_apply_gate` is gpt-oss's clamped GLU -> whether gate and up are interleaved.
-_CLAMPED = {"GptOssExperts": True, "OpenAIPrivacyFilterExperts": False}
 
 
 def fused_reason(module: Any, device: torch.device) -> str | None:
@@ -125,8 +124,8 @@ def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
         return Activation(name, False) if name else act
     cls: Any = type(module)
     home = cls._apply_gate.__module__
-    if cls.__name__ in _CLAMPED and home.startswith("transformers.models."):
-        return Activation("clamped", True, _CLAMPED[cls.__name__], float(module.alpha), float(module.limit))
+    if cls.__name__ in CLAMPED_CLASSES and home.startswith("transformers.models."):
+        return Activation("clamped", True, CLAMPED_CLASSES[cls.__name__], float(module.alpha), float(module.limit))
     if name and home == families.REGISTRY_MODULE:
         return Activation(name, True)
     own: Callable[[Tensor], Tensor] = module._apply_gate

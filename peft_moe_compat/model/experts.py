@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import LayoutError
+from ..families import FLAT_CLASSES, PACKED_CLASSES, UNDECLARED_CLASSES
 from . import weights as quantised
 from .dynamo import constant_when_compiled
 
@@ -32,25 +33,6 @@ __all__ = [
 REGISTRY_MODULE = "transformers.integrations.moe"
 # The modules of transformers that hold a registry of experts forwards -> its name there.
 REGISTRIES = {REGISTRY_MODULE: "ALL_EXPERTS_FUNCTIONS", quantised.FP8_MODULE: "ALL_FP8_EXPERTS_FUNCTIONS"}
-
-# Undecorated transformers classes -> whether their weights are (E, in, out). Source: the shapes in their __init__ and
-# the products in their forward, transformers 4.57.6 to 5.24.0. Where a release decorates the class, its own attribute
-# comes first, so a class may stand here with the orientation it had before.
-_UNDECLARED_CLASSES = {
-    "AriaGroupedExpertsGemm": True,
-    "GptOssExperts": True,
-    "GraniteMoeHybridParallelExperts": False,
-    "GraniteMoeParallelExperts": False,
-    "GraniteMoeSharedParallelExperts": False,
-    "JetMoeParallelExperts": False,
-    "Llama4TextExperts": True,
-    "LongcatFlashExperts": False,
-    "Qwen3VLMoeTextExperts": True,
-    "Step3p7Experts": False,
-}
-
-# Stacks kept as 2-D "(E I) H" matrices, which PEFT treats as one wide expert.
-FLAT_CLASSES = {"DbrxExpertGLU": ("w1", "v1", "w2")}
 
 _DECLARED_ATTRIBUTE = "_peft_moe_compat_is_transposed"
 
@@ -93,7 +75,7 @@ def is_transposed(module: nn.Module) -> bool | None:
     if isinstance(own, bool):
         return own
     # Along the bases, since parametrising a module gives it a class of its own.
-    known = (_UNDECLARED_CLASSES.get(c.__name__) for c in type(module).__mro__ if _is_transformers_class(c))
+    known = (UNDECLARED_CLASSES.get(c.__name__) for c in type(module).__mro__ if _is_transformers_class(c))
     return next((value for value in known if value is not None), None)
 
 
@@ -155,8 +137,8 @@ def projections(module: nn.Module) -> tuple[str, ...]:
     flat = FLAT_CLASSES.get(cls.__name__) if _is_transformers_class(cls) else None
     if flat is not None:
         return flat
-    if cls.__name__ in quantised.PACKED_CLASSES:
-        return quantised.PACKED_CLASSES[cls.__name__]
+    if cls.__name__ in PACKED_CLASSES:
+        return PACKED_CLASSES[cls.__name__]
     decorated = hasattr(cls, "_apply_gate") and hasattr(module, "is_transposed")
     names = ("gate_up_proj", "up_proj", "down_proj") if decorated else tuple(_held_parameters(module))
     if not decorated and is_transposed(module) is None and not re.search(r"Experts?(Gemm)?$", cls.__name__):

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import NoExpertParametersError
-from .experts import FLAT_CLASSES, routed_experts, strip_base_layer
-from .weights import PACKED_CLASSES, unreadable_reason
+from ..families import FLAT_CLASSES, PACKED_CLASSES
+from .experts import routed_experts, strip_base_layer
+from .weights import unreadable_reason
 
 __all__ = ["expert_parameters"]
 

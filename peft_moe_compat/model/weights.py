@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import PeftMoeCompatError
+from ..families import PACKED_CLASSES
 from ..forward.grouped_mm import Gather, _multiply, grouped_mm
 
 __all__ = [
@@ -37,8 +38,6 @@ __all__ = [
 ]
 
 FP8_MODULE = "transformers.integrations.finegrained_fp8"
-# Experts whose loading replaces their parameters with packed objects, which PEFT cannot wrap -> what it replaces.
-PACKED_CLASSES = {"Mxfp4GptOssExperts": ("gate_up_proj", "down_proj")}
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MXFP4 = "mxfp4 weights cannot be wrapped by PEFT; load the model with Mxfp4Config(dequantize=True)"
 

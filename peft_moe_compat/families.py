@@ -1,0 +1,200 @@
+"""Every fact of a model family: one row each, of what differs from `Family`'s defaults.
+
+Imports neither torch, peft nor transformers. tests/test_families.py compares the rows with the classes, models and
+conversion mappings of the installed transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from packaging.version import Version
+
+__all__ = [
+    "CLAMPED_CLASSES",
+    "FAMILIES",
+    "FLAT_CLASSES",
+    "LINEAR_NAMES",
+    "PACKED_CLASSES",
+    "ROLES",
+    "ROLE_ORDER",
+    "UNDECLARED_CLASSES",
+    "Family",
+    "RenamedExperts",
+    "StoredTransposed",
+    "family",
+]
+
+
+@dataclass(frozen=True)
+class StoredTransposed:
+    """A family that transformers holds as `(E, in, out)`, and since when its experts module says so.
+
+    Attributes:
+        until: First transformers release that holds it as `(E, out, in)`; None while there is none.
+        declared: First transformers release whose module has `is_transposed=True`; None while there is none.
+    """
+
+    until: Version | None = None
+    declared: Version | None = None
+
+    def at(self, transformers: Version) -> tuple[bool, bool]:
+        """(stored as `(E, in, out)`, declared so) in a release."""
+        return (
+            self.until is None or transformers < self.until,
+            self.declared is not None and transformers >= self.declared,
+        )
+
+
+@dataclass(frozen=True)
+class RenamedExperts:
+    """A family whose experts once were two modules with a `weight` each, and are one module with two parameters now.
+
+    Attributes:
+        since: First transformers release with the one module.
+        apart: Role -> end of the path of its old module.
+        together: End of the path of the new module; its parameters are `gate_up_proj` and `down_proj`.
+    """
+
+    since: Version
+    apart: Mapping[str, str]
+    together: str
+
+
+_PROJ = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_W123 = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of the routed experts of a family. The defaults are what most families are.
+
+    Attributes:
+        transposed: How it is held as `(E, in, out)`; None where every release holds `(E, out, in)`. Source: the experts
+            classes of transformers 4.57.6 to 5.24.0.
+        renamed: How transformers renamed its experts; None where it never did. Source: the same classes, and
+            `conversion_mapping.py` of transformers 5.24.
+        fused_in_4: Whether transformers 4 holds fused stacks rather than one linear per expert and projection. Source:
+            the classes of 4.57.6. Says nothing of families that came with transformers 5.
+        gated: Whether gate_up_proj rather than up_proj stands before the activation. Source: `has_gate` and the
+            parameters of the experts classes.
+        interleaved: Whether gate and up rows alternate in gate_up_proj instead of lying one after the other. Source:
+            the classes' `_apply_gate`, or their forward.
+        linears: Role -> an expert's linear in the Hub's checkpoints: as transformers 4 has it, and as readers of
+            per-expert adapters want it. Source: `conversion_mapping.py` of transformers 5.24, the models of 4.57.6.
+        block_sparse_moe: Whether the experts stand in `block_sparse_moe` there, and in `mlp` in transformers 5. Source:
+            the same.
+        unsloth_grouped: Whether Unsloth ran its experts with a forward of its own before it left markers, whose lora_B
+            is grouped by expert; all others ran PEFT's. Source: unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
+        vllm_fused: Whether vLLM serves it from fused 3-D experts, and takes adapters as PEFT >= 0.19.1 writes them;
+            those of all others per expert. Source: vLLM 0.33, lora/ and the model classes; tests/readers runs it.
+        sglang_refuses: Whether its model class in SGLang refuses LoRA on experts. Source: SGLang 0.5.23, srt/lora/ and
+            the model classes; tests/readers runs it.
+        undeclared: Class of transformers without `is_transposed` -> whether its weights are `(E, in, out)`. Where a
+            later release decorates the class, its own attribute comes first, so the class stands here with the
+            orientation it had before. Source: the shapes in the classes' `__init__` and the products in their forward.
+        flat: Class that keeps its stacks as 2-D "(E I) H" matrices, which PEFT takes for one wide expert -> their
+            names. Source: the same.
+        packed: Class whose loading replaces its weights with packed MXFP4 objects, which PEFT cannot wrap -> their
+            names. Source: transformers' `integrations/mxfp4.py`, 4.57.6 to 5.24.0.
+        clamped: Classes whose `_apply_gate` is gpt-oss's clamped GLU of the module's `alpha` and `limit`. Source: it.
+    """
+
+    transposed: StoredTransposed | None = None
+    renamed: RenamedExperts | None = None
+    fused_in_4: bool = False
+    gated: bool = True
+    interleaved: bool = False
+    linears: Mapping[str, str] = field(default_factory=lambda: _PROJ)
+    block_sparse_moe: bool = False
+    unsloth_grouped: bool = False
+    vllm_fused: bool = False
+    sglang_refuses: bool = False
+    undeclared: Mapping[str, bool] = field(default_factory=dict)
+    flat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    clamped: tuple[str, ...] = ()
+
+
+_ARIA = RenamedExperts(Version("5.18.0"), {"gate_up": "mlp.experts.fc1", "down": "mlp.experts.fc2"}, "mlp.experts")
+_GRANITE = RenamedExperts(
+    Version("5.13.0"),
+    {"gate_up": "block_sparse_moe.input_linear", "down": "block_sparse_moe.output_linear"},
+    "block_sparse_moe.experts",
+)
+_EXPERTS = ("gate_up_proj", "down_proj")
+
+# model_type without `_text` -> what is known of it.
+# fmt: off
+FAMILIES: dict[str, Family] = {
+    "aria": Family(StoredTransposed(declared=Version("5.18.0")), _ARIA, fused_in_4=True,
+                   undeclared={"AriaGroupedExpertsGemm": True}),
+    "dbrx": Family(fused_in_4=True, flat={"DbrxExpertGLU": ("w1", "v1", "w2")}),
+    "deepseek_v3": Family(unsloth_grouped=True),
+    "deepseek_v4": Family(linears=_W123),
+    "ernie4_5_moe": Family(unsloth_grouped=True),
+    "ernie4_5_vl_moe": Family(unsloth_grouped=True),
+    "gemma4": Family(unsloth_grouped=True),
+    "glm4_moe": Family(unsloth_grouped=True),
+    "glm4_moe_lite": Family(unsloth_grouped=True),
+    "gpt_oss": Family(StoredTransposed(declared=Version("5.0.0")), fused_in_4=True, interleaved=True,
+                      unsloth_grouped=True, vllm_fused=True, undeclared={"GptOssExperts": True},
+                      packed={"Mxfp4GptOssExperts": _EXPERTS}, clamped=("GptOssExperts",)),
+    "granitemoe": Family(renamed=_GRANITE, fused_in_4=True, undeclared={"GraniteMoeParallelExperts": False}),
+    "granitemoehybrid": Family(renamed=_GRANITE, fused_in_4=True,
+                               undeclared={"GraniteMoeHybridParallelExperts": False}),
+    "granitemoeshared": Family(renamed=_GRANITE, fused_in_4=True,
+                               undeclared={"GraniteMoeSharedParallelExperts": False}),
+    "interns1_pro": Family(vllm_fused=True),
+    "jetmoe": Family(fused_in_4=True, undeclared={"JetMoeParallelExperts": False}),
+    "kimi_linear": Family(linears=_W123, block_sparse_moe=True),
+    "lfm2_moe": Family(linears=_W123, unsloth_grouped=True),
+    "llama4": Family(StoredTransposed(), fused_in_4=True, sglang_refuses=True, undeclared={"Llama4TextExperts": True}),
+    "longcat_flash": Family(undeclared={"LongcatFlashExperts": False}),
+    "minimax": Family(linears=_W123, block_sparse_moe=True),
+    "minimax_m2": Family(linears=_W123, block_sparse_moe=True),
+    "minimax_m3_vl": Family(linears=_W123, block_sparse_moe=True),
+    "mistral_large4": Family(linears=_W123),
+    "mixtral": Family(linears=_W123, block_sparse_moe=True, unsloth_grouped=True),
+    "nemotron_h": Family(gated=False),
+    "openai_privacy_filter": Family(StoredTransposed(declared=Version("5.0.0")),
+                                    clamped=("OpenAIPrivacyFilterExperts",)),
+    "phimoe": Family(linears=_W123, block_sparse_moe=True),
+    "qwen3_5_moe": Family(unsloth_grouped=True, vllm_fused=True),
+    "qwen3_moe": Family(unsloth_grouped=True),
+    "qwen3_next": Family(unsloth_grouped=True),
+    "qwen3_omni_moe": Family(vllm_fused=True),
+    "qwen3_omni_moe_thinker": Family(vllm_fused=True),
+    "qwen3_vl_moe": Family(StoredTransposed(until=Version("5.0.0")), fused_in_4=True, unsloth_grouped=True,
+                           vllm_fused=True, undeclared={"Qwen3VLMoeTextExperts": True}),
+    "step3p7": Family(undeclared={"Step3p7Experts": False}),
+}
+# fmt: on
+_DEFAULT = Family()
+
+
+def family(model_type: str) -> Family:
+    """The row of a model_type without `_text`; the defaults for a family that differs in nothing known."""
+    return FAMILIES.get(model_type, _DEFAULT)
+
+
+# The columns of classes, by class; of the clamped ones, whether gate and up are interleaved.
+UNDECLARED_CLASSES = {name: value for row in FAMILIES.values() for name, value in row.undeclared.items()}
+FLAT_CLASSES = {name: parameters for row in FAMILIES.values() for name, parameters in row.flat.items()}
+PACKED_CLASSES = {name: parameters for row in FAMILIES.values() for name, parameters in row.packed.items()}
+CLAMPED_CLASSES = {name: row.interleaved for row in FAMILIES.values() for name in row.clamped}
+
+# Names of an expert's linears in any family -> role; a writer may leave gate and up together.
+LINEAR_NAMES = {"gate_up_proj": "gate_up"} | {
+    name: role for row in (_DEFAULT, *FAMILIES.values()) for role, name in row.linears.items()
+}
+# Expert parameters in any family -> role, by their own name or, where that is `weight`, with the name of its module.
+ROLES = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"} | {
+    f"{path.rpartition('.')[2]}.weight": role
+    for row in FAMILIES.values()
+    if row.renamed is not None
+    for role, path in row.renamed.apart.items()
+}
+# The order in which every experts class of transformers registers its parameters, and hence PEFT nests: inner first.
+ROLE_ORDER = ("gate_up", "up", "down")
