@@ -12,7 +12,6 @@ import importlib.util
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from ..errors import CompatWarning, PeftMoeCompatError
 from ..model.dynamo import constant_when_compiled
+from .kernels.interface import on_device
 
 __all__ = [
     "BACKENDS",
@@ -28,7 +28,6 @@ __all__ = [
     "device_reason",
     "fastest",
     "give_up",
-    "on_device",
     "set_backend",
     "trial_reason",
     "triton_errors",
@@ -79,12 +78,6 @@ def set_backend(name: str) -> BackendChoice:
 def chosen() -> str:
     """The name last given to `set_backend`."""
     return _chosen
-
-
-def on_device(device: torch.device) -> Any:
-    """Makes a device the current one, on which triton launches."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 @constant_when_compiled

@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layout import ExpertLora, FlatLora
 from ..model import experts as families
 from ..model import weights as quantised
 from . import backend as backends
 from .grouped_mm import device_backend, fits_torch
+from .kernels.interface import HeldProjection, Nonlinearity, on_device
 
-__all__ = ["Activation", "HeldProjection", "backend_of", "fused_reason", "padded_rank", "run_fused", "runs_fused"]
+__all__ = ["backend_of", "fused_reason", "run_fused", "runs_fused"]
 
-# What a module holds of a projection: weight "E in out", bias "E out", and LoRA, checked against each other.
-HeldProjection = tuple[Tensor, Tensor | None, ExpertLora | FlatLora | None]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Activations by their class; a plain function is known by its own name.
 _ACTIVATIONS = {
@@ -91,29 +89,7 @@ def backend_of(module: Any, name: str) -> tuple[str, str]:
     return device_backend(device), reason
 
 
-class Activation(NamedTuple):
-    """What stands between the up and the down projection, where the kernels know it.
-
-    Attributes:
-        name: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "clamped": gpt-oss's GLU of (alpha, limit).
-        gated: h = act(gate) * up rather than h = act(up).
-        interleaved: The up projection's columns are gate, up, gate, up, ... rather than all gates, then all ups.
-        alpha, limit: Of "clamped" alone.
-    """
-
-    name: str
-    gated: bool
-    interleaved: bool = False
-    alpha: float = 0.0
-    limit: float = 0.0
-
-
-def padded_rank(rank: int) -> int:
-    """What the matrix units want of a contracted or a produced axis: the next power of two, 16 at least."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
-def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
+def _nonlinearity(module: Any) -> Nonlinearity | Callable[[Tensor], Tensor]:
     """What the kernels know by name, or the module's own function of the up projection's rows."""
     act: Any = module._modules.get("act_fn")
     if act is None:  # a plain function
@@ -122,13 +98,13 @@ def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
     if isinstance(act, torch.nn.GELU):
         name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
     if not getattr(module, "has_gate", True):
-        return Activation(name, False) if name else act
+        return Nonlinearity(name, False) if name else act
     cls: Any = type(module)
     home = cls._apply_gate.__module__
     if cls.__name__ in _CLAMPED and home.startswith("transformers.models."):
-        return Activation("clamped", True, _CLAMPED[cls.__name__], float(module.alpha), float(module.limit))
+        return Nonlinearity("clamped", True, _CLAMPED[cls.__name__], float(module.alpha), float(module.limit))
     if name and home == families.REGISTRY_MODULE:
-        return Activation(name, True)
+        return Nonlinearity(name, True)
     own: Callable[[Tensor], Tensor] = module._apply_gate
     return own
 
@@ -137,7 +113,7 @@ def runs_fused(module: Any, hidden_states: Tensor, index: Tensor) -> bool:
     """Whether this forward goes to the fused kernels. Under torch.compile a gate they do not know goes to torch."""
     if not index.numel() or fused_reason(module, hidden_states.device):
         return False
-    return not torch.compiler.is_compiling() or isinstance(_activation(module), Activation)
+    return not torch.compiler.is_compiling() or isinstance(_nonlinearity(module), Nonlinearity)
 
 
 @cache  # the import statement would ask again at every forward
@@ -157,16 +133,16 @@ def run_fused(
         up: Of the up projection.
         read_down: Gives that of the down projection, once the device is busy with the other.
     """
-    activation = _activation(module)
-    if torch.compiler.is_compiling() and isinstance(activation, Activation):
+    nonlinearity = _nonlinearity(module)
+    if torch.compiler.is_compiling() and isinstance(nonlinearity, Nonlinearity):
         from .fused_ops import experts
 
-        return experts(activation, routed, up, read_down())
+        return experts(nonlinearity, routed, up, read_down())
     layer, device = _layer(), routed[0].device
     try:
-        with backends.on_device(device):
+        with on_device(device):
             of = layer.Projection.of
-            out: Tensor = layer.fused_experts(activation, *routed, of(*up), lambda: of(*read_down()))
+            out: Tensor = layer.fused_experts(nonlinearity, *routed, of(*up), lambda: of(*read_down()))
             return out
     except backends.triton_errors() as error:
         backends.give_up(device, error)

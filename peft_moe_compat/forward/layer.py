@@ -14,8 +14,9 @@ from ..errors import LayoutError, PeftMoeCompatError
 from ..layout import ExpertLora, FlatLora
 from ..model import experts as families
 from ..model import weights as quantised
-from .fused import HeldProjection, run_fused, runs_fused
+from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
+from .kernels.interface import HeldProjection
 
 __all__ = ["experts_forward"]
 
