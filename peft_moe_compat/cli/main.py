@@ -121,7 +121,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
 
     import torch
 
-    from ..forward.backend import fastest
+    from ..forward.fused import fastest
     from ..model.wrappers import TAKEN_IMPLEMENTATIONS
 
     found.rule = handle.rule

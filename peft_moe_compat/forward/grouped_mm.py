@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backend import chosen
 
-__all__ = ["Gather", "alignment", "backend_for", "device_backend", "fits_torch", "grouped_mm"]
+__all__ = ["Gather", "alignment", "backend_for", "device_backend", "fits_torch", "grouped_mm", "multiply"]
 
 _ALIGNMENT_BYTES = 16
 # Public, and promised for more than bfloat16, from torch 2.10 on.
@@ -71,7 +71,7 @@ def _with_unit_stride(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-def _multiply(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """x "S in", weight "E in out" -> "S out"."""
     if backend_for(x, weight) == "torch":
         result: Tensor = _torch_grouped_mm(x.contiguous(), _with_unit_stride(weight), offs=offs)
@@ -103,7 +103,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
 # applies the bfloat16-only rule of torch's own fake kernel.
 @torch.library.custom_op("peft_moe_compat::grouped_mm", mutates_args=())
 def _multiply_op(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    return _multiply(x, weight, offs)
+    return multiply(x, weight, offs)
 
 
 @_multiply_op.register_fake
@@ -127,20 +127,20 @@ class _GroupedMM(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         # A frozen weight needs no x, and a constant x no weight: neither is then kept alive.
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, offs)
-        return (_multiply_op if torch.compiler.is_compiling() else _multiply)(x, weight, offs)
+        return (_multiply_op if torch.compiler.is_compiling() else multiply)(x, weight, offs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, offs = ctx.saved_tensors
         dx = dw = None
-        multiply: Any = _multiply
+        product: Any = multiply
         outer: Any = _weight_gradient
         if torch.compiler.is_compiling():
-            multiply, outer = _multiply_op, _weight_gradient_op
+            product, outer = _multiply_op, _weight_gradient_op
         elif torch.is_grad_enabled():  # a gradient that is differentiated itself
-            multiply, outer = _GroupedMM.apply, _GroupedOuter.apply
+            product, outer = _GroupedMM.apply, _GroupedOuter.apply
         if weight is not None:
-            dx = multiply(grads[0], weight.transpose(1, 2), offs)
+            dx = product(grads[0], weight.transpose(1, 2), offs)
         if x is not None:
             dw = outer(x, grads[0], offs)
         return dx, dw, None
@@ -177,7 +177,7 @@ class Gather(NamedTuple):
 # hidden states, from forward to backward. An autograd function that gathers again does not help, the two are merged.
 @torch.library.custom_op("peft_moe_compat::gathered_grouped_mm", mutates_args=())
 def _gathered_multiply_op(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
-    return _multiply(x[order // k], weight, offs)
+    return multiply(x[order // k], weight, offs)
 
 
 @_gathered_multiply_op.register_fake
@@ -187,7 +187,7 @@ def _(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
 
 @torch.library.custom_op("peft_moe_compat::gathered_grouped_mm_gradient", mutates_args=())
 def _gathered_gradient_op(dy: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
-    rows = _multiply(dy, weight.transpose(1, 2), offs)
+    rows = multiply(dy, weight.transpose(1, 2), offs)
     here = torch.arange(order.shape[0], device=order.device) < offs[-1]
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)

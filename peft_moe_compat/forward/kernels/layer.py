@@ -23,10 +23,12 @@ from .factors import packed
 from .gemm import grouped_linear
 from .gradients import factor_gradient
 from .interface import Nonlinearity
+from .launch import LAUNCH_ERRORS
 from .routing import Route, Tiles, route
 from .rows import combine, gather
 
 __all__ = [
+    "LAUNCH_ERRORS",
     "Passed",
     "Projection",
     "backward_pass",
