@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..model.weights import read, stored_format
@@ -25,9 +26,10 @@ class _FrozenGroupedMM(torch.autograd.Function):
         return multiply(x, weight, offs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (offs,) = ctx.saved_tensors
-        return multiply(grads[0], ctx.read_again().transpose(1, 2), offs), None, None, None
+        return multiply(dy, ctx.read_again().transpose(1, 2), offs), None, None, None
 
 
 def _oriented(module: nn.Module, name: str, dtype: torch.dtype, transposed: bool) -> Tensor:

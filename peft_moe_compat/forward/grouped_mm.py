@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backend import chosen
 
@@ -38,13 +39,6 @@ def device_backend(device: torch.device) -> str:
     return "torch" if device.type == "cpu" else "loop"
 
 
-def _starts_aligned(tensor: Tensor) -> bool:
-    try:
-        return tensor.data_ptr() % _ALIGNMENT_BYTES == 0
-    except RuntimeError:  # of torch.func, which batches gradients: one without an address
-        return True
-
-
 def backend_for(*operands: Tensor) -> str:
     """The backend for operands of one dtype: `"torch"`, or `"loop"`, a product per expert.
 
@@ -59,7 +53,8 @@ def fits_torch(*operands: Tensor) -> bool:
     dtype = operands[0].dtype
     unit = alignment(dtype)
     return dtype in _TORCH_DTYPES and all(
-        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and _starts_aligned(t) for t in operands
+        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and t.data_ptr() % _ALIGNMENT_BYTES == 0
+        for t in operands
     )
 
 
@@ -130,35 +125,15 @@ class _GroupedMM(torch.autograd.Function):
         return (_multiply_op if torch.compiler.is_compiling() else multiply)(x, weight, offs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, offs = ctx.saved_tensors
-        dx = dw = None
-        product: Any = multiply
-        outer: Any = _weight_gradient
+        product, outer = multiply, _weight_gradient
         if torch.compiler.is_compiling():
             product, outer = _multiply_op, _weight_gradient_op
-        elif torch.is_grad_enabled():  # a gradient that is differentiated itself
-            product, outer = _GroupedMM.apply, _GroupedOuter.apply
-        if weight is not None:
-            dx = product(grads[0], weight.transpose(1, 2), offs)
-        if x is not None:
-            dw = outer(x, grads[0], offs)
+        dx = None if weight is None else product(dy, weight.transpose(1, 2), offs)
+        dw = None if x is None else outer(x, dy, offs)
         return dx, dw, None
-
-
-class _GroupedOuter(torch.autograd.Function):
-    """`_weight_gradient`, differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
-        ctx.save_for_backward(x, dy, offs)
-        return _weight_gradient(x, dy, offs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        x, dy, offs = ctx.saved_tensors
-        multiply: Any = _GroupedMM.apply
-        return multiply(dy, grads[0].transpose(1, 2), offs), multiply(x, grads[0], offs), None
 
 
 class Gather(NamedTuple):
@@ -229,7 +204,7 @@ class _GatheredGroupedMM(torch.autograd.Function):
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, gather: Gather | None = None) -> Tensor:
-    """Multiplies each group of rows with its own matrix; differentiable in `x` and `weight`.
+    """Multiplies each group of rows with its own matrix; differentiable once, in `x` and `weight`.
 
     Args:
         x: "S in", rows sorted by group; cast to the dtype of `weight`, since the product is not autocast-enabled.
