@@ -25,10 +25,10 @@ from torch.nn.functional import grouped_mm
 from triton.testing import do_bench
 
 from peft_moe_compat import layout
-from peft_moe_compat.forward.fused import Activation
 from peft_moe_compat.forward.kernels import activation, gemm, gradients, layer, rows
 from peft_moe_compat.forward.kernels.common import Config
 from peft_moe_compat.forward.kernels.factors import packed
+from peft_moe_compat.forward.kernels.interface import Nonlinearity
 from peft_moe_compat.forward.kernels.routing import route
 
 SHAPES = {  # E, k, H, I, tokens, rank
@@ -36,7 +36,7 @@ SHAPES = {  # E, k, H, I, tokens, rank
     "gptoss-20b": (32, 4, 2880, 2880, 8192, 16),
     "mixtral": (8, 2, 4096, 14336, 8192, 16),
 }
-SILU = Activation("silu", True)
+SILU = Nonlinearity("silu", True)
 BFLOAT16 = torch.bfloat16
 ACTIVATIONS = [(64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 8, 2), (128, 8, 3)]
 GATHERS = [(64, 4, 4), (128, 4, 4), (128, 8, 3), (256, 8, 3)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import releases
 from ..adapters.base_model import DENSE_INTERMEDIATE, HIDDEN, INTERMEDIATE, NUM_EXPERTS
 from ..errors import PeftMoeCompatError
-from ..forward import backend as backends
+from ..forward.backend import set_backend
 from ..forward.fused import backend_of
 from ..forward.grouped_mm import alignment
 from ..model.wrappers import experts_of
@@ -260,7 +260,7 @@ def run(settings: Settings, out: Path, console: Console) -> list[Row]:
         raise PeftMoeCompatError("--device is cuda, but torch sees no CUDA device. Pass --device cpu.")
     check_writable(out)
     torch.manual_seed(0)
-    with backends.set_backend(settings.backend):
+    with set_backend(settings.backend):
         layer = _Layer(settings)
         rows = list(_measure(layer))
         backend = " and ".join(layer.backends())

@@ -116,7 +116,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
 
     import torch
 
-    from ..forward.backend import fastest
+    from ..forward.fused import fastest
     from ..model.wrappers import TAKEN_IMPLEMENTATIONS
     from ..patching.forward import experts_registry
 

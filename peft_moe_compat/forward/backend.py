@@ -1,4 +1,4 @@
-"""Which implementation runs the experts: the choice the user made, and what each device can do.
+"""Which implementation runs the experts: the choice the user made.
 
 triton   the fused forward and backward of `kernels`: CUDA devices of compute capability 8.0 and newer
 torch    grouped products by `torch.nn.functional.grouped_mm`, everything else by torch
@@ -8,38 +8,13 @@ auto     the first of these that serves the device and the layer; triton for bfl
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import cache
-from typing import Any
+from ..errors import PeftMoeCompatError
 
-import torch
-
-from ..errors import CompatWarning, PeftMoeCompatError
-from ..model.dynamo import constant_when_compiled
-
-__all__ = [
-    "BACKENDS",
-    "BackendChoice",
-    "chosen",
-    "device_reason",
-    "fastest",
-    "give_up",
-    "on_device",
-    "set_backend",
-    "trial_reason",
-    "triton_errors",
-]
+__all__ = ["BACKENDS", "BackendChoice", "chosen", "set_backend"]
 
 BACKENDS = ("auto", "triton", "torch", "loop")
 
 _chosen = "auto"
-_given_up: dict[torch.device, str] = {}
-_tried: set[tuple[torch.device, torch.dtype]] = set()
-_TRIAL_ERROR = 0.03  # of a tensor's largest entry; bfloat16 rounds each intermediate to 0.004
 
 
 class BackendChoice:
@@ -79,91 +54,3 @@ def set_backend(name: str) -> BackendChoice:
 def chosen() -> str:
     """The name last given to `set_backend`."""
     return _chosen
-
-
-def on_device(device: torch.device) -> Any:
-    """Makes a device the current one, on which triton launches."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
-
-
-@constant_when_compiled
-def device_reason(device: torch.device) -> str | None:
-    """Why the fused kernels cannot run on a device, None where they can."""
-    if device in _given_up:
-        return _given_up[device]
-    return _unsupported(device)
-
-
-@cache
-def _unsupported(device: torch.device) -> str | None:
-    """The same of what does not change while a process runs."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "the kernels are for CUDA devices"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the kernels need compute capability 8.0"
-    return None
-
-
-@constant_when_compiled
-def trial_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a trial of the fused kernels on a device failed, None where it gave the numbers it should.
-
-    The first question about a device and dtype tries them, forward and backward, so that a kernel that cannot be built
-    is found out before a backward needs it.
-    """
-    if device in _given_up:
-        return _given_up[device]
-    if (device, dtype) in _tried:
-        return None
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return "they have not been tried yet, and cannot be while a CUDA graph is captured"
-    try:
-        # A thread of its own has none of the caller's autocast, grad mode, saved-tensor hooks and dispatch modes.
-        with ThreadPoolExecutor(1) as pool:
-            error = pool.submit(_trial, device, dtype).result()
-        if not error <= _TRIAL_ERROR:
-            raise ArithmeticError(f"{dtype} results of a trial are off by {error:.2g}")  # noqa: TRY301
-    except Exception as error:  # noqa: BLE001 (whatever it is, torch computes the same)
-        give_up(device, error)
-        return _given_up[device]
-    _tried.add((device, dtype))
-    return None
-
-
-def _trial(device: torch.device, dtype: torch.dtype) -> float:
-    from .kernels.trial import worst_error
-
-    with on_device(device):
-        return worst_error(device, dtype)
-
-
-def fastest(device: torch.device) -> str:
-    """The backend of layers on a device, as far as the device and `set_backend` decide it."""
-    from .grouped_mm import device_backend
-
-    fused = _chosen in ("auto", "triton") and device_reason(device) is None
-    return "triton" if fused else device_backend(device)
-
-
-def give_up(device: torch.device, error: Exception) -> None:
-    """Notes, with one warning, that a kernel did not compile or launch on a device; it is not tried again there."""
-    reason = f"a kernel failed on {device}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    _given_up[device] = reason
-    warnings.warn(
-        f"peft_moe_compat runs without its fused kernels from here on, with the same numbers but slower: {reason}",
-        CompatWarning,
-        stacklevel=3,
-    )
-
-
-def triton_errors() -> tuple[Any, ...]:
-    """What triton raises where a kernel cannot be compiled for a device or does not fit it."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    return CompilationError, OutOfResources, PTXASError

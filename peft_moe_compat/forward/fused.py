@@ -1,26 +1,30 @@
-"""From an experts module to the fused kernels: which layers they can run, and the hand-over."""
+"""From an experts module to the fused kernels: what they can run, their trial, and the hand-over."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import CompatWarning
 from ..families import CLAMPED_CLASSES
-from ..layout import ExpertLora, FlatLora
-from ..model import experts as families
-from ..model import weights as quantised
-from . import backend as backends
+from ..model.dynamo import constant_when_compiled
+from ..model.experts import REGISTRY_MODULE, up_name
+from ..model.weights import is_plain, stored_format
+from .backend import chosen
 from .grouped_mm import device_backend, fits_torch
+from .kernels.interface import HeldProjection, Nonlinearity, on_device
 
-__all__ = ["Activation", "HeldProjection", "backend_of", "fused_reason", "padded_rank", "run_fused", "runs_fused"]
+__all__ = ["backend_of", "fastest", "fused_reason", "run_fused", "runs_fused"]
 
-# What a module holds of a projection: weight "E in out", bias "E out", and LoRA, checked against each other.
-HeldProjection = tuple[Tensor, Tensor | None, ExpertLora | FlatLora | None]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Activations by their class; a plain function is known by its own name.
 _ACTIVATIONS = {
@@ -34,20 +38,94 @@ _ACTIVATIONS = {
     "SiLUActivation": "silu",
     "silu": "silu",
 }
+_TRIAL_ERROR = 0.03  # of a tensor's largest entry; bfloat16 rounds each intermediate to 0.004
+
+_given_up: dict[torch.device, str] = {}
+_tried: set[tuple[torch.device, torch.dtype]] = set()
+
+
+@constant_when_compiled
+def _device_reason(device: torch.device) -> str | None:
+    """Why the fused kernels cannot run on a device, None where they can."""
+    return _given_up.get(device) or _unsupported(device)
+
+
+@cache
+def _unsupported(device: torch.device) -> str | None:
+    """The same of what does not change while a process runs."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "the kernels are for CUDA devices"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0"
+    return None
+
+
+@constant_when_compiled
+def _trial_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a trial of the fused kernels on a device failed, None where it gave the numbers it should.
+
+    The first question about a device and dtype tries them, forward and backward, so that a kernel that cannot be built
+    is found out before a backward needs it.
+    """
+    if device in _given_up:
+        return _given_up[device]
+    if (device, dtype) in _tried:
+        return None
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return "they have not been tried yet, and cannot be while a CUDA graph is captured"
+    try:
+        # A thread of its own has none of the caller's autocast, grad mode, saved-tensor hooks and dispatch modes.
+        with ThreadPoolExecutor(1) as pool:
+            error = pool.submit(_trial, device, dtype).result()
+        if not error <= _TRIAL_ERROR:
+            raise ArithmeticError(f"{dtype} results of a trial are off by {error:.2g}")  # noqa: TRY301
+    except Exception as error:  # noqa: BLE001 (whatever it is, torch computes the same)
+        _give_up(device, error)
+        return _given_up[device]
+    _tried.add((device, dtype))
+    return None
+
+
+def _trial(device: torch.device, dtype: torch.dtype) -> float:
+    from .kernels.trial import worst_error  # with triton, which comes only where the kernels run
+
+    with on_device(device):
+        return worst_error(device, dtype)
+
+
+def _give_up(device: torch.device, error: Exception) -> None:
+    """Notes, with one warning, that the kernels fail on a device; they are not tried again there."""
+    reason = f"a kernel failed on {device}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _given_up[device] = reason
+    warnings.warn(
+        f"peft_moe_compat runs without its fused kernels from here on, with the same numbers but slower: {reason}",
+        CompatWarning,
+        stacklevel=3,
+    )
+
+
+def fastest(device: torch.device) -> str:
+    """The backend of layers on a device, as far as the device and `set_backend` decide it."""
+    fused = chosen() in ("auto", "triton") and _device_reason(device) is None
+    return "triton" if fused else device_backend(device)
 
 
 def fused_reason(module: Any, device: torch.device) -> str | None:
     """Why a module's forward does not run in the fused kernels, None where it does; sizes of batches aside."""
-    choice = backends.chosen()
+    choice = chosen()
     if choice not in ("auto", "triton"):
         return f"the backend is set to {choice!r}"
-    if reason := backends.device_reason(device):
+    if reason := _device_reason(device):
         return str(reason)
     if getattr(module, "has_post_expert_norm", False):
         return "a norm follows the experts"
-    names = [families.up_name(module), "down_proj"]
+    names = [up_name(module), "down_proj"]
     for name in names + ([f"{n}_bias" for n in names] if module.has_bias else []):
-        if stored := quantised.stored_format(module, name):
+        if stored := stored_format(module, name):
             return f"{name} is stored as {stored}"
         weight = module._parameters.get(name)
         if weight is None:
@@ -61,7 +139,7 @@ def fused_reason(module: Any, device: torch.device) -> str | None:
         return "the weights are float32, which the kernels are no faster for"
     if math.gcd(*[width for name in names for width in module._parameters[name].shape[1:]]) % 8:
         return "a width is no multiple of 8"
-    if device.type == "cuda" and weight.dtype.itemsize == 2 and (r := backends.trial_reason(device, weight.dtype)):
+    if device.type == "cuda" and weight.dtype.itemsize == 2 and (r := _trial_reason(device, weight.dtype)):
         return str(r)
     return None
 
@@ -84,35 +162,13 @@ def backend_of(module: Any, name: str) -> tuple[str, str]:
     if reason is None:
         return "triton", ""
     reason = "" if device.type == "cpu" else f"no fused kernels: {reason}"
-    weight = module._parameters[name] if quantised.is_plain(module, name) else None  # others as they are dequantised
+    weight = module._parameters[name] if is_plain(module, name) else None  # others as they are dequantised
     if weight is not None and weight.ndim == 3 and not fits_torch(weight):
         return "loop", reason or "its dtype or sizes are not those that torch's grouped products take"
     return device_backend(device), reason
 
 
-class Activation(NamedTuple):
-    """What stands between the up and the down projection, where the kernels know it.
-
-    Attributes:
-        name: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "clamped": gpt-oss's GLU of (alpha, limit).
-        gated: h = act(gate) * up rather than h = act(up).
-        interleaved: The up projection's columns are gate, up, gate, up, ... rather than all gates, then all ups.
-        alpha, limit: Of "clamped" alone.
-    """
-
-    name: str
-    gated: bool
-    interleaved: bool = False
-    alpha: float = 0.0
-    limit: float = 0.0
-
-
-def padded_rank(rank: int) -> int:
-    """What the matrix units want of a contracted or a produced axis: the next power of two, 16 at least."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
-def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
+def _nonlinearity(module: Any) -> Nonlinearity | Callable[[Tensor], Tensor]:
     """What the kernels know by name, or the module's own function of the up projection's rows."""
     act: Any = module._modules.get("act_fn")
     if act is None:  # a plain function
@@ -121,13 +177,13 @@ def _activation(module: Any) -> Activation | Callable[[Tensor], Tensor]:
     if isinstance(act, torch.nn.GELU):
         name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
     if not getattr(module, "has_gate", True):
-        return Activation(name, False) if name else act
+        return Nonlinearity(name, False) if name else act
     cls: Any = type(module)
     home = cls._apply_gate.__module__
     if cls.__name__ in CLAMPED_CLASSES and home.startswith("transformers.models."):
-        return Activation("clamped", True, CLAMPED_CLASSES[cls.__name__], float(module.alpha), float(module.limit))
-    if name and home == families.REGISTRY_MODULE:
-        return Activation(name, True)
+        return Nonlinearity("clamped", True, CLAMPED_CLASSES[cls.__name__], float(module.alpha), float(module.limit))
+    if name and home == REGISTRY_MODULE:
+        return Nonlinearity(name, True)
     own: Callable[[Tensor], Tensor] = module._apply_gate
     return own
 
@@ -136,12 +192,12 @@ def runs_fused(module: Any, hidden_states: Tensor, index: Tensor) -> bool:
     """Whether this forward goes to the fused kernels. Under torch.compile a gate they do not know goes to torch."""
     if not index.numel() or fused_reason(module, hidden_states.device):
         return False
-    return not torch.compiler.is_compiling() or isinstance(_activation(module), Activation)
+    return not torch.compiler.is_compiling() or isinstance(_nonlinearity(module), Nonlinearity)
 
 
 @cache  # the import statement would ask again at every forward
 def _layer() -> Any:
-    from .kernels import layer
+    from .kernels import layer  # with triton
 
     return layer
 
@@ -156,17 +212,17 @@ def run_fused(
         up: Of the up projection.
         read_down: Gives that of the down projection, once the device is busy with the other.
     """
-    activation = _activation(module)
-    if torch.compiler.is_compiling() and isinstance(activation, Activation):
-        from .fused_ops import experts
+    nonlinearity = _nonlinearity(module)
+    if torch.compiler.is_compiling() and isinstance(nonlinearity, Nonlinearity):
+        from .fused_ops import experts  # with triton
 
-        return experts(activation, routed, up, read_down())
+        return experts(nonlinearity, routed, up, read_down())
     layer, device = _layer(), routed[0].device
     try:
-        with backends.on_device(device):
+        with on_device(device):
             of = layer.Projection.of
-            out: Tensor = layer.fused_experts(activation, *routed, of(*up), lambda: of(*read_down()))
+            out: Tensor = layer.fused_experts(nonlinearity, *routed, of(*up), lambda: of(*read_down()))
             return out
-    except backends.triton_errors() as error:
-        backends.give_up(device, error)
+    except layer.LAUNCH_ERRORS as error:
+        _give_up(device, error)
         return None

@@ -1,4 +1,4 @@
-"""The fused layer as operators for torch.compile; apart, because registering them imports triton where it is.
+"""The fused layer as operators for torch.compile. Imports triton, so it is itself imported where the kernels run.
 
 What the backward needs of the forward are outputs of the operator, so that nothing but them and its inputs is kept.
 The routed rows are sorted again there, which costs less than keeping the tables in the graph.
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..layout import Factor
-from . import backend as backends
-from .fused import Activation, HeldProjection, padded_rank
+from .kernels.interface import HeldProjection, Nonlinearity, on_device, padded_rank
+from .kernels.layer import Passed, Projection, backward_pass, forward_pass, fused_experts, routing
 
 __all__ = ["experts"]
 
 
-# What all three take: the base; the tensors of the factors, and what else is in each; the fields of `Activation`.
+# What all three take: the base; the tensors of the factors, and what else is in each; the fields of `Nonlinearity`.
 _TENSORS = (
     "Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
     "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
@@ -27,29 +27,25 @@ _SCALARS = "SymInt[] places, float[] scalings, str name, bool gated, bool interl
 _NUM_TENSORS = 11
 
 
-def _parts(inputs: tuple[Any, ...]) -> tuple[Activation, Tensor, Tensor, Tensor, Any, Any]:
-    """The activation, hidden, index, weights, and `Projection` up and down."""
-    from .kernels.layer import Projection
-
+def _parts(inputs: tuple[Any, ...]) -> tuple[Nonlinearity, Tensor, Tensor, Tensor, Any, Any]:
+    """The nonlinearity, hidden, index, weights, and `Projection` up and down."""
     hidden, index, weights = inputs[:3]
-    places, scalings, *activation = inputs[_NUM_TENSORS:]
+    places, scalings, *nonlinearity = inputs[_NUM_TENSORS:]
     factors = [
         None if tensor is None else Factor(tensor, *places[4 * i : 4 * i + 4], scalings[i])  # type: ignore[call-arg]
         for i, tensor in enumerate(inputs[7:_NUM_TENSORS])
     ]
     up, down = Projection(*inputs[3:5], *factors[:2]), Projection(*inputs[5:7], *factors[2:])
-    return Activation(*activation), hidden.contiguous(), index, weights.contiguous(), up, down
+    return Nonlinearity(*nonlinearity), hidden.contiguous(), index, weights.contiguous(), up, down
 
 
 @torch.library.custom_op(
     "peft_moe_compat::experts_inference", mutates_args=(), schema=f"({_TENSORS}, {_SCALARS}) -> Tensor"
 )
 def _inference(*inputs: Any) -> Tensor:
-    from .kernels.layer import fused_experts
-
-    activation, hidden, index, weights, up, down = _parts(inputs)
-    with torch.no_grad(), backends.on_device(hidden.device):
-        return fused_experts(activation, hidden, index, weights, up, lambda: down)
+    nonlinearity, hidden, index, weights, up, down = _parts(inputs)
+    with torch.no_grad(), on_device(hidden.device):
+        return fused_experts(nonlinearity, hidden, index, weights, up, lambda: down)
 
 
 @_inference.register_fake
@@ -64,12 +60,10 @@ def _(hidden: Tensor, *_: object) -> Tensor:
 )
 def _training(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, and `Passed`: the up projection's rows, and its and the down projection's products with lora_A)."""
-    from .kernels.layer import forward_pass, routing
-
-    activation, hidden, index, weights, up, down = _parts(inputs)
-    with backends.on_device(hidden.device):
+    nonlinearity, hidden, index, weights, up, down = _parts(inputs)
+    with on_device(hidden.device):
         where = routing(index, up.weight.shape[0])
-        out, passed, _, _ = forward_pass(activation, hidden, weights, where, up, lambda: down)
+        out, passed, _, _ = forward_pass(nonlinearity, hidden, weights, where, up, lambda: down)
     low_up, low_down = (hidden.new_empty(0) if low is None else low for low in passed[1:])
     return out, passed.up, low_up, low_down
 
@@ -91,15 +85,13 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 )
 def _backward(dout: Tensor, passed_up: Tensor, low_up: Tensor, low_down: Tensor, *inputs: Any) -> list[Tensor]:
     """Gradients of the hidden states, the routing weights and the factors that are there."""
-    from .kernels.layer import Passed, backward_pass, routing
-
-    activation, hidden, index, weights, up, down = _parts(inputs)
+    nonlinearity, hidden, index, weights, up, down = _parts(inputs)
     # The backward overwrites the up projection's rows, which the graph may still hold.
     passed = Passed(passed_up.clone(), None if up.A is None else low_up, None if down.A is None else low_down)
     wanted = up.A, up.B, down.A, down.B
-    with torch.no_grad(), backends.on_device(hidden.device):
+    with torch.no_grad(), on_device(hidden.device):
         where, (up, down) = routing(index, up.weight.shape[0]), (p.ready(index.numel()) for p in (up, down))
-        found = backward_pass(activation, dout, hidden, weights, where, passed, up, down, wanted, True)
+        found = backward_pass(nonlinearity, dout, hidden, weights, where, passed, up, down, wanted, True)
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
@@ -125,7 +117,7 @@ def _differentiate(ctx: Any, dout: Tensor, *_: object) -> tuple[Any, ...]:
 _training.register_autograd(_differentiate, setup_context=_setup)
 
 
-def experts(activation: Activation, routed: tuple[Tensor, ...], up: HeldProjection, down: HeldProjection) -> Tensor:
+def experts(nonlinearity: Nonlinearity, routed: tuple[Tensor, ...], up: HeldProjection, down: HeldProjection) -> Tensor:
     """The layer's output, differentiable in hidden states, routing weights and LoRA factors where one of them trains.
 
     Args:
@@ -135,7 +127,7 @@ def experts(activation: Activation, routed: tuple[Tensor, ...], up: HeldProjecti
     tensors = [None if factor is None else factor.tensor for factor in factors]
     places = [size for factor in factors for size in ((0, 0, 0, 0) if factor is None else factor[1:5])]
     scalings = [1.0 if factor is None else factor.scaling for factor in factors]
-    arguments = (*routed, *up[:2], *down[:2], *tensors, places, scalings, *activation)
+    arguments = (*routed, *up[:2], *down[:2], *tensors, places, scalings, *nonlinearity)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (routed[0], routed[2], *tensors)):
         out: Tensor = _training(*arguments)[0]
         return out

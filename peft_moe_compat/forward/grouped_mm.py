@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backend import chosen
 
-__all__ = ["Gather", "alignment", "backend_for", "device_backend", "fits_torch", "grouped_mm"]
+__all__ = ["Gather", "alignment", "backend_for", "device_backend", "fits_torch", "grouped_mm", "multiply"]
 
 _ALIGNMENT_BYTES = 16
 # Public, and promised for more than bfloat16, from torch 2.10 on.
@@ -38,13 +39,6 @@ def device_backend(device: torch.device) -> str:
     return "torch" if device.type == "cpu" else "loop"
 
 
-def _starts_aligned(tensor: Tensor) -> bool:
-    try:
-        return tensor.data_ptr() % _ALIGNMENT_BYTES == 0
-    except RuntimeError:  # of torch.func, which batches gradients: one without an address
-        return True
-
-
 def backend_for(*operands: Tensor) -> str:
     """The backend for operands of one dtype: `"torch"`, or `"loop"`, a product per expert.
 
@@ -59,7 +53,8 @@ def fits_torch(*operands: Tensor) -> bool:
     dtype = operands[0].dtype
     unit = alignment(dtype)
     return dtype in _TORCH_DTYPES and all(
-        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and _starts_aligned(t) for t in operands
+        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and t.data_ptr() % _ALIGNMENT_BYTES == 0
+        for t in operands
     )
 
 
@@ -71,7 +66,7 @@ def _with_unit_stride(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-def _multiply(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """x "S in", weight "E in out" -> "S out"."""
     if backend_for(x, weight) == "torch":
         result: Tensor = _torch_grouped_mm(x.contiguous(), _with_unit_stride(weight), offs=offs)
@@ -103,7 +98,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
 # applies the bfloat16-only rule of torch's own fake kernel.
 @torch.library.custom_op("peft_moe_compat::grouped_mm", mutates_args=())
 def _multiply_op(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    return _multiply(x, weight, offs)
+    return multiply(x, weight, offs)
 
 
 @_multiply_op.register_fake
@@ -127,38 +122,18 @@ class _GroupedMM(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         # A frozen weight needs no x, and a constant x no weight: neither is then kept alive.
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, offs)
-        return (_multiply_op if torch.compiler.is_compiling() else _multiply)(x, weight, offs)
+        return (_multiply_op if torch.compiler.is_compiling() else multiply)(x, weight, offs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, offs = ctx.saved_tensors
-        dx = dw = None
-        multiply: Any = _multiply
-        outer: Any = _weight_gradient
+        product, outer = multiply, _weight_gradient
         if torch.compiler.is_compiling():
-            multiply, outer = _multiply_op, _weight_gradient_op
-        elif torch.is_grad_enabled():  # a gradient that is differentiated itself
-            multiply, outer = _GroupedMM.apply, _GroupedOuter.apply
-        if weight is not None:
-            dx = multiply(grads[0], weight.transpose(1, 2), offs)
-        if x is not None:
-            dw = outer(x, grads[0], offs)
+            product, outer = _multiply_op, _weight_gradient_op
+        dx = None if weight is None else product(dy, weight.transpose(1, 2), offs)
+        dw = None if x is None else outer(x, dy, offs)
         return dx, dw, None
-
-
-class _GroupedOuter(torch.autograd.Function):
-    """`_weight_gradient`, differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
-        ctx.save_for_backward(x, dy, offs)
-        return _weight_gradient(x, dy, offs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        x, dy, offs = ctx.saved_tensors
-        multiply: Any = _GroupedMM.apply
-        return multiply(dy, grads[0].transpose(1, 2), offs), multiply(x, grads[0], offs), None
 
 
 class Gather(NamedTuple):
@@ -177,7 +152,7 @@ class Gather(NamedTuple):
 # hidden states, from forward to backward. An autograd function that gathers again does not help, the two are merged.
 @torch.library.custom_op("peft_moe_compat::gathered_grouped_mm", mutates_args=())
 def _gathered_multiply_op(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
-    return _multiply(x[order // k], weight, offs)
+    return multiply(x[order // k], weight, offs)
 
 
 @_gathered_multiply_op.register_fake
@@ -187,7 +162,7 @@ def _(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
 
 @torch.library.custom_op("peft_moe_compat::gathered_grouped_mm_gradient", mutates_args=())
 def _gathered_gradient_op(dy: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
-    rows = _multiply(dy, weight.transpose(1, 2), offs)
+    rows = multiply(dy, weight.transpose(1, 2), offs)
     here = torch.arange(order.shape[0], device=order.device) < offs[-1]
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
@@ -229,7 +204,7 @@ class _GatheredGroupedMM(torch.autograd.Function):
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, gather: Gather | None = None) -> Tensor:
-    """Multiplies each group of rows with its own matrix; differentiable in `x` and `weight`.
+    """Multiplies each group of rows with its own matrix; differentiable once, in `x` and `weight`.
 
     Args:
         x: "S in", rows sorted by group; cast to the dtype of `weight`, since the product is not autocast-enabled.

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ..errors import LayoutError, PeftMoeCompatError
 from ..layout import ExpertLora, FlatLora
-from ..model import experts as families
-from ..model import weights as quantised
-from .fused import HeldProjection, run_fused, runs_fused
+from ..model.experts import is_transposed, up_name
+from ..model.weights import read, refuse_leftovers
+from .frozen import grouped_mm_of
+from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
+from .kernels.interface import HeldProjection
 
 __all__ = ["experts_forward"]
 
@@ -53,7 +55,7 @@ def _weight(
 
     A quantised weight that has no dtype of its own takes that of `hidden_states`, or autocast's.
     """
-    weight = quantised.read(module, name, hidden_states)  # once: a quantised weight is computed at each access
+    weight = read(module, name, hidden_states)  # once: a quantised weight is computed at each access
     if not transposed:
         weight = weight.mT  # "E out in -> E in out"
     num_experts, read_in, out_features = weight.shape
@@ -67,7 +69,7 @@ def _weight(
         if not (lora.has_data() or hidden_states.is_meta):
             raise PeftMoeCompatError(_LORA_WITHOUT_DATA.format(name))
         lora.check(num_experts, out_features, in_features, f"{type(module).__name__}.{name}")
-        quantised.refuse_leftovers(module, name)
+        refuse_leftovers(module, name)
     return weight
 
 
@@ -88,7 +90,7 @@ def _project(
     "T in", and its rows are taken from it.
     """
     weight, bias, lora = held
-    y = quantised.grouped_mm_of(x, weight, offs, gather, module, name, transposed)
+    y = grouped_mm_of(x, weight, offs, gather, module, name, transposed)
     if lora is not None:
         if widen and y.dtype.itemsize < 4:
             y = y.float()
@@ -123,8 +125,8 @@ def experts_forward(
         LayoutError: Factors that do not fit their weight.
     """
     T, k = top_k_index.shape
-    up_name = families.up_name(module)
-    E, transposed = module.num_experts, bool(families.is_transposed(module))
+    up_proj = up_name(module)
+    E, transposed = module.num_experts, bool(is_transposed(module))
     if top_k_weights.shape != top_k_index.shape:
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
 
@@ -133,9 +135,9 @@ def experts_forward(
         weight = _weight(module, name, transposed, in_features, lora, hidden_states)
         return weight, getattr(module, f"{name}_bias") if module.has_bias else None, lora
 
-    held_up = held(up_name, hidden_states.shape[1])
+    held_up = held(up_proj, hidden_states.shape[1])
     if runs_fused(module, hidden_states, top_k_index):
-        intermediate = held_up[0].shape[2] // (2 if up_name == "gate_up_proj" else 1)
+        intermediate = held_up[0].shape[2] // (2 if up_proj == "gate_up_proj" else 1)
         routed = hidden_states, top_k_index, top_k_weights
         fused = run_fused(module, routed, held_up, lambda: held("down_proj", intermediate))
         if fused is not None:
@@ -155,10 +157,10 @@ def experts_forward(
         x, gather = _without(hidden_states[order // k], elsewhere), None
     # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
     # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
-    up = _project(x, module, up_name, held_up, offs, expert_ids, transposed, True, gather)
+    up = _project(x, module, up_proj, held_up, offs, expert_ids, transposed, True, gather)
     up = _without(up, elsewhere)
     del held_up
-    h = module._apply_gate(up) if up_name == "gate_up_proj" else module.act_fn(up)
+    h = module._apply_gate(up) if up_proj == "gate_up_proj" else module.act_fn(up)
     held_down = held("down_proj", h.shape[1])
     down = _project(h, module, "down_proj", held_down, offs, expert_ids, transposed, False)
     down = _without(down, elsewhere)

@@ -26,7 +26,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 import peft_moe_compat
 from peft_moe_compat import CompatWarning, ExpertLora
-from peft_moe_compat.forward import backend as backends
 from peft_moe_compat.forward import fused
 from peft_moe_compat.forward import fused_ops as operators
 from peft_moe_compat.forward.kernels import gemm, layer
@@ -35,6 +34,7 @@ from peft_moe_compat.forward.kernels.factors import packed, unpacked
 from peft_moe_compat.forward.kernels.routing import route
 from peft_moe_compat.forward.layer import experts_forward
 from peft_moe_compat.layout import flat
+from peft_moe_compat.model.experts import REGISTRY_MODULE
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -68,7 +68,7 @@ def concatenated(module):
         gate, up = rows.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
-    _apply_gate.__module__ = fused.families.REGISTRY_MODULE
+    _apply_gate.__module__ = REGISTRY_MODULE
     module.__class__ = type("Concatenated", (type(module),), {"_apply_gate": _apply_gate})
     return module
 
@@ -426,7 +426,7 @@ def test_a_kernel_that_does_not_compile_is_given_up_once(monkeypatch):
         raise OutOfResources(2**20, 2**17, "shared memory")
 
     monkeypatch.setattr(layer, "fused_experts", fails)
-    monkeypatch.setattr(backends, "_given_up", {})
+    monkeypatch.setattr(fused, "_given_up", {})
     with pytest.warns(CompatWarning, match="shared memory"):
         found = experts_forward(experts, loras, *arguments)
     compare(found.cpu(), expected.cpu(), 2e-5)
@@ -437,24 +437,24 @@ def test_a_kernel_that_does_not_compile_is_given_up_once(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16], ids=str)
 def test_the_kernels_are_tried_once(monkeypatch, dtype):
     tries = []
-    monkeypatch.setattr(backends, "_tried", set())
-    monkeypatch.setattr(backends, "_trial", lambda *key, trial=backends._trial: tries.append(trial(*key)) or tries[-1])
+    monkeypatch.setattr(fused, "_tried", set())
+    monkeypatch.setattr(fused, "_trial", lambda *key, trial=fused._trial: tries.append(trial(*key)) or tries[-1])
     device = torch.zeros(0, device=DEVICE).device
     with torch.no_grad(), torch.autocast(DEVICE.type, dtype):  # of no effect on the trial
-        assert backends.trial_reason(device, dtype) is None
-        assert backends.trial_reason(device, dtype) is None
+        assert fused._trial_reason(device, dtype) is None
+        assert fused._trial_reason(device, dtype) is None
     assert len(tries) == 1
     assert tries[0] < 0.015
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan")])
 def test_kernels_that_give_other_numbers_are_given_up(monkeypatch, wrong):
-    monkeypatch.setattr(backends, "_tried", set())
-    monkeypatch.setattr(backends, "_given_up", {})
-    monkeypatch.setattr(backends, "_trial", lambda *_: wrong)
+    monkeypatch.setattr(fused, "_tried", set())
+    monkeypatch.setattr(fused, "_given_up", {})
+    monkeypatch.setattr(fused, "_trial", lambda *_: wrong)
     with pytest.warns(CompatWarning, match="are off by"):
-        assert "are off by" in backends.trial_reason(DEVICE, torch.float16)
-    assert "are off by" in backends.trial_reason(DEVICE, torch.float16)  # no second warning: it would be an error
+        assert "are off by" in fused._trial_reason(DEVICE, torch.float16)
+    assert "are off by" in fused._trial_reason(DEVICE, torch.float16)  # no second warning: it would be an error
 
 
 @pytest.mark.parametrize(("rows", "E"), [(6, 5), (40, 2), (300, 2)], ids=str)
@@ -515,4 +515,4 @@ def test_auto_takes_the_kernels_in_half_precision():
             experts = Experts(3, 16, 8, gated=True, transposed=False, biased=False, dtype=dtype)
             found = fused.fused_reason(experts.requires_grad_(False).to(DEVICE), DEVICE)
             assert found is None if reason is None else reason in found
-        assert backends.fastest(DEVICE) == "triton"
+        assert fused.fastest(DEVICE) == "triton"

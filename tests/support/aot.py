@@ -18,10 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from peft_moe_compat import layout
-from peft_moe_compat.forward.fused import Activation
 from peft_moe_compat.forward.kernels import activation, decode, gemm, gradients, layer, routing, rows
 from peft_moe_compat.forward.kernels import factors as _factors
 from peft_moe_compat.forward.kernels.common import fitting
+from peft_moe_compat.forward.kernels.interface import Nonlinearity
 from peft_moe_compat.forward.kernels.launch import Kernel
 
 TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
@@ -128,7 +128,7 @@ def launched():
             for factor in (*of_up[2:4], *of_down[2:4]):
                 factor.tensor.requires_grad_(grad)
             routed = hidden, index, weights
-            out = layer.fused_experts(Activation("silu", True), *routed, of_up, lambda of_down=of_down: of_down)
+            out = layer.fused_experts(Nonlinearity("silu", True), *routed, of_up, lambda of_down=of_down: of_down)
             if grad:
                 out.sum().backward()
     modules = activation, decode, _factors, gemm, gradients, routing, rows

@@ -1,4 +1,4 @@
-"""The fused forward and backward in Triton. Nothing else imports triton; `backends` decides when this is imported.
+"""The fused forward and backward in Triton. Nothing else imports triton; `forward.fused` says when its modules are.
 
 The layer, in the order of computation (S routed rows sorted by expert; R the rank padded for the matrix units):
 
@@ -8,4 +8,5 @@ The layer, in the order of computation (S routed rows sorted by expert; R the ra
     activation   h = act(gate) * up and u = h A^T in one pass; its backward in place, with <h, dh> and dy (scaling B)
     gradients    of lora_A and lora_B: one pass over the rows, gathered again where they were never kept
     layer        the autograd function that ties them together
+    interface    what these and those above tell each other; imports no triton
 """

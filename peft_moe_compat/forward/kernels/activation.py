@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fused import Activation, padded_rank
 from .common import Config, Factor, dot_precision, factor_tile, fitting, roomy, tile_rows
+from .interface import Nonlinearity, padded_rank
 from .launch import kernel
 from .routing import Route, Tiles
 
@@ -72,7 +72,7 @@ def _act(x, NAME: tl.constexpr):
 
 @triton.jit
 def _gate(g, u, alpha, limit, NAME: tl.constexpr):
-    """h, dh/dg and dh/du of a gated activation."""
+    """h, dh/dg and dh/du of a gated nonlinearity."""
     if NAME == "clamped":
         inside_g = (g <= limit).to(tl.float32)
         inside_u = ((u >= -limit) & (u <= limit)).to(tl.float32)
@@ -141,7 +141,9 @@ def _parts(tiles: Tiles) -> tuple[int, int]:
     return block, tiles.block // block
 
 
-def activate(up: Tensor, activation: Activation, route: Route, factor: Factor | None) -> tuple[Tensor, Tensor | None]:
+def activate(
+    up: Tensor, nonlinearity: Nonlinearity, route: Route, factor: Factor | None
+) -> tuple[Tensor, Tensor | None]:
     """The activation of every row, and its product with the expert's factor.
 
     Args:
@@ -151,7 +153,7 @@ def activate(up: Tensor, activation: Activation, route: Route, factor: Factor | 
     Returns:
         h "S I" and h @ factor^T "S R" (None without a factor).
     """
-    S, I = up.shape[0], up.shape[1] // (2 if activation.gated else 1)
+    S, I = up.shape[0], up.shape[1] // (2 if nonlinearity.gated else 1)
     h = up.new_empty(S, I)
     R = padded_rank(factor.rank) if factor else 0
     low = up.new_empty(S, R) if factor else None
@@ -159,9 +161,9 @@ def activate(up: Tensor, activation: Activation, route: Route, factor: Factor | 
     block, parts = _parts(tiles)
     _activate(
         (tiles.limit * parts, 1, 1), up, h, low if factor else h, route.offs, tiles.table, I,
-        activation.alpha, activation.limit,
+        nonlinearity.alpha, nonlinearity.limit,
         *(factor or (h, 0, 0, 0, 0, 1.0)),
-        R=R, NAME=activation.name, GATED=activation.gated, INTERLEAVED=activation.interleaved,
+        R=R, NAME=nonlinearity.name, GATED=nonlinearity.gated, INTERLEAVED=nonlinearity.interleaved,
         BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -230,7 +232,7 @@ def _backward(
 def activate_backward(
     up: Tensor,
     dh: Tensor,
-    activation: Activation,
+    nonlinearity: Nonlinearity,
     route: Route,
     weights: Tensor,
     factor: Factor | None,
@@ -261,9 +263,10 @@ def activate_backward(
     _backward(
         (tiles.limit * parts, 1, 1), up, dh, low if factor else up, dweights,
         dots if dots is not None else dweights, weights, route.order, route.offs, tiles.table, I,
-        activation.alpha, activation.limit,
+        nonlinearity.alpha, nonlinearity.limit,
         *(factor or (up, 0, 0, 0, 0, 1.0)),
-        R=R, DOTS=dots is not None, NAME=activation.name, GATED=activation.gated, INTERLEAVED=activation.interleaved,
+        R=R, DOTS=dots is not None,
+        NAME=nonlinearity.name, GATED=nonlinearity.gated, INTERLEAVED=nonlinearity.interleaved,
         WAIT=I % 16 != 0, BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

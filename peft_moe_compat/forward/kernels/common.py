@@ -18,7 +18,6 @@ __all__ = [
     "dot_precision",
     "factor_tile",
     "fitting",
-    "next_power",
     "roomy",
     "tile_rows",
 ]
@@ -57,11 +56,6 @@ def fitting(config: Config, R: int, dtype: torch.dtype, room: bool) -> Config:
 
 def cdiv(n: int, unit: int) -> int:
     return -(-n // unit)
-
-
-def next_power(n: int, least: int = 1) -> int:
-    """The next power of two."""
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fused import Activation, padded_rank
 from .activation import _act, _gate
-from .common import Factor, cdiv, factor_tile, next_power
+from .common import Factor, cdiv, factor_tile
+from .interface import Nonlinearity, next_power, padded_rank
 from .launch import kernel
 
 __all__ = ["MOST_ROWS", "few_rows"]
@@ -148,7 +148,7 @@ def _products(source: Tensor, index: Tensor, k: int, num_experts: int, factor: F
     return low
 
 
-def few_rows(activation: Activation, hidden: Tensor, index: Tensor, weights: Tensor, up: Any, down: Any) -> Tensor:
+def few_rows(nonlinearity: Nonlinearity, hidden: Tensor, index: Tensor, weights: Tensor, up: Any, down: Any) -> Tensor:
     """The layer's output, without what a backward would need.
 
     Args:
@@ -164,10 +164,10 @@ def few_rows(activation: Activation, hidden: Tensor, index: Tensor, weights: Ten
     tile = _tile(up.weight)
     _up(
         (T * k, cdiv(I, tile["BLOCK_N"]), 1), hidden, up.weight, h, low, hidden if up.bias is None else up.bias,
-        index, H, I, k, E, activation.alpha, activation.limit, *up.weight.stride(),
+        index, H, I, k, E, nonlinearity.alpha, nonlinearity.limit, *up.weight.stride(),
         *(up.B or nothing),
-        R=low.shape[1] if up.B else 0, BIAS=up.bias is not None, NAME=activation.name, GATED=activation.gated,
-        INTERLEAVED=activation.interleaved, **tile, num_warps=4,
+        R=low.shape[1] if up.B else 0, BIAS=up.bias is not None, NAME=nonlinearity.name, GATED=nonlinearity.gated,
+        INTERLEAVED=nonlinearity.interleaved, **tile, num_warps=4,
     )  # fmt: skip
     low = _products(h, index, 1, E, down.A)
     out = hidden.new_empty(T, H)

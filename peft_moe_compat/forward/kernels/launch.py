@@ -6,11 +6,15 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Kernel", "kernel"]
+__all__ = ["LAUNCH_ERRORS", "Kernel", "kernel"]
 
+# What triton raises where a kernel cannot be compiled for a device or does not fit it.
+LAUNCH_ERRORS = CompilationError, OutOfResources, PTXASError
 
 # How triton 3.6 is launched without two calls back into Python; any other goes the public way.
 _DIRECT = triton.__version__.startswith("3.6.")

@@ -16,18 +16,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...layout import ExpertLora, FlatLora
-from ..fused import Activation
-from . import activation
-from . import custom_activation as unfused
+from . import activation, custom_activation
 from .common import Factor
 from .decode import MOST_ROWS, few_rows
 from .factors import packed
 from .gemm import grouped_linear
 from .gradients import factor_gradient
+from .interface import Nonlinearity
+from .launch import LAUNCH_ERRORS
 from .routing import Route, Tiles, route
 from .rows import combine, gather
 
 __all__ = [
+    "LAUNCH_ERRORS",
     "Passed",
     "Projection",
     "backward_pass",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-ActivationOf = Activation | Callable[[Tensor], Tensor]
+ActivationOf = Nonlinearity | Callable[[Tensor], Tensor]
 
 
 class Projection(NamedTuple):
@@ -66,7 +67,7 @@ class Projection(NamedTuple):
 
 
 def _kernels(function: ActivationOf) -> Any:
-    return activation if isinstance(function, Activation) else unfused
+    return activation if isinstance(function, Nonlinearity) else custom_activation
 
 
 def _tile_sizes(S: int, E: int) -> tuple[int, int]:
@@ -226,7 +227,7 @@ def fused_experts(
         "T H" in the dtype of `hidden`.
     """
     hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
-    if top_k_index.numel() <= MOST_ROWS and isinstance(function, Activation):
+    if top_k_index.numel() <= MOST_ROWS and isinstance(function, Nonlinearity):
         read_down = cache(read_down)  # read once, also where it turns out that something trains
         down = read_down()
         if not _any_trains(_leaves(hidden, top_k_weights, up, down)):

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, next_power
+from .common import cdiv
+from .interface import next_power
 from .launch import kernel
 
 __all__ = ["Route", "Tiles", "route"]

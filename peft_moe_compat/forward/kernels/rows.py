@@ -6,8 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..fused import padded_rank
-from .common import Config, Factor, cdiv, dot_precision, factor_tile, fitting, next_power, roomy, tile_rows
+from .common import Config, Factor, cdiv, dot_precision, factor_tile, fitting, roomy, tile_rows
+from .interface import next_power, padded_rank
 from .launch import kernel
 from .routing import Route
 

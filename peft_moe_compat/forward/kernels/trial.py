@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...layout import ExpertLora
-from ..fused import Activation
+from .interface import Nonlinearity
 from .layer import Projection, fused_experts
 
 __all__ = ["worst_error"]
@@ -43,7 +43,7 @@ def worst_error(device: torch.device, dtype: torch.dtype) -> float:
     hidden, weights = (8 * draw(_T, _H)).requires_grad_(), draw(_T, _K).abs().requires_grad_()
     leaves = [hidden, weights, *loras]
 
-    function = Activation("silu", True)
+    function = Nonlinearity("silu", True)
     of_up = Projection.of(up, None, ExpertLora(loras[0], loras[1], _SCALING))
     of_down = Projection.of(down, None, ExpertLora(loras[2], loras[3], _SCALING))
     found = fused_experts(function, hidden, index, weights, of_up, lambda: of_down)
