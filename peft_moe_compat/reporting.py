@@ -15,11 +15,12 @@ from torch import nn
 from .errors import CompatWarning
 from .families import PACKED_CLASSES
 from .forward.fused import backend_of
-from .model import experts as families
-from .model import sharding as parallel
-from .model import weights as quantised
+from .model.experts import is_transposed, routed_experts, stored_shape, strip_base_layer
+from .model.sharding import exchanges_tokens
+from .model.weights import format_of, stored_format, unreadable_reason
 from .model.wrappers import active_adapters, is_param_wrapper, native_reason
 from .patching.activation import inactive_reason
+from .reasons import Reason, because
 from .releases import installed_versions, newer_than_tested
 
 __all__ = ["AdapterRow", "ExpertsRow", "ParameterRow", "Report", "report"]
@@ -40,8 +41,8 @@ class AdapterRow:
 class ParameterRow:
     """One expert parameter: its stored shape, and the path its forward takes.
 
-    `path` is "grouped_mm" (this library), "peft" (PEFT's own forward, for `reason`) or "base" (no adapter at work, for
-    `reason`). Of "grouped_mm" `reason` says why no faster backend runs.
+    `path` is "grouped_mm" (this library), "peft" (PEFT's own forward) or "base" (no adapter at work). `reasons` say
+    why; of "grouped_mm", why no faster backend runs. `reason` has them in words.
     `backend`, where `path` is "grouped_mm", is what computes it on the device it is on: "triton", "torch" or "loop".
     `format` is what the weight is quantised to, such as "bnb nf4"; empty for a plain one.
     """
@@ -50,10 +51,18 @@ class ParameterRow:
     shape: tuple[int, ...]
     wrapped: bool
     path: str
-    reason: str
+    reasons: tuple[Reason, ...]
     adapters: tuple[AdapterRow, ...] = ()
     backend: str = ""
     format: str = ""
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(map(str, self.reasons))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of the reasons, the words and the codes."""
+        return asdict(self) | {"reason": self.reason, "reasons": [reason.code for reason in self.reasons]}
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ class Report:
     untested: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        rows = [asdict(row) | {"parameters": [p.to_dict() for p in row.parameters]} for row in self.rows]
+        return asdict(self) | {"rows": rows}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -148,27 +158,28 @@ def _adapter_row(wrapper: Any, name: str) -> AdapterRow:
 
 
 def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> ParameterRow:
-    shape = families.stored_shape(experts, name) or ()
-    stored = quantised.stored_format(experts, name)
+    shape = stored_shape(experts, name) or ()
+    row = format_of(experts, name)
+    stored = stored_format(experts, name)
     if wrapper is None:
-        packed = type(experts).__name__ in PACKED_CLASSES
-        reason = quantised.unreadable_reason(experts, name) if packed else "not wrapped by PEFT"
-        return ParameterRow(name, shape, False, "base", reason, format=stored)
+        packed = unreadable_reason(experts, name) if type(experts).__name__ in PACKED_CLASSES else None
+        return ParameterRow(name, shape, False, "base", (packed or because("not_wrapped"),), format=stored)
     adapters = tuple(_adapter_row(wrapper, adapter) for adapter in wrapper.lora_A)
-    if wrapper.disable_adapters or wrapper.merged:
-        merged = "adapters are merged, but a merge into a quantised weight is lost; unmerge them"
-        merged = merged if stored else "adapters are merged into the weight"
-        reason = "adapters are disabled" if wrapper.disable_adapters else merged
-        return ParameterRow(name, shape, True, "base", reason, adapters, format=stored)
-    if not active_adapters(wrapper):
-        return ParameterRow(name, shape, True, "base", "none of its adapters is active", adapters, format=stored)
-    reason = inactive_reason() or native_reason(wrapper) or ""
-    if reason:
-        refused = "refused, since its experts are spread over ranks" if parallel.exchanges_tokens(experts) else ""
-        reason = "; ".join(filter(None, (reason, refused, quantised.peft_caveat(stored))))
-        return ParameterRow(name, shape, True, "peft", reason, adapters, format=stored)
+    idle = None
+    if wrapper.disable_adapters:
+        idle = because("disabled")
+    elif wrapper.merged:
+        idle = because("merge_lost" if stored else "merged")
+    elif not active_adapters(wrapper):
+        idle = because("none_active")
+    if idle is not None:
+        return ParameterRow(name, shape, True, "base", (idle,), adapters, format=stored)
+    if reason := inactive_reason() or native_reason(wrapper):
+        refused = because("refused_spread") if exchanges_tokens(experts) else None
+        reasons = tuple(each for each in (reason, refused, row.caveat if row else None) if each is not None)
+        return ParameterRow(name, shape, True, "peft", reasons, adapters, format=stored)
     backend, reason = backend_of(experts, name)
-    return ParameterRow(name, shape, True, "grouped_mm", reason, adapters, backend, stored)
+    return ParameterRow(name, shape, True, "grouped_mm", (reason,) if reason else (), adapters, backend, stored)
 
 
 def report(model: nn.Module) -> Report:
@@ -191,16 +202,16 @@ def report(model: nn.Module) -> Report:
         base, parameter = wrapper.get_base_layer(), wrapper.parameter_name
         if wrappers.setdefault(id(base), {}).setdefault(parameter, wrapper) is not wrapper:
             twice.append(f"{type(base).__name__}.{parameter}")
-    experts = {id(m): (name, m, names) for name, m, names in families.routed_experts(model)}
+    experts = {id(m): (name, m, names) for name, m, names in routed_experts(model)}
     for name, other in model.named_modules():  # whatever else PEFT put a ParamWrapper around
         if id(other) in wrappers:
-            experts.setdefault(id(other), (families.strip_base_layer(name), other, ()))
+            experts.setdefault(id(other), (strip_base_layer(name), other, ()))
     rows = []
     for key, (name, module, names) in experts.items():
         chain = wrappers.get(key, {})
         extra = tuple(sorted(set(chain) - set(names)))
         parameters = tuple(_parameter_row(module, n, chain.get(n)) for n in names + extra)
-        rows.append(ExpertsRow(name, type(module).__name__, families.is_transposed(module), parameters))
+        rows.append(ExpertsRow(name, type(module).__name__, is_transposed(module), parameters))
     found = list(_complaints(rows, any(hasattr(m, "lora_A") for m in model.modules())))
     if twice:
         found.append(

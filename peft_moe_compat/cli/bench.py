@@ -23,7 +23,7 @@ from ..forward.backend import set_backend
 from ..forward.fused import backend_of
 from ..forward.grouped_mm import alignment
 from ..model.wrappers import experts_of
-from ..patching import activation as patch
+from ..patching import activation
 from .folders import check_writable, writing
 
 __all__ = ["Row", "Settings", "Shape", "run", "shape_of_config", "token_counts"]
@@ -218,18 +218,18 @@ def _peak_mib(step: Callable[[], None], device: str) -> float:
 @contextlib.contextmanager
 def _active(wanted: bool) -> Iterator[None]:
     """The package active, or not, whatever it was before."""
-    was = patch.is_active()
+    was = activation.is_active()
     if wanted:
-        patch.activate()
+        activation.activate()
     else:
-        patch.deactivate()
+        activation.deactivate()
     try:
         yield
     finally:
         if was:
-            patch.activate()
+            activation.activate()
         else:
-            patch.deactivate()
+            activation.deactivate()
 
 
 def _measure(layer: _Layer) -> Iterator[Row]:

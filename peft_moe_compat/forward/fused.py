@@ -19,6 +19,7 @@ from ..families import CLAMPED_CLASSES
 from ..model.dynamo import constant_when_compiled
 from ..model.experts import REGISTRY_MODULE, up_name
 from ..model.weights import is_plain, stored_format
+from ..reasons import Reason, because
 from .backend import chosen
 from .grouped_mm import device_backend, fits_torch
 from .kernels.interface import HeldProjection, Nonlinearity, on_device
@@ -40,32 +41,32 @@ _ACTIVATIONS = {
 }
 _TRIAL_ERROR = 0.03  # of a tensor's largest entry; bfloat16 rounds each intermediate to 0.004
 
-_given_up: dict[torch.device, str] = {}
+_given_up: dict[torch.device, Reason] = {}
 _tried: set[tuple[torch.device, torch.dtype]] = set()
 
 
 @constant_when_compiled
-def _device_reason(device: torch.device) -> str | None:
+def _device_reason(device: torch.device) -> Reason | None:
     """Why the fused kernels cannot run on a device, None where they can."""
     return _given_up.get(device) or _unsupported(device)
 
 
 @cache
-def _unsupported(device: torch.device) -> str | None:
+def _unsupported(device: torch.device) -> Reason | None:
     """The same of what does not change while a process runs."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return because("no_triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
-        return "the kernels are for CUDA devices"
+        return because("not_cuda")
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the kernels need compute capability 8.0"
+        return because("old_device")
     return None
 
 
 @constant_when_compiled
-def _trial_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+def _trial_reason(device: torch.device, dtype: torch.dtype) -> Reason | None:
     """Why a trial of the fused kernels on a device failed, None where it gave the numbers it should.
 
     The first question about a device and dtype tries them, forward and backward, so that a kernel that cannot be built
@@ -76,7 +77,7 @@ def _trial_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if (device, dtype) in _tried:
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return "they have not been tried yet, and cannot be while a CUDA graph is captured"
+        return because("while_capturing")
     try:
         # A thread of its own has none of the caller's autocast, grad mode, saved-tensor hooks and dispatch modes.
         with ThreadPoolExecutor(1) as pool:
@@ -99,7 +100,8 @@ def _trial(device: torch.device, dtype: torch.dtype) -> float:
 
 def _give_up(device: torch.device, error: Exception) -> None:
     """Notes, with one warning, that the kernels fail on a device; they are not tried again there."""
-    reason = f"a kernel failed on {device}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    first_line = str(error).splitlines()[0] if str(error) else ""
+    reason = because("kernel_failed", str(device), type(error).__name__, first_line)
     _given_up[device] = reason
     warnings.warn(
         f"peft_moe_compat runs without its fused kernels from here on, with the same numbers but slower: {reason}",
@@ -114,33 +116,33 @@ def fastest(device: torch.device) -> str:
     return "triton" if fused else device_backend(device)
 
 
-def fused_reason(module: Any, device: torch.device) -> str | None:
+def fused_reason(module: Any, device: torch.device) -> Reason | None:
     """Why a module's forward does not run in the fused kernels, None where it does; sizes of batches aside."""
     choice = chosen()
     if choice not in ("auto", "triton"):
-        return f"the backend is set to {choice!r}"
+        return because("backend_set", choice)
     if reason := _device_reason(device):
-        return str(reason)
+        return reason
     if getattr(module, "has_post_expert_norm", False):
-        return "a norm follows the experts"
+        return because("norm_follows")
     names = [up_name(module), "down_proj"]
     for name in names + ([f"{n}_bias" for n in names] if module.has_bias else []):
         if stored := stored_format(module, name):
-            return f"{name} is stored as {stored}"
+            return because("quantised", name, stored)
         weight = module._parameters.get(name)
         if weight is None:
-            return f"{name} is computed at each access"
+            return because("computed", name)
         if weight.requires_grad:
-            return f"{name} is trained too"
+            return because("trained", name)
     weight = module._parameters[names[0]]
     if weight.dtype not in _DTYPES:
-        return f"the weights are {weight.dtype}"
+        return because("dtype", str(weight.dtype))
     if weight.dtype == torch.float32 and choice == "auto":
-        return "the weights are float32, which the kernels are no faster for"
+        return because("float32")
     if math.gcd(*[width for name in names for width in module._parameters[name].shape[1:]]) % 8:
-        return "a width is no multiple of 8"
+        return because("width")
     if device.type == "cuda" and weight.dtype.itemsize == 2 and (r := _trial_reason(device, weight.dtype)):
-        return str(r)
+        return r
     return None
 
 
@@ -155,16 +157,16 @@ def _device_of(module: Any) -> torch.device:
     return torch.device("cuda", taken_to) if isinstance(taken_to, int) else torch.device(taken_to)
 
 
-def backend_of(module: Any, name: str) -> tuple[str, str]:
+def backend_of(module: Any, name: str) -> tuple[str, Reason | None]:
     """(backend, why it is not a faster one) of a module's forward with its parameter of that name."""
     device = _device_of(module)
     reason = fused_reason(module, device)
     if reason is None:
-        return "triton", ""
-    reason = "" if device.type == "cpu" else f"no fused kernels: {reason}"
+        return "triton", None
+    reason = None if device.type == "cpu" else because("no_kernels", reason)
     weight = module._parameters[name] if is_plain(module, name) else None  # others as they are dequantised
     if weight is not None and weight.ndim == 3 and not fits_torch(weight):
-        return "loop", reason or "its dtype or sizes are not those that torch's grouped products take"
+        return "loop", reason or because("not_for_torch")
     return device_backend(device), reason
 
 

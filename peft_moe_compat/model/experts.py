@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..families import FLAT_CLASSES, PACKED_CLASSES, UNDECLARED_CLASSES
-from . import weights as quantised
 from .dynamo import constant_when_compiled
+from .weights import FP8_MODULE, format_of
 
 __all__ = [
+    "REGISTRIES",
+    "REGISTRY_MODULE",
+    "bare",
     "declare_layout",
     "dispatching_registry",
     "is_transposed",
@@ -27,12 +30,13 @@ __all__ = [
     "routed_experts",
     "stored_shape",
     "stored_transposed",
+    "strip_base_layer",
     "up_name",
 ]
 
 REGISTRY_MODULE = "transformers.integrations.moe"
 # The modules of transformers that hold a registry of experts forwards -> its name there.
-REGISTRIES = {REGISTRY_MODULE: "ALL_EXPERTS_FUNCTIONS", quantised.FP8_MODULE: "ALL_FP8_EXPERTS_FUNCTIONS"}
+REGISTRIES = {REGISTRY_MODULE: "ALL_EXPERTS_FUNCTIONS", FP8_MODULE: "ALL_FP8_EXPERTS_FUNCTIONS"}
 
 _DECLARED_ATTRIBUTE = "_peft_moe_compat_is_transposed"
 
@@ -106,7 +110,8 @@ def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
 
     Reads a parametrised (quantised) weight's shape through attribute access; ZeRO-3 keeps it in `ds_shape`.
     """
-    if (shape := quantised.stored_shape(module, name)) is not None:
+    row = format_of(module, name)
+    if row is not None and (shape := row.shape(module, name)) is not None:
         return shape
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
@@ -161,6 +166,12 @@ def routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str
         found = projections(module)
         if found:
             yield clean, module, found
+
+
+def bare(model: Any) -> nn.Module:
+    """The model inside a PeftModel: what PEFT matches, and names in adapter files, are relative to it."""
+    found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return found
 
 
 def strip_base_layer(name: str) -> str:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ParallelismError
-from . import weights as quantised
+from ..reasons import Reason
+from .weights import held_as, is_plain, stored_format
 
 __all__ = [
     "check_zero3",
@@ -89,7 +90,7 @@ def local_factors(weight: Tensor) -> Tensor:
     return local
 
 
-def refuse_native(experts: Any, reason: str) -> None:
+def refuse_native(experts: Any, reason: Reason) -> None:
     """Raises `ParallelismError` for experts spread over ranks whose LoRA would have to go through PEFT's own forward.
 
     That adds factors of all experts to the parameter.
@@ -106,15 +107,15 @@ def refuse_quantised(experts: Any, name: str) -> None:
 
     The scales of its blocks, or the packed form, would have to be spread or cut alike.
     """
-    if quantised.is_plain(experts, name):
+    if is_plain(experts, name):
         return
     if exchanges_tokens(experts) or local_experts(experts, name) is not None:
         how = "spread over ranks by expert"
-    elif any(hasattr(parameter, "ds_id") for parameter in quantised.held_as(experts, name)):
+    elif any(hasattr(parameter, "ds_id") for parameter in held_as(experts, name)):
         how = "partitioned by DeepSpeed ZeRO-3"
     else:
         return
-    if stored := quantised.stored_format(experts, name):
+    if stored := stored_format(experts, name):
         raise ParallelismError(
             f"{type(experts).__name__}.{name} is quantised ({stored}) and {how}, which LoRA on experts does not "
             "support together. Load plain weights, or train with DistributedDataParallel or FSDP2."

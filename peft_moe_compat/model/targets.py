@@ -9,16 +9,10 @@ from torch import nn
 
 from ..errors import NoExpertParametersError
 from ..families import FLAT_CLASSES, PACKED_CLASSES
-from .experts import routed_experts, strip_base_layer
+from .experts import bare, routed_experts, strip_base_layer
 from .weights import unreadable_reason
 
 __all__ = ["expert_parameters"]
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel: the names PEFT matches are relative to it."""
-    bare: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return bare
 
 
 def expert_parameters(
@@ -42,7 +36,7 @@ def expert_parameters(
         NoExpertParametersError: The model has no such parameter, or none for one of the projections or layers asked
             for; the message lists what was found instead.
     """
-    model = _bare(model)
+    model = bare(model)
     found = [(f"{name}.{parameter}", m) for name, m, names in _runnable(model) for parameter in names]
     if not found:
         raise NoExpertParametersError(_nothing_found(model))

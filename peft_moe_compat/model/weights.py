@@ -1,15 +1,7 @@
-"""Quantised expert weights: the format a stack is held in, and how it is read.
+"""How expert weights are stored, and how each format is read: one row of `FORMATS` for every one but plain parameters.
 
 A quantised stack is dequantised where it is used, once in the forward and once in the backward, and never kept in
 between: only its packed form outlives a product. The LoRA factors never go through it.
-
-| format                | held as                                         | read by               |
-|-----------------------|-------------------------------------------------|-----------------------|
-| bitsandbytes 4-bit    | uint8 under `torch.nn.utils.parametrize`        | its parametrization   |
-| other parametrization | whatever it wants                               | itself                |
-| torchao               | a tensor subclass, "E d1 d2" in the model dtype | its `dequantize()`    |
-| fine-grained FP8      | float8 "E out in" and a `_scale_inv` per block  | `_dequantised_fp8`    |
-| MXFP4 (gpt-oss)       | objects of a kernel library                     | nobody: no parameters |
 """
 
 from __future__ import annotations
@@ -21,25 +13,172 @@ from torch import Tensor, nn
 
 from ..errors import PeftMoeCompatError
 from ..families import PACKED_CLASSES
+from ..reasons import Reason, because
 
 __all__ = [
+    "FORMATS",
+    "FP8_MODULE",
+    "Format",
+    "format_of",
     "held_as",
     "is_plain",
-    "peft_caveat",
     "read",
     "refuse_leftovers",
     "stored_format",
-    "stored_shape",
     "unreadable_reason",
 ]
 
 FP8_MODULE = "transformers.integrations.finegrained_fp8"
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_MXFP4 = "mxfp4 weights cannot be wrapped by PEFT; load the model with Mxfp4Config(dequantize=True)"
 
 
-def _parametrizations(module: nn.Module, name: str) -> Any | None:
-    """The `ParametrizationList` of a parametrised weight."""
+class Format:
+    """A stored format. What each method is asked of a parameter holds for one that the format `holds`.
+
+    Attributes:
+        caveat: What is wrong with PEFT's own forward on it, as measured on PEFT 0.20.0 and 0.21.2.
+    """
+
+    caveat: Reason | None = None
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        """Whether a module's parameter of that name is stored so."""
+        raise NotImplementedError
+
+    def label(self, module: nn.Module, name: str) -> str:
+        """What `report` calls it."""
+        raise NotImplementedError
+
+    def unreadable(self, module: nn.Module, name: str) -> Reason | None:
+        """Why this library cannot read it."""
+        return None
+
+    def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
+        """The weight as stored, dequantised. See `read`."""
+        return getattr(module, name)  # type: ignore[no-any-return]
+
+    def shape(self, module: nn.Module, name: str) -> tuple[int, ...] | None:
+        """Its shape, where that is known without dequantising."""
+        return None
+
+
+class Packed(Format):
+    """MXFP4 (gpt-oss): objects of a kernel library in the place of the parameters."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        return type(module).__name__ in PACKED_CLASSES
+
+    def label(self, module: nn.Module, name: str) -> str:
+        return "mxfp4"
+
+    def unreadable(self, module: nn.Module, name: str) -> Reason | None:
+        return because("mxfp4")
+
+
+class Parametrised(Format):
+    """bitsandbytes 4-bit, uint8 under `torch.nn.utils.parametrize`, and whatever else is parametrised."""
+
+    caveat = because("peft_and_parametrised")
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        return _parametrizations(module, name) is not None
+
+    def label(self, module: nn.Module, name: str) -> str:
+        first = _parametrizations(module, name)[0]
+        quant_type = getattr(getattr(first, "quant_state", None), "quant_type", None)
+        return f"bnb {quant_type}" if quant_type else f"parametrised by {type(first).__name__}"
+
+    def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
+        # Past parametrize's cache, which would keep the copy until the module's forward ends.
+        return _parametrizations(module, name)()  # type: ignore[no-any-return]
+
+    def shape(self, module: nn.Module, name: str) -> tuple[int, ...] | None:
+        shape = getattr(getattr(_parametrizations(module, name)[0], "quant_state", None), "shape", None)
+        return None if shape is None else tuple(shape)
+
+
+class TorchAO(Format):
+    """torchao: a tensor subclass, "E d1 d2" in the model's dtype."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        weight = module._parameters.get(name)
+        return type(weight) is not nn.Parameter and _descends_from(type(weight), "torchao.utils", "TorchAOBaseTensor")
+
+    def label(self, module: nn.Module, name: str) -> str:
+        return f"torchao {type(module._parameters[name]).__name__}"
+
+    def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
+        weight: Any = getattr(module, name)
+        return weight.dequantize()  # type: ignore[no-any-return]
+
+
+class FineGrained(Format):
+    """transformers' fine-grained FP8: float8 "E out in", and a `_scale_inv` for each block or expert."""
+
+    caveat = because("peft_and_fp8")
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        weight = module._parameters.get(name)
+        return (
+            weight is not None and _is_fp8_experts(module) and weight.dtype.itemsize == 1 and weight.is_floating_point()
+        )
+
+    def label(self, module: nn.Module, name: str) -> str:
+        return "fp8 (fine-grained)"
+
+    def unreadable(self, module: nn.Module, name: str) -> Reason | None:
+        expected = _scale_shape(module._parameters[name], module.block_size)  # type: ignore[arg-type]
+        scale = module._parameters.get(f"{name}_scale_inv")
+        found = None if scale is None else tuple(scale.shape)
+        return None if found == expected else because("scale_shape", name, found, expected, module.block_size)
+
+    def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
+        dtype = like if isinstance(like, torch.dtype) else _compute_dtype(like)
+        weight: Tensor = getattr(module, name)
+        return _dequantised_fp8(weight.detach(), getattr(module, f"{name}_scale_inv"), module.block_size, dtype)
+
+
+class FineGrainedFP4(Format):
+    """The same classes of transformers with two 4-bit numbers to a byte."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        weight = module._parameters.get(name)
+        return weight is not None and _is_fp8_experts(module) and weight.dtype.itemsize == 1
+
+    def label(self, module: nn.Module, name: str) -> str:
+        return "fp4 (fine-grained)"
+
+    def unreadable(self, module: nn.Module, name: str) -> Reason | None:
+        return because("fp4_packed")
+
+
+class OtherDtype(Format):
+    """Whatever has fewer than 16 bits or is no floating-point number, without a word on how to read it."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        weight = module._parameters.get(name)
+        return weight is not None and not (weight.dtype.is_floating_point and weight.dtype.itemsize >= 2)
+
+    def label(self, module: nn.Module, name: str) -> str:
+        return str(module._parameters[name].dtype).removeprefix("torch.")  # type: ignore[union-attr]
+
+    def unreadable(self, module: nn.Module, name: str) -> Reason | None:
+        return because("stored_as", str(module._parameters[name].dtype))  # type: ignore[union-attr]
+
+
+# The first that holds a parameter is the one.
+FORMATS: tuple[Format, ...] = (
+    Packed(),
+    Parametrised(),
+    TorchAO(),
+    FineGrained(),
+    FineGrainedFP4(),
+    OtherDtype(),
+)
+
+
+def _parametrizations(module: nn.Module, name: str) -> Any:
+    """The `ParametrizationList` of a parametrised weight, None for any other."""
     lists: Any = module._modules.get("parametrizations")
     return lists[name] if lists is not None and name in lists else None
 
@@ -53,76 +192,34 @@ def _is_fp8_experts(module: nn.Module) -> bool:
     return _descends_from(type(module), FP8_MODULE, "FP8Experts")
 
 
-def _is_torchao(weight: Any) -> bool:
-    return type(weight) is not nn.Parameter and _descends_from(type(weight), "torchao.utils", "TorchAOBaseTensor")
-
-
 def is_plain(module: nn.Module, name: str) -> bool:
     """Whether a weight is an ordinary floating-point parameter, as most are: one quick answer to all questions here."""
     weight = module._parameters.get(name)
     return type(weight) is nn.Parameter and weight.dtype in _PLAIN and type(module).__name__ not in PACKED_CLASSES
 
 
-def stored_format(module: nn.Module, name: str) -> str:
-    """What a weight is quantised to: "bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)"; empty where it is not.
+def format_of(module: nn.Module, name: str) -> Format | None:
+    """The row of `FORMATS` for a parameter; None for a plain one, and for what is computed at each access.
 
     Args:
         module: The experts module, not a PEFT wrapper around it.
         name: Of the parameter.
     """
     if is_plain(module, name):
-        return ""
-    if type(module).__name__ in PACKED_CLASSES:
-        return "mxfp4"
-    if (parametrized := _parametrizations(module, name)) is not None:
-        state = getattr(parametrized[0], "quant_state", None)
-        quant_type = getattr(state, "quant_type", None)
-        return f"bnb {quant_type}" if quant_type else f"parametrised by {type(parametrized[0]).__name__}"
-    weight = module._parameters.get(name)
-    if weight is None:
-        return ""
-    if _is_torchao(weight):
-        return f"torchao {type(weight).__name__}"
-    if _is_fp8_experts(module) and weight.dtype.itemsize == 1:
-        return "fp8 (fine-grained)" if weight.dtype.is_floating_point else "fp4 (fine-grained)"
-    return "" if weight.dtype.is_floating_point and weight.dtype.itemsize >= 2 else str(weight.dtype)[len("torch.") :]
+        return None
+    return next((row for row in FORMATS if row.holds(module, name)), None)
 
 
-def unreadable_reason(module: nn.Module, name: str) -> str:
-    """Why a weight cannot be read by this library; empty where it can be."""
-    if is_plain(module, name):
-        return ""
-    if type(module).__name__ in PACKED_CLASSES:
-        return _MXFP4
-    weight = module._parameters.get(name)
-    if weight is None or _is_torchao(weight) or (weight.dtype.is_floating_point and weight.dtype.itemsize >= 2):
-        return ""
-    if not _is_fp8_experts(module):
-        return f"base weight is stored as {weight.dtype}"
-    if not weight.dtype.is_floating_point:
-        return "fp4 weights are packed two to a byte, and PEFT sizes its LoRA by the packed axis"
-    expected = _scale_shape(weight, module.block_size)
-    scale = module._parameters.get(f"{name}_scale_inv")
-    if scale is None or tuple(scale.shape) != expected:
-        found = None if scale is None else tuple(scale.shape)
-        return f"{name}_scale_inv is {found}; {expected} were expected of blocks of {module.block_size}"
-    return ""
+def stored_format(module: nn.Module, name: str) -> str:
+    """What a weight is quantised to: "bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)"; empty where it is not."""
+    row = format_of(module, name)
+    return "" if row is None else row.label(module, name)
 
 
-def peft_caveat(stored: str) -> str:
-    """What is wrong with PEFT's own forward on a format, as measured on PEFT 0.20.0 and 0.21.2; empty for none."""
-    if stored.startswith(("bnb ", "parametrised ")):
-        return "PEFT's own forward loses or accumulates LoRA on parametrised weights"
-    if stored.startswith("fp8 "):
-        return "PEFT's own forward adds the update to the float8 values, before their scales"
-    return ""
-
-
-def stored_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
-    """Shape of a bitsandbytes 4-bit weight, without dequantising it; None for any other."""
-    parametrized = _parametrizations(module, name)
-    shape = getattr(getattr(parametrized[0] if parametrized else None, "quant_state", None), "shape", None)
-    return None if shape is None else tuple(shape)
+def unreadable_reason(module: nn.Module, name: str) -> Reason | None:
+    """Why a weight cannot be read by this library; None where it can be."""
+    row = format_of(module, name)
+    return None if row is None else row.unreadable(module, name)
 
 
 def held_as(module: nn.Module, name: str) -> tuple[Tensor, ...]:
@@ -174,8 +271,6 @@ def _compute_dtype(hidden_states: Tensor) -> torch.dtype:
 def read(module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
     """A weight of an experts module as stored, dequantised if need be.
 
-    Past parametrize's cache, which would keep the copy until the module's forward ends.
-
     Args:
         module: The experts module.
         name: Of the parameter.
@@ -184,12 +279,5 @@ def read(module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
     """
     if is_plain(module, name):
         return module._parameters[name]  # type: ignore[return-value]  # by its key, at which ZeRO-3 gathers it
-    if (parametrized := _parametrizations(module, name)) is not None:
-        return parametrized()  # type: ignore[no-any-return]
-    weight: Any = getattr(module, name)
-    if _is_torchao(weight):
-        return weight.dequantize()  # type: ignore[no-any-return]
-    if weight.dtype.itemsize == 1 and _is_fp8_experts(module):
-        dtype = like if isinstance(like, torch.dtype) else _compute_dtype(like)
-        return _dequantised_fp8(weight.detach(), getattr(module, f"{name}_scale_inv"), module.block_size, dtype)
-    return weight  # type: ignore[no-any-return]
+    row = format_of(module, name)
+    return getattr(module, name) if row is None else row.read(module, name, like)

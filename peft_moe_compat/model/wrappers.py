@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from .. import layout
 from ..errors import LayoutError, PeftMoeCompatError
 from ..layout import ExpertLora, FlatLora
+from ..reasons import Reason, because
 from ..releases import LayoutRule
-from . import experts as families
-from . import sharding as parallel
-from . import weights as quantised
+from .experts import REGISTRIES, dispatching_registry, is_transposed, stored_shape
 from .probe import installed_rule
+from .sharding import exchanges_tokens, local_experts, local_factors
+from .weights import unreadable_reason
 
 __all__ = [
     "TAKEN_IMPLEMENTATIONS",
@@ -70,9 +71,9 @@ def _spans_last_axis(wrapper: Any, rule: LayoutRule) -> bool:
     return rule.reads_swap_flag and bool(wrapper._did_swap_in_out_features)
 
 
-def live_orientation(wrapper: Any, is_transposed: bool, rule: LayoutRule) -> str:
+def live_orientation(wrapper: Any, transposed: bool, rule: LayoutRule) -> str:
     """The orientation that a live wrapper's lora_A and lora_B have: `"linear"` or `"reversed"`."""
-    in_is_last = not is_transposed
+    in_is_last = not transposed
     return "linear" if _spans_last_axis(wrapper, rule) == in_is_last else "reversed"
 
 
@@ -120,7 +121,7 @@ def _refuse_gradient(_gradient: torch.Tensor) -> None:
 
 
 def read_adapter(
-    wrapper: Any, adapter_name: str, is_transposed: bool, rule: LayoutRule, held: tuple[int, int] | None
+    wrapper: Any, adapter_name: str, transposed: bool, rule: LayoutRule, held: tuple[int, int] | None
 ) -> FlatLora:
     """One adapter of one wrapper. Of the live parameters: gradients reach them.
 
@@ -129,9 +130,9 @@ def read_adapter(
     Args:
         wrapper: A PEFT `ParamWrapper`.
         adapter_name: One of `wrapper.lora_A`.
-        is_transposed: Whether the wrapped weight is stored "E in out" rather than "E out in".
+        transposed: Whether the wrapped weight is stored "E in out" rather than "E out in".
         rule: Of the installed PEFT.
-        held: `parallel.local_experts` of the wrapped parameter.
+        held: `local_experts` of the wrapped parameter.
 
     Raises:
         LayoutError: The factors cannot belong to `wrapper.num_experts` experts of the adapter's rank.
@@ -142,12 +143,12 @@ def read_adapter(
     num_experts = wrapper.num_experts
     if held is not None:
         num_experts = held[1] - held[0]
-        lora_A, lora_B = parallel.local_factors(lora_A), parallel.local_factors(lora_B)
+        lora_A, lora_B = local_factors(lora_A), local_factors(lora_B)
     lora = layout.flat(
         lora_A,
         lora_B,
         num_experts,
-        orientation=live_orientation(wrapper, is_transposed, rule),
+        orientation=live_orientation(wrapper, transposed, rule),
         scaling=wrapper.scaling[adapter_name],
     )
     if lora.rank != wrapper.r[adapter_name]:
@@ -204,66 +205,66 @@ def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None
         if not names:
             continue
         experts, parameter = wrapper.get_base_layer(), wrapper.parameter_name
-        shape = families.stored_shape(experts, parameter)
+        shape = stored_shape(experts, parameter)
         if shape is None:
             raise LayoutError(f"{type(experts).__name__} has no weight {parameter!r}, which a ParamWrapper targets.")
-        is_transposed = False if len(shape) == 2 else families.is_transposed(experts)
-        if is_transposed is None:
+        transposed = False if len(shape) == 2 else is_transposed(experts)
+        if transposed is None:
             raise LayoutError(
                 f"{type(experts).__name__} does not say whether its weights are stored '(E, out, in)' or "
                 f"'(E, in, out)'; {parameter!r} is {shape}. Say it once with "
                 f"peft_moe_compat.declare_layout({type(experts).__name__}, is_transposed=...)."
             )
-        held = parallel.local_experts(experts, parameter)
-        lora = layout.concat([read_adapter(wrapper, name, is_transposed, rule, held).canonical() for name in names])
+        held = local_experts(experts, parameter)
+        lora = layout.concat([read_adapter(wrapper, name, transposed, rule, held).canonical() for name in names])
         E, d1, d2 = (1, *shape) if len(shape) == 2 else shape
         if held is not None:
             E = held[1] - held[0]
-        out_features, in_features = (d2, d1) if is_transposed else (d1, d2)
+        out_features, in_features = (d2, d1) if transposed else (d1, d2)
         lora.check(E, out_features, in_features, f"{type(experts).__name__}.{parameter}, stored as {shape}")
         found[parameter] = layout.concat([found[parameter], lora]) if parameter in found else lora
     return found
 
 
-def native_reason(wrapper: Any) -> str | None:
+def native_reason(wrapper: Any) -> Reason | None:
     """Why a ParamWrapper runs PEFT's own forward, or None where it can run the grouped-mm forward.
 
     About the module alone: a wrapper whose adapters are disabled or merged goes through PEFT's forward as well.
     """
     experts, hooked = wrapper.get_base_layer(), getattr(wrapper, "_old_forward", None)
     if hooked is not None and not hasattr(hooked, TAKES_LORA):
-        return "accelerate hooked this wrapper before peft_moe_compat was active, and calls the forward of then"
-    return experts_reason(experts, families.is_transposed(experts)) or parameter_reason(wrapper, experts)
+        return because("hooked_before")
+    return experts_reason(experts, is_transposed(experts)) or parameter_reason(wrapper, experts)
 
 
-def experts_reason(experts: Any, is_transposed: bool | None) -> str | None:
+def experts_reason(experts: Any, transposed: bool | None) -> Reason | None:
     """The same of an experts module of that orientation, whichever of its parameters are wrapped."""
     cls = type(experts)
-    registry = families.dispatching_registry(cls)
+    registry = dispatching_registry(cls)
     if registry is None:
-        return f"{cls.__name__} does not dispatch through transformers' experts registry"
-    if "forward" in experts.__dict__ and not (_only_hooked(experts) or parallel.exchanges_tokens(experts)):
-        return f"the forward of this {cls.__name__} was replaced on the instance"
+        return because("not_dispatching", cls.__name__)
+    if "forward" in experts.__dict__ and not (_only_hooked(experts) or exchanges_tokens(experts)):
+        return because("forward_replaced", cls.__name__)
     implementation = experts.config._experts_implementation
     if implementation not in TAKEN_IMPLEMENTATIONS:
-        return f"experts implementation is {implementation!r}, not one of {TAKEN_IMPLEMENTATIONS}"
-    entry = getattr(sys.modules[registry], families.REGISTRIES[registry])[implementation]
+        return because("other_implementation", implementation, TAKEN_IMPLEMENTATIONS)
+    entry = getattr(sys.modules[registry], REGISTRIES[registry])[implementation]
     if not hasattr(entry, TAKES_LORA):
-        return f"the experts implementation {implementation!r} is that of {entry.__module__}"
-    if is_transposed is None:
-        return f"orientation of {cls.__name__} is unknown; call peft_moe_compat.declare_layout"
+        return because("foreign_implementation", implementation, entry.__module__)
+    if transposed is None:
+        return because("unknown_orientation", cls.__name__)
     return None
 
 
-def parameter_reason(wrapper: Any, experts: Any) -> str | None:
+def parameter_reason(wrapper: Any, experts: Any) -> Reason | None:
     """The same of the parameter that a wrapper is for, once its experts can run the grouped-mm forward."""
     name = wrapper.parameter_name
     if name not in ("gate_up_proj", "up_proj", "down_proj"):
-        return f"{name} is not an expert projection"
+        return because("no_projection", name)
     for linear in wrapper._modules["lora_A"]._modules.values():
         if held_weight(linear).dtype.itemsize < 2:
-            return "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer"
-    return quantised.unreadable_reason(experts, name) or None
+            return because("lora_in_8_bits")
+    return unreadable_reason(experts, name)
 
 
 def _only_hooked(experts: Any) -> bool:

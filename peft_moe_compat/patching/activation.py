@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
+from ..reasons import Reason, because
 from ..releases import parse_version, release_for
 
 if TYPE_CHECKING:
@@ -57,14 +58,14 @@ class Activation:
                 replacement.put(stock)
             _current = None
 
-    def displaced(self) -> str | None:
+    def displaced(self) -> Reason | None:
         """Which function of the forward is no longer the one put in place, and whose is; None while all are there."""
         return self._displaced([done for done in self._done if done[0].of_forward])
 
-    def _displaced(self, done: list[tuple[Replacement, Any, Any]]) -> str | None:
+    def _displaced(self, done: list[tuple[Replacement, Any, Any]]) -> Reason | None:
         for replacement, _, ours in done:
             if (there := replacement.there()) is not ours:
-                return f"{replacement.what} was replaced by {_owner(there)} after peft_moe_compat was activated"
+                return because("displaced", replacement.what, _owner(there))
         return None
 
     def _install(self) -> None:
@@ -115,10 +116,10 @@ def is_active() -> bool:
     return _current is not None
 
 
-def inactive_reason() -> str | None:
+def inactive_reason() -> Reason | None:
     """Why a forward that could run fast would not: nobody activated, or somebody replaced what activation put there."""
     if _current is None:
-        return "peft_moe_compat is not active: call peft_moe_compat.activate()"
+        return because("not_active")
     return _current.displaced()
 
 

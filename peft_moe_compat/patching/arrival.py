@@ -15,7 +15,7 @@ from ..adapters.parts import Part, fused_parts, per_expert_parts
 from ..adapters.source import AdapterSource
 from ..errors import LayoutError
 from ..layout import ExpertLora, relative
-from ..model import experts as families
+from ..model.experts import stored_transposed
 from ..model.probe import installed_rule
 from ..model.sharding import local_experts
 from ..model.wrappers import is_dtensor, read_adapter
@@ -93,7 +93,7 @@ def _held(chain: list[Any], adapter_name: str) -> dict[str, ExpertLora]:
         if adapter_name in w.lora_A:
             experts, rule = w.get_base_layer(), installed_rule()
             held = local_experts(experts, w.parameter_name)
-            lora = read_adapter(w, adapter_name, families.stored_transposed(experts, w.parameter_name), rule, held)
+            lora = read_adapter(w, adapter_name, stored_transposed(experts, w.parameter_name), rule, held)
             found[w.parameter_name] = lora.canonical()
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import layout
 from ..adapters.base_model import BaseModel, load_base_model
@@ -16,14 +16,13 @@ from ..adapters.names import PREFIX, ExpertsKeys, unwrapped
 from ..adapters.parts import fused_parts
 from ..adapters.source import AdapterSource
 from ..errors import AdapterError, LayoutError
-from ..model import experts as families
+from ..model.experts import bare, is_transposed, routed_experts, stored_shape, stored_transposed
 from ..model.probe import installed_rule
 from ..model.wrappers import is_param_wrapper, live_orientation, wrapper_chain
 from ..releases import known_issues
 
 __all__ = [
     "UnderstoodFile",
-    "bare",
     "chains",
     "convert",
     "counterparts",
@@ -38,12 +37,6 @@ __all__ = [
 ]
 
 _SLOT = re.compile(r"^(?P<module>.*?)(?:\.base_layer)*(?P<factor>\.lora_[AB].*)$")
-
-
-def bare(model: Any) -> nn.Module:
-    """The model inside a PeftModel: the names in adapter files are relative to it."""
-    found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return found
 
 
 def live_path(name: str) -> str:
@@ -78,19 +71,19 @@ def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
         target_parameters: PEFT's names of further stacks to list: of modules that nothing else shows to be experts.
     """
     inner = bare(model)
-    found = {(live_path(name), p): module for name, module, names in families.routed_experts(inner) for p in names}
+    found = {(live_path(name), p): module for name, module, names in routed_experts(inner) for p in names}
     endings = tuple(f".{target}" for target in target_parameters)
     for name, module in inner.named_modules() if endings else ():
         if not hasattr(module, "get_base_layer"):
             path, held = live_path(name), [*module._parameters, *getattr(module, "parametrizations", ())]
             found |= {(path, p): module for p in held if f".{path}.{p}".endswith(endings)}
     stacks = {}
-    shapes = {key: families.stored_shape(module, key[1]) for key, module in found.items()}
+    shapes = {key: stored_shape(module, key[1]) for key, module in found.items()}
     for (path, parameter), shape in shapes.items():
         # One expert, or a 2-D parameter, is laid out alike by every release: nothing there is to be converted.
         if shape is not None and len(shape) == 3 and shape[0] > 1:
             E, d1, d2 = shape
-            transposed = families.is_transposed(found[path, parameter])
+            transposed = is_transposed(found[path, parameter])
             stacks[path, parameter] = (E, d1, d2) if transposed else (E, d2, d1)
     holders = {path for path, _ in stacks}
     for (path, parameter), shape in shapes.items():
@@ -137,16 +130,16 @@ def chains(model: Any) -> dict[str, list[Any]]:
 
 def orientation_of(wrapper: Any) -> str:
     """Orientation of a live wrapper's factors, `"linear"` or `"reversed"`, as its own `get_delta_weight` has it."""
-    return live_orientation(wrapper, families.stored_transposed(*_parameter(wrapper)), installed_rule())
+    return live_orientation(wrapper, stored_transposed(*_parameter(wrapper)), installed_rule())
 
 
 def features_of(wrapper: Any) -> tuple[int, int]:
     """(in, out) of the parameter a wrapper is on."""
     experts, name = _parameter(wrapper)
-    shape = families.stored_shape(experts, name)
+    shape = stored_shape(experts, name)
     if shape is None:
         raise LayoutError(f"{type(experts).__name__} has no weight {name!r}, which is targeted.")
-    return (shape[-2], shape[-1]) if families.stored_transposed(experts, name) else (shape[-1], shape[-2])
+    return (shape[-2], shape[-1]) if stored_transposed(experts, name) else (shape[-1], shape[-2])
 
 
 def _parameter(wrapper: Any) -> tuple[Any, str]:

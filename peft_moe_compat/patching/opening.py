@@ -17,8 +17,9 @@ from ..adapters.files import is_hub_id, read_json
 from ..adapters.source import CONFIG_NAME, AdapterSource, open_with_model
 from ..errors import AdapterError, AmbiguousAdapterError, LayoutError
 from ..layout import ORIENTATIONS, PACKINGS
+from ..model.experts import bare
 from ..releases import parse_releases
-from .matching import UnderstoodFile, bare, counterparts, facts_of, live_path
+from .matching import UnderstoodFile, counterparts, facts_of, live_path
 
 __all__ = ["understand", "written_by"]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..adapters.names import PREFIX, unwrapped
 from ..adapters.stamp import ModuleStamp, Stamp
 from ..errors import AdapterError
-from ..model.experts import is_transposed
+from ..model.experts import bare, is_transposed
 from ..model.wrappers import is_param_wrapper
-from .matching import bare, chains, features_of, live_path, orientation_of
+from .matching import chains, features_of, live_path, orientation_of
 from .sharding import refuse_partitioned
 
 __all__ = ["safe_save_file", "save_pretrained", "stamp_of"]
