@@ -23,7 +23,6 @@ __all__ = [
     "Features",
     "base_model_of",
     "load_base_model",
-    "load_config",
 ]
 
 # (in, out) of an expert parameter.

@@ -25,7 +25,7 @@ from .source import CONFIG_NAME, AdapterSource, open_with_model
 from .stamp import Stamp
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
 
-__all__ = ["Conversion", "Progress", "convert_adapter", "planned_modules"]
+__all__ = ["Conversion", "Progress", "convert_adapter"]
 
 # Called with (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -157,13 +157,6 @@ def _plan(
     items = [*(output.item() for output in outputs), *rest]
     folded = any("folded" in step for step in steps)
     return _Plan(items, config, how.stamp(done), steps, folded, dropped)
-
-
-def planned_modules(
-    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None
-) -> list[ModuleOutputs]:
-    """Every experts module as the target has it, nothing read yet; experts without LoRA get one of zeros."""
-    return _modules(refit(source, decision, target, base), source, decision, base, True)
 
 
 def _modules(

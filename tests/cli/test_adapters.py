@@ -63,6 +63,9 @@ def test_convert_then_verify(files):
     assert result.exit_code == 1
     assert "not the same" in result.output
     assert json.loads(run("verify", files / "in", files / "other", *model, "--json").stdout)["same"] is False
+    result = run("verify", files / "in", files / "other", *model, "--json", "--tolerance", "10")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["tolerance"] == 10
 
 
 def test_what_cannot_be_compared_is_null_in_json(files):
