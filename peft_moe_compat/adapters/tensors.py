@@ -1,4 +1,4 @@
-"""The tensors of an adapter folder, read block by block; the folder's own helpers come along by name.
+"""The tensors of an adapter folder, read block by block.
 
 All headers are checked when the folder is opened, and no tensor is read then. Tensors are copied out by offset, never
 mapped, so that resident memory is what the block at hand holds, and a file cut short meanwhile is an error rather than
@@ -17,19 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from .files import atomic_folder, find_adapter, read_json, show
-from .safetensors_io import TensorInfo, opened, read_header, write_safetensors
+from .files import read_json, show
+from .safetensors_io import TensorInfo, opened, read_header
 
-__all__ = [
-    "AdapterTensors",
-    "TensorInfo",
-    "atomic_folder",
-    "check_finite",
-    "find_adapter",
-    "open_tensors",
-    "read_json",
-    "write_safetensors",
-]
+__all__ = ["BIN", "INDEX", "SAFETENSORS", "AdapterTensors", "check_finite", "open_tensors"]
 
 SAFETENSORS, INDEX, BIN = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
 

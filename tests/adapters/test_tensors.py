@@ -25,14 +25,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_moe_compat.adapters.tensors import (
-    atomic_folder,
-    check_finite,
-    find_adapter,
-    open_tensors,
-    read_json,
-    write_safetensors,
-)
+from peft_moe_compat.adapters.files import atomic_folder, find_adapter, read_json
+from peft_moe_compat.adapters.safetensors_io import write_safetensors
+from peft_moe_compat.adapters.tensors import check_finite, open_tensors
 from peft_moe_compat.errors import AdapterError, AdapterFileError
 
 SINGLE, INDEX, BIN = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
@@ -731,7 +726,9 @@ def _python(script: str, *arguments: Path) -> subprocess.Popen[str]:
 KILLED = """
     import sys, time, torch
     from pathlib import Path
-    from peft_moe_compat.adapters.tensors import atomic_folder, open_tensors, write_safetensors
+    from peft_moe_compat.adapters.files import atomic_folder
+    from peft_moe_compat.adapters.safetensors_io import write_safetensors
+    from peft_moe_compat.adapters.tensors import open_tensors
 
     source, out = map(Path, sys.argv[1:])
     tensors = open_tensors(source)
@@ -769,7 +766,8 @@ def test_a_killed_process_leaves_the_input_and_no_output(tmp_path: Path, source:
 MEASURED = """
     import sys, torch
     from pathlib import Path
-    from peft_moe_compat.adapters.tensors import check_finite, open_tensors, write_safetensors
+    from peft_moe_compat.adapters.safetensors_io import write_safetensors
+    from peft_moe_compat.adapters.tensors import check_finite, open_tensors
 
     def peak():  # of this process alone; ru_maxrss would start with the parent's
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
