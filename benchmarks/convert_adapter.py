@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from peft_moe_compat.adapters.tensors import write_safetensors
+from peft_moe_compat.adapters.safetensors_io import write_safetensors
 
 EXPERTS, HIDDEN, INTERMEDIATE = 128, 2048, 768
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .adapters.conclusions import Inspection
     from .adapters.convert import Conversion, convert_adapter
     from .adapters.inspect import inspect_adapter
-    from .adapters.merged import verify_merged
     from .adapters.verify import Verification, verify_adapters
     from .forward.backend import set_backend
     from .layout import ExpertLora
@@ -72,7 +71,6 @@ __all__ = [
     "report",
     "set_backend",
     "verify_adapters",
-    "verify_merged",
     "written_by",
 ]
 
@@ -93,7 +91,6 @@ _LAZY = {
     "report": "reporting",
     "set_backend": "forward.backend",
     "verify_adapters": "adapters.verify",
-    "verify_merged": "adapters.merged",
     "written_by": "patching.opening",
 }
 

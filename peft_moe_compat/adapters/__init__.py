@@ -6,5 +6,5 @@ base_model                       the base model's config
 shapes, layers, packing, writer, stamp  what shapes, data, marks and stamps say; `decide` concludes from all of it
 source, parts, shaping, plan     the experts' LoRA part by part, and as another reader takes it
 readers, outputs, config         readers, what is written for them, and its adapter_config.json
-inspect, convert, verify, merged  the public functions
+inspect, convert, verify         the public functions
 """

@@ -24,7 +24,6 @@ __all__ = [
     "Features",
     "base_model_of",
     "load_base_model",
-    "load_config",
 ]
 
 # (in, out) of an expert parameter.
@@ -187,7 +186,7 @@ def load_config(model: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         path = path / "config.json"
     elif not path.exists() and is_hub_id(str(model)):
         path = download(str(model), ["config.json"]) / "config.json"
-    return read_json(path, python_numbers=True)
+    return read_json(path)
 
 
 def base_model_of(

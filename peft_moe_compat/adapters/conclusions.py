@@ -1,4 +1,4 @@
-"""What `inspect_adapter` says of an adapter, as data. The JSON form is described by `inspection.schema.json`."""
+"""What `inspect_adapter` says of an adapter, as data. The JSON form has the same names."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Inspection:
         return tuple(name for name in ("orientation", "packing", "nesting") if not getattr(self, name).decided)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, as `inspection.schema.json` beside this module describes it; `schema_version` counts changes."""
+        """For JSON: the attributes, `undecided`, and `schema_version`, which counts changes of that form."""
         return {
             "schema_version": SCHEMA_VERSION,
             **asdict(self),

@@ -15,17 +15,18 @@ from ..errors import AdapterError, LossyConversionError
 from .base_model import BaseModel
 from .config import evened_config, target_config, without_the_rest
 from .decide import Decision, decide
-from .files import usable_path
+from .files import atomic_folder, usable_path
 from .names import PREFIX, peft_name
 from .outputs import Item, Output, copied, evened, plain
 from .parts import plain_parts
 from .plan import ModuleOutputs, Refit, module_parts, refit
 from .readers import KEEP_THE_BASE, Target, parse_target
+from .safetensors_io import write_safetensors
 from .source import CONFIG_NAME, AdapterSource, open_with_model
 from .stamp import Stamp
-from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
+from .tensors import SAFETENSORS, check_finite
 
-__all__ = ["Conversion", "Progress", "convert_adapter", "planned_modules"]
+__all__ = ["Conversion", "Progress", "convert_adapter"]
 
 # Called with (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -157,13 +158,6 @@ def _plan(
     items = [*(output.item() for output in outputs), *rest]
     folded = any("folded" in step for step in steps)
     return _Plan(items, config, how.stamp(done), steps, folded, dropped)
-
-
-def planned_modules(
-    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None
-) -> list[ModuleOutputs]:
-    """Every experts module as the target has it, nothing read yet; experts without LoRA get one of zeros."""
-    return _modules(refit(source, decision, target, base), source, decision, base, True)
 
 
 def _modules(

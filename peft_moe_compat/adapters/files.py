@@ -1,9 +1,8 @@
-"""Where an adapter lies, its JSON files read strictly, and an output folder that appears complete or not at all."""
+"""Where an adapter lies, its JSON files, and an output folder that appears complete or not at all."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import reprlib
@@ -21,7 +20,6 @@ __all__ = ["atomic_folder", "download", "find_adapter", "is_hub_id", "parse_json
 _MAX_JSON_BYTES = 64 * 2**20
 _HUB_ID = re.compile(r"(?:\w[\w.\-]{0,95}/)?\w[\w.\-]{0,95}", re.ASCII)
 _HUB_FILES = ["adapter_config.json", "adapter_model*", "automodel_peft_config.json"]
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 200
@@ -99,8 +97,8 @@ def download(repo_id: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def read_json(path: str | Path, *, python_numbers: bool = False) -> dict[str, Any]:
-    """The JSON object in a file, read strictly: see `parse_json`. At most 64 MiB.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file of at most 64 MiB: see `parse_json`.
 
     Raises:
         AdapterFileError: No such file, too large, or not one JSON object.
@@ -117,32 +115,19 @@ def read_json(path: str | Path, *, python_numbers: bool = False) -> dict[str, An
         raw = path.read_bytes()
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}. Check its access rights.") from error
-    return parse_json(raw, str(path), python_numbers=python_numbers)
+    return parse_json(raw, str(path))
 
 
-def parse_json(raw: bytes, what: str, *, python_numbers: bool = False) -> dict[str, Any]:
-    """One JSON object: UTF-8, no key twice at any level, no NaN or Infinity, no lone surrogate. `what` names it.
-
-    With `python_numbers`, NaN and Infinity are read: transformers writes them into the configs of some models.
+def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+    """One JSON object in UTF-8, no key twice at any level; numbers as Python reads them. `what` names it.
 
     Raises:
         AdapterFileError: Anything else.
     """
     try:
-        value = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=float if python_numbers else _no_constant,
-            parse_float=_finite_float,
-        )
-        if _SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeError as error:
-        raise AdapterFileError(f"{what} is not UTF-8 text: {error.reason}. Is the file damaged?") from error  # type: ignore[attr-defined]
-    except RecursionError as error:
-        raise AdapterFileError(f"{what} is nested too deeply to be an adapter's JSON. Is the file damaged?") from error
-    except ValueError as error:
-        raise AdapterFileError(f"{what} is not strict JSON: {error}. Is the file complete and unedited?") from error
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{what} is no JSON to rely on: {error}. Is the file complete and unedited?") from error
     if not isinstance(value, dict):
         raise AdapterFileError(f"{what} holds a JSON {type(value).__name__}; an object, {{...}}, was needed.")
     return value
@@ -155,16 +140,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {show(twice)} appears twice in one object")
     return result
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is a number JSON does not have")
-
-
-def _finite_float(text: str) -> float:
-    if math.isfinite(value := float(text)):
-        return value
-    raise ValueError(f"the number {show(text)} is out of range")
 
 
 @contextmanager
@@ -195,7 +170,7 @@ def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         _check_absent(out)
-        _rename(temporary, out)
+        temporary.rename(out)
         _sync(out.parent)
     except OSError as error:
         raise AdapterError(f"{out} was not made: {error}. Is there room, and may you read and write there?") from error
@@ -220,13 +195,6 @@ def _check_apart(out: Path, source: Path) -> None:
 def _check_absent(out: Path) -> None:
     if os.path.lexists(out):
         raise AdapterError(f"{out} exists already, and nothing is ever overwritten. Choose another name or remove it.")
-
-
-def _rename(temporary: Path, out: Path) -> None:
-    try:
-        temporary.rename(out)
-    except OSError as error:
-        raise AdapterError(f"{out} could not be put in place: {error}. Did something else write there?") from error
 
 
 def _sync(path: Path) -> None:

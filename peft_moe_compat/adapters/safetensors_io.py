@@ -1,7 +1,9 @@
 """The safetensors format: a header that is checked before anything is believed, and a file written as a stream.
 
-The header is parsed here rather than by the safetensors library, so that a key written twice is noticed, and an
-error says which entry is wrong.
+Opening a file, the safetensors library (0.4.3 to 0.8.0) checks its header against itself and the file: its length, JSON
+with the fields and types the format has, spans that fit shape and dtype and cover the data without a hole, an overlap
+or a rest. It accepts, and this module refuses, a name given twice (the library takes the last), a dtype of less than a
+byte, and shapes that torch cannot hold: more than 64 dimensions, or empty with strides that overflow.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
@@ -79,74 +82,30 @@ def read_header(file: Path) -> tuple[dict[str, str], list[tuple[int, TensorInfo]
     Raises:
         AdapterFileError: The file is unreadable, cut short, or its header contradicts itself or the file.
     """
-    header, start, size = _parse_header(file)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterFileError(f"{file}: __metadata__ must map strings to strings, but is {show(metadata)}.")
-    spans = [_check_entry(file, name, entry) for name, entry in header.items()]
-    spans.sort(key=lambda span: span[:2])
-    _check_spans(file, spans, size - start)
-    return metadata, [(start + begin, info) for begin, _, info in spans]
-
-
-def _parse_header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """(header, where the data begins, size of the file). A bogus length is refused before anything is allocated."""
     with opened(file) as stream:
-        size = file.stat().st_size
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        try:
+            with safe_open(str(file), "np"):
+                raw = stream.read(int.from_bytes(stream.read(8), "little"))
+        except SafetensorError as error:
             raise AdapterFileError(
-                f"{file} is no complete safetensors file: its first 8 bytes announce a header of {length} bytes, but "
-                f"the file has {size} bytes and a header at most {_MAX_HEADER_BYTES}. Was the download cut short?"
-            )
-        raw = stream.read(length)
-    return parse_json(raw, f"The header of {file}"), 8 + length, size
+                f"{file} is no complete safetensors file: {show(str(error))}. Was the download cut short?"
+            ) from None
+    header = parse_json(raw, f"The header of {file}")
+    metadata = header.pop("__metadata__", None) or {}
+    spans = sorted((_span(file, name, entry) for name, entry in header.items()), key=lambda span: span[:2])
+    return metadata, [(8 + len(raw) + begin, info) for begin, _, info in spans]
 
 
-def _check_entry(file: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
-    """(begin, end, info) of one entry of a header, the offsets relative to where the data begins."""
+def _span(file: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
+    """(begin, end, info) of an entry, the offsets relative to where the data begins; what torch lacks is refused."""
     what = f"{file}: the entry of {show(name)}"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise AdapterFileError(f"{what} is {show(entry)}; dtype, shape and data_offsets were needed.")
-    shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise AdapterFileError(f"{what} has the dtype {show(dtype)}; known are {', '.join(_DTYPES)}.")
+    if not isinstance(entry, dict) or not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+        raise AdapterFileError(f"{what} is {show(entry)}; a dtype was needed that is one of {', '.join(_DTYPES)}.")
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     # torch computes strides, and so the product, even for an empty tensor.
-    if not _naturals(shape) or len(shape) > _MAX_RANK or math.prod(max(size, 1) for size in shape) * 8 >= 2**63:
-        raise AdapterFileError(
-            f"{what} has the shape {show(shape)}; at most {_MAX_RANK} integers >= 0 of a possible size were needed."
-        )
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise AdapterFileError(f"{what} has the data_offsets {show(offsets)}; two integers >= 0 were needed.")
-    info = TensorInfo(name, tuple(shape), _DTYPES[dtype], file)
-    if offsets[1] - offsets[0] != info.nbytes:
-        raise AdapterFileError(
-            f"{what} spans the bytes {show(offsets)}, but {dtype} of shape {show(shape)} takes {info.nbytes} bytes."
-        )
-    return offsets[0], offsets[1], info
-
-
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _check_spans(file: Path, spans: list[tuple[int, int, TensorInfo]], available: int) -> None:
-    """The sorted spans must cover the data without a hole, an overlap or a rest."""
-    position = 0
-    for begin, end, info in spans:
-        if begin != position:
-            fault = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise AdapterFileError(
-                f"{file}: {show(info.name)} begins at {show(begin)} and {fault} (ends at {position})."
-            )
-        position = end
-    if position > available:
-        raise AdapterFileError(
-            f"{file} is truncated: its header describes {show(position)} bytes of tensors, {available} are there. "
-            "Download or copy it again."
-        )
-    if position < available:
-        raise AdapterFileError(f"{file} has {available - position} bytes at its end that belong to no tensor.")
+    if len(shape) > _MAX_RANK or math.prod(max(size, 1) for size in shape) * 8 >= 2**63:
+        raise AdapterFileError(f"{what} has the shape {show(shape)}; at most {_MAX_RANK} sizes that fit were needed.")
+    return begin, end, TensorInfo(name, shape, _DTYPES[entry["dtype"]], file)
 
 
 def write_safetensors(

@@ -1,17 +1,13 @@
-"""The tensors of an adapter folder, read block by block; the folder's own helpers come along by name.
+"""The tensors of an adapter folder, read block by block.
 
 All headers are checked when the folder is opened, and no tensor is read then. Tensors are copied out by offset, never
 mapped, so that resident memory is what the block at hand holds, and a file cut short meanwhile is an error rather than
-a SIGBUS. A `.bin` file is mapped by torch, anew for each block.
+a SIGBUS.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
-import re
-import struct
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,41 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from .files import atomic_folder, find_adapter, read_json, show
-from .safetensors_io import DTYPE_NAMES, TensorInfo, opened, read_header, write_safetensors
+from .files import read_json, show
+from .safetensors_io import TensorInfo, opened, read_header
 
-__all__ = [
-    "AdapterTensors",
-    "TensorInfo",
-    "atomic_folder",
-    "check_finite",
-    "find_adapter",
-    "open_tensors",
-    "read_json",
-    "write_safetensors",
-]
+__all__ = ["BIN", "INDEX", "SAFETENSORS", "AdapterTensors", "check_finite", "open_tensors"]
 
 SAFETENSORS, INDEX, BIN = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
-
-_SURROGATES = re.compile("[\ud800-\udfff]")  # no UTF-8, so no safetensors header, has them
-# What torch.load raises for a damaged file, by where the damage lies.
-_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,  # a damaged length asks for more than there is
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass
@@ -64,7 +31,7 @@ class AdapterTensors(Mapping[str, TensorInfo]):
 
     Attributes:
         infos: By name, in the order of the files and of the bytes in them.
-        metadata: The `__metadata__` of the safetensors files, empty for a `.bin`.
+        metadata: The `__metadata__` of the files.
         files: The files that hold the tensors.
         notes: What the user may want to know about the choice of files, one sentence each.
     """
@@ -113,10 +80,10 @@ class AdapterTensors(Mapping[str, TensorInfo]):
         found: dict[str, Tensor] = {}
         for file in dict.fromkeys(self.infos[name].file for name in names):
             here = [self.infos[name] for name in names if self.infos[name].file == file]
-            found.update(self._read_safetensors(file, here) if self._offsets else _read_bin(file, here))
+            found.update(self._read_file(file, here))
         return {name: found[name] for name in names}
 
-    def _read_safetensors(self, file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
+    def _read_file(self, file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
         found = {}
         with opened(file) as stream:
             for info in sorted(infos, key=lambda info: self._offsets[info.name]):
@@ -131,11 +98,11 @@ class AdapterTensors(Mapping[str, TensorInfo]):
 def open_tensors(folder: Path) -> AdapterTensors:
     """The tensors of the adapter in `folder`: all headers are read and checked, no tensor is.
 
-    `adapter_model.safetensors`, or its shards by `adapter_model.safetensors.index.json`, else `adapter_model.bin`;
-    as PEFT (`load_peft_weights`) does, safetensors are preferred where both lie there.
+    `adapter_model.safetensors`, or its shards by `adapter_model.safetensors.index.json`; an `adapter_model.bin` beside
+    them is ignored, as PEFT (`load_peft_weights`) does, and refused where it is alone.
 
     Raises:
-        AdapterFileError: None of them, two that contradict each other, or a damaged or unsafe file.
+        AdapterFileError: Neither of them, both, or a damaged or unsafe file.
     """
     folder = Path(folder)
     single, index, old = (folder / name for name in (SAFETENSORS, INDEX, BIN))
@@ -147,11 +114,14 @@ def open_tensors(folder: Path) -> AdapterTensors:
     elif single.is_file():
         _open_safetensors(tensors, single)
     elif old.is_file():
-        _open_bin(tensors, old)
-        return tensors
+        raise AdapterFileError(
+            f"{folder} holds {BIN}, a pickle, and only safetensors are read: save its tensors again, in that folder, "
+            f'with `safetensors.torch.save_file(torch.load("{BIN}", weights_only=True), "{SAFETENSORS}")`, or with '
+            "PEFT's save_pretrained where it came from."
+        )
     else:
         found = _names(sorted(folder.iterdir())[:20]) if folder.is_dir() else "no folder"
-        raise AdapterFileError(f"{SAFETENSORS}, {INDEX} or {BIN} was needed in {folder}; found: {found or 'nothing'}.")
+        raise AdapterFileError(f"{SAFETENSORS} or {INDEX} was needed in {folder}; found: {found or 'nothing'}.")
     if old.is_file():
         tensors.notes.append(f"{BIN} lies beside the safetensors and is ignored, as PEFT does.")
     return tensors
@@ -219,72 +189,6 @@ def _shard(index: Path, value: str) -> Path:
             f"{shard} is a link to {target}, outside of {folder}. Copy the file there if you trust it."
         )
     return shard
-
-
-def _open_bin(tensors: AdapterTensors, file: Path) -> None:
-    for name, tensor in _load_bin(file).items():
-        tensors.infos[name] = TensorInfo(name, tuple(tensor.shape), tensor.dtype, file)
-    tensors.files.append(file)
-
-
-def _read_bin(file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
-    """Views of a mapping made anew, so that no page stays resident longer than the caller's block."""
-    tensors = _load_bin(file)
-    for info in infos:
-        tensor = tensors.get(info.name)
-        if tensor is None or (tuple(tensor.shape), tensor.dtype) != (info.shape, info.dtype):
-            raise AdapterFileError(f"{file} changed while it was being read: {show(info.name)} is another tensor now.")
-    return {info.name: tensors[info.name] for info in infos}
-
-
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    """The checked tensors of a `.bin`, mapped where its zip archive allows, loaded where it is older or compressed."""
-    try:
-        loaded = torch.load(str(file), map_location="cpu", weights_only=True, mmap=_mappable(file))
-    except _LOAD_ERRORS as error:
-        raise _load_error(file, error) from error
-    if not isinstance(loaded, dict):
-        raise AdapterFileError(f"{file} holds a {type(loaded).__name__}; a dict from name to tensor was needed.")
-    return {name: _check_bin_entry(file, name, tensor) for name, tensor in loaded.items()}
-
-
-def _load_error(file: Path, error: BaseException) -> AdapterFileError:
-    if asked := re.search(r"GLOBAL (\S+)", str(error)):
-        return AdapterFileError(
-            f"{file} wants {show(asked[1])}, and a file of plain tensors was needed; nothing in it was executed. "
-            "If you trust its origin, have it saved as safetensors where it came from."
-        )
-    cause = error.__context__ or error  # torch wraps the cause in advice to load without the check
-    return AdapterFileError(
-        f"{file} is damaged, or more than plain tensors: {type(cause).__name__}: {str(cause).strip()[:200]}. "
-        "Nothing in it was executed. Download or copy it again."
-    )
-
-
-def _mappable(file: Path) -> bool:
-    with file.open("rb") as stream:
-        if stream.read(4) != b"PK\x03\x04":
-            return False  # torch.save's format before 1.6
-    with zipfile.ZipFile(file) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-
-
-def _check_bin_entry(file: Path, name: object, tensor: object) -> Tensor:
-    if not isinstance(name, str) or _SURROGATES.search(name):
-        raise AdapterFileError(f"{file} has the key {show(name)}; the names of tensors were expected.")
-    if not isinstance(tensor, Tensor):
-        raise AdapterFileError(
-            f"{file}: {show(name)} is a {type(tensor).__name__}, not a tensor. Only a flat dict of tensors can be read."
-        )
-    kind = "meta" if tensor.is_meta else "quantised" if tensor.is_quantized else str(tensor.layout)
-    if kind != "torch.strided" or tensor.is_nested or tensor.device.type != "cpu" or tensor.dtype not in DTYPE_NAMES:
-        raise AdapterFileError(f"{file}: {show(name)} is a {kind} tensor of {tensor.dtype}; a dense one was needed.")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise AdapterFileError(
-            f"{file}: {show(name)} has shape {show(tuple(tensor.shape))}, more than the bytes stored for it. "
-            "Save the adapter again with contiguous tensors."
-        )
-    return tensor.detach()
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -33,9 +33,8 @@ class Comparison:
     Attributes:
         name: Of the module or tensor, in the first file where it is there.
         projection: `"gate_up"`, `"gate"`, `"up"`, `"down"`, another parameter's name, `"linear"` for the LoRA of an
-            ordinary linear, or empty for a tensor that is none; of `verify_merged` what was compared, `"output"` or
-            `"weights"`.
-        max_difference: Largest absolute difference of an entry of the update, or of the output.
+            ordinary linear, or empty for a tensor that is none.
+        max_difference: Largest absolute difference of an entry of the update.
         relative_difference: Norm of the difference over norm of the first file's update; 0 where both are zero.
         note: What kept them from being compared, if anything did.
     """

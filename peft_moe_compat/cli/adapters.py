@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,57 +118,36 @@ def convert(
 
 def verify(
     adapter: _Adapter,
-    other: Annotated[
-        str | None, typer.Argument(help="What became of it: a folder or a Hub id.", show_default=False)
-    ] = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Compare the merged with the unmerged experts instead; needs --model.")
-    ] = False,
+    other: Annotated[str, typer.Argument(help="What became of it: a folder or a Hub id.", show_default=False)],
     model: _Model = None,
     written_by: _WrittenBy = None,
     orientation: _Orientation = None,
     packing: _Packing = None,
     nesting: _Nesting = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(help="Largest relative difference that counts as the same; 1e-6, with --merged 1e-5."),
-    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference that counts as the same.")] = 1e-6,
     as_json: _Json = False,
 ) -> None:
-    """Compares two adapters by the updates they make to each expert, or an adapter with itself merged.
-
-    Exit code 1 where they differ.
-    """
+    """Compares two adapters by the updates they make to each expert. Exit code 1 where they differ."""
     with _errors(as_json):
-        said = {
-            "model": model,
-            "written_by": written_by,
-            "orientation": orientation,
-            "packing": packing,
-            "nesting": _names(nesting),
-        }
-        found = _verified(adapter, other, merged, said, tolerance)
+        from ..adapters.verify import verify_adapters
+
+        with _progress("comparing") as advance:
+            found = verify_adapters(
+                adapter,
+                other,
+                model=model,
+                written_by=written_by,
+                orientation=orientation,
+                packing=packing,
+                nesting=_names(nesting),
+                tolerance=tolerance,
+                progress=advance,
+            )
         if as_json:
             typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
         else:
             _show_verification(found, Console())
         raise typer.Exit(0 if found.same else 1)
-
-
-def _verified(
-    adapter: str, other: str | None, merged: bool, said: Mapping[str, Any], tolerance: float | None
-) -> Verification:
-    if merged == (other is not None):
-        raise typer.BadParameter("give either a second adapter or --merged")
-    allowed: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
-    with _progress("comparing") as advance:
-        if merged:
-            from ..adapters.merged import verify_merged
-
-            return verify_merged(adapter, **said, **allowed, progress=advance)
-        from ..adapters.verify import verify_adapters
-
-        return verify_adapters(adapter, str(other), **said, **allowed, progress=advance)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -14,7 +14,9 @@ from typing import Any
 from ..adapters.base_model import BaseModel
 from ..adapters.decide import Decision, decide
 from ..adapters.files import is_hub_id, read_json
+from ..adapters.names import LINEAR_NAMES
 from ..adapters.source import CONFIG_NAME, AdapterSource, open_with_model
+from ..adapters.tensors import BIN, SAFETENSORS
 from ..errors import AdapterError, AmbiguousAdapterError, LayoutError
 from ..layout import ORIENTATIONS, PACKINGS
 from ..model.experts import bare
@@ -24,8 +26,6 @@ from .matching import UnderstoodFile, counterparts, facts_of, live_path
 __all__ = ["understand", "written_by"]
 
 logger = logging.getLogger("peft_moe_compat")
-
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What the caller knows of a file: arguments of `decide`.
 _said: ContextVar[Mapping[str, Any] | None] = ContextVar("peft_moe_compat_said", default=None)
@@ -83,6 +83,8 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     facts = facts_of(model, config.get("target_parameters") or ())
     if config.get("peft_type", "LORA") != "LORA" or not (config.get("target_parameters") or facts.stacks):
         return None
+    if not (folder / SAFETENSORS).is_file() and not _may_reach_experts(config):
+        return None  # a `.bin` that is none of ours; any other one is refused, since only its config can be read
     source, _ = open_with_model(folder, facts)
     if source.form == "stacked":
         raise LayoutError(
@@ -102,6 +104,15 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     decision = decide(source, model=replace(facts, stacks=stacks), **(_said.get() or {}))
     _require(model_id, decision)
     return UnderstoodFile(source, paths, decision)
+
+
+def _may_reach_experts(config: Mapping[str, Any]) -> bool:
+    """Whether what a config targets could be experts, in any form. A pattern counts as one that could."""
+    targets = config.get("target_modules") or []
+    if config.get("target_parameters") or not isinstance(targets, list):
+        return True
+    parts = {part for target in targets for part in str(target).split(".")}
+    return not parts.isdisjoint({*LINEAR_NAMES, "experts"})
 
 
 def _require(model_id: str, decision: Decision) -> None:
@@ -144,7 +155,7 @@ def _folder(model_id: str, hub: Mapping[str, Any]) -> Path | None:
     """The folder that upstream is going to read, downloaded if need be; None where upstream will not find one."""
     local = Path(model_id, hub.get("subfolder") or "")
     if (local / CONFIG_NAME).is_file():
-        return local if any((local / name).is_file() for name in _WEIGHTS) else None
+        return local if any((local / name).is_file() for name in (SAFETENSORS, BIN)) else None
     if local.exists() or not is_hub_id(model_id):
         return None
     from huggingface_hub import hf_hub_download
@@ -153,7 +164,7 @@ def _folder(model_id: str, hub: Mapping[str, Any]) -> Path | None:
     client_error: Any = HfHubHTTPError.__bases__[0]
     known = {"subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type", "proxies"}
     options = {key: value for key, value in hub.items() if key in known and value is not None}
-    for name in _WEIGHTS:
+    for name in (SAFETENSORS, BIN):
         try:
             folder = Path(hf_hub_download(model_id, CONFIG_NAME, **options)).parent
             hf_hub_download(model_id, name, **options)

@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,7 +21,6 @@ import peft_moe_compat.adapters
 from peft_moe_compat.adapters.inspect import inspect_adapter
 from peft_moe_compat.cli.main import app
 
-SCHEMA = json.loads((Path(peft_moe_compat.adapters.__file__).parent / "inspection.schema.json").read_text())
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SPEC = Spec(attention=True)
 TO = "peft==0.18.1,transformers==5.0.0"
@@ -63,6 +61,9 @@ def test_convert_then_verify(files):
     assert result.exit_code == 1
     assert "not the same" in result.output
     assert json.loads(run("verify", files / "in", files / "other", *model, "--json").stdout)["same"] is False
+    result = run("verify", files / "in", files / "other", *model, "--json", "--tolerance", "10")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["tolerance"] == 10
 
 
 def test_what_cannot_be_compared_is_null_in_json(files):
@@ -141,20 +142,57 @@ def test_markup_in_names_is_shown_as_it_is(tmp_path):
     assert "[red]nothing[/red]" in result.stderr
 
 
-def validate(document):
-    jsonschema.Draft202012Validator(SCHEMA).validate(document)
+TEXT, COUNT = (str, type(None)), (int, type(None))
+CONCLUSION = {"value": TEXT, "confidence": {"certain", "stated", "likely", "none"}, "evidence": [str], "settle": str}
+NUMBERS = {"rank": COUNT, "scaling": (float, int, type(None)), "in_features": COUNT, "out_features": COUNT}
+MODULE = {"path": str, "form": {"fused", "per_expert", "stacked"}, "num_experts": COUNT}
+# Whoever changes this changes what scripts read: it counts in SCHEMA_VERSION and has a line in the changelog.
+INSPECTION = {
+    "schema_version": {1},
+    "path": str,
+    "files": [str],
+    "num_tensors": int,
+    "total_bytes": int,
+    "dtypes": [str],
+    "form": {"fused", "per_expert", "stacked", "none"},
+    "model_type": TEXT,
+    **dict.fromkeys(("writer", "orientation", "packing", "nesting"), CONCLUSION),
+    "modules": [{**MODULE, "projections": [{"name": TEXT, **NUMBERS}]}],
+    "other_tensors": int,
+    "other_bytes": int,
+    "readers": dict,
+    "notes": [str],
+    "undecided": [{"orientation", "packing", "nesting"}],
+}
 
 
-def test_the_schema_is_one_and_says_what_everything_is():
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    objects = [SCHEMA, *(d for d in SCHEMA["$defs"].values())]
-    for part in objects:
-        assert part["additionalProperties"] is False
-        assert set(part["required"]) == set(part["properties"])
-        assert all("description" in value for value in part["properties"].values())
+def assert_form(value, form, where="$"):
+    if isinstance(form, dict):
+        assert value.keys() == form.keys(), where
+        for key in form:
+            assert_form(value[key], form[key], f"{where}.{key}")
+    elif isinstance(form, list):
+        assert isinstance(value, list), where
+        for item in value:
+            assert_form(item, form[0], f"{where}[]")
+    else:
+        assert value in form if isinstance(form, set) else isinstance(value, form), (where, value)
 
 
-def test_inspections_of_every_form_are_as_the_schema_says(files):
+def assert_inspection(document):
+    assert_form(document, INSPECTION)
+    assert len(document["readers"]) > 3
+    for verdict in document["readers"].values():
+        assert_form(verdict, {"verdict": {"reads", "wrong", "fails", "unknown"}, "why": str})
+    for name in ("writer", "orientation", "packing", "nesting"):
+        said = document[name]
+        assert said["evidence"], name
+        if said["value"] is None:
+            assert (said["confidence"], bool(said["settle"])) == ("none", True), name
+        assert (name in document["undecided"]) == (said["value"] is None and name != "writer"), name
+
+
+def test_inspections_of_every_form_have_one_json_form(files):
     fused, linears = SPEC.factors(("gate_up", "down")), SPEC.factors(("gate", "up", "down"))
     per_expert = save_per_expert(files / "per", SPEC, linears, skip=[(1, "up")])
     stacked = save_stacked(files / "stacked", SPEC, fused)
@@ -167,15 +205,15 @@ def test_inspections_of_every_form_are_as_the_schema_says(files):
                 continue
             result = run("inspect", source, "--json", *more)
             assert result.exit_code == 0, result.output
-            validate(json.loads(result.stdout))
+            assert_inspection(json.loads(result.stdout))
 
 
-def test_inspections_of_the_fixtures_are_as_the_schema_says():
+def test_inspections_of_the_fixtures_have_that_form_too():
     cases = sorted(FIXTURES.rglob("truth.json"))[::5]
     assert len(cases) > 40
     for file in cases:
         model = file.parent / "base_config.json"
-        validate(json.loads(inspect_adapter(file.parent, model=model).to_json()))
+        assert_inspection(json.loads(inspect_adapter(file.parent, model=model).to_json()))
 
 
 BIG = Spec(E=16, H=512, I=256, r=16, layers=tuple(range(30)))

@@ -407,6 +407,39 @@ def test_adapters_without_expert_lora_are_none_of_its_business(tmp_path, monkeyp
     PeftModel.from_pretrained(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 3)}), tmp_path / "dense")
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {},  # what the installed PEFT writes
+        {"target_parameters": None, "target_modules": ["q_proj", "up_proj"]},
+        {"target_parameters": None, "target_modules": ["mlp.experts.3.down_proj"]},
+        {"target_parameters": None, "target_modules": "experts"},
+        {"target_parameters": None, "target_modules": ".*proj"},
+    ],
+)
+def test_a_pickle_that_may_hold_experts_lora_is_refused(tmp_path, targets):
+    wrapped, fresh = save(tmp_path)
+    wrapped.save_pretrained(tmp_path, safe_serialization=False)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | targets))
+    with pytest.raises(AdapterFileError, match="a pickle, and only safetensors are read: save its tensors again"):
+        PeftModel.from_pretrained(fresh(), tmp_path)
+    holder = PeftModel(fresh(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(AdapterFileError, match="a pickle, and only safetensors are read"):
+        holder.load_adapter(tmp_path, "other")
+    assert list(holder.peft_config) == ["default"]
+
+
+def test_a_pickle_without_experts_lora_is_pefts_own(tmp_path):
+    expected, fresh = save(tmp_path, target_parameters=None, target_modules=["q_proj"])
+    expected.save_pretrained(tmp_path, safe_serialization=False)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    model = PeftModel.from_pretrained(fresh(), tmp_path)
+    pairs = zip(model.named_parameters(), expected.named_parameters(), strict=True)
+    assert all(torch.equal(found, wanted) for (_, found), (_, wanted) in pairs)
+
+
 @pytest.mark.parametrize("biases", [["down_proj_bias"], ["down_proj_bias", "gate_up_proj_bias"]])
 @pytest.mark.parametrize("weights", [[], ["down_proj"], ["gate_up_proj", "down_proj"]])
 def test_biases_of_experts_may_have_lora_too(tmp_path, weights, biases, stock):

@@ -303,10 +303,7 @@ def save_stacked(folder: Path, spec: Spec, factors: Factors, **config: Any) -> P
 
 def load(folder: Path) -> dict[str, Tensor]:
     """All tensors of an adapter folder."""
-    file = folder / "adapter_model.safetensors"
-    if file.exists():
-        return safetensors.torch.load_file(file)
-    return torch.load(folder / "adapter_model.bin", weights_only=True)
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
