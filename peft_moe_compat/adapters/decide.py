@@ -17,17 +17,16 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ..errors import AdapterError, AmbiguousAdapterError
-from ..layout import ORIENTATIONS, PACKINGS
-from ..releases import parse_releases, release_for
+from ..layout import PACKINGS
+from ..releases import release_for
 from .base_model import BaseModel
 from .conclusions import Conclusion
-from .layers import Votes, expert_counts, stamped, vote
-from .names import ExpertsKeys
 from .orientations import orientations
-from .packing import test_packing
-from .shapes import Reading, slot_shapes
+from .packing import packing_evidence
+from .shapes import Reading, Readings, expert_counts, readings_by_shape, readings_by_stamp
 from .source import AdapterSource
-from .stamp import Stamp, read_stamp
+from .stamp import Stamp
+from .stated import Stated
 from .writer import SAID_BY_CALLER, Writer, find_writer
 
 __all__ = ["Decision", "decide"]
@@ -80,88 +79,62 @@ class Decision:
             raise AmbiguousAdapterError(f"{what} cannot be read without a guess: {' And '.join(lines)}")
 
 
-def decide(
-    source: AdapterSource,
-    *,
-    model: BaseModel | None = None,
-    written_by: str | None = None,
-    orientation: str | None = None,
-    packing: str | None = None,
-    nesting: Sequence[str] | None = None,
-) -> Decision:
+def decide(source: AdapterSource, stated: Stated) -> Decision:
     """Concludes what an adapter holds.
 
     Args:
-        source: The adapter.
-        model: Its base model, if known: tells square cases of different projections, and transposed families, apart.
-        written_by: `peft==VERSION` or `peft==VERSION,transformers==VERSION`, if the caller knows.
-        orientation: `"linear"` or `"reversed"`, likewise; shapes that speak against it are an error.
-        packing: `"rank_major"` or `"grouped"`, likewise.
-        nesting: Parameters, innermost wrapper first, likewise.
+        source: The adapter. Its base model, if known, tells square cases of different projections, and transposed
+            families, apart.
+        stated: What the caller says of it.
 
     Raises:
         AdapterFileError: The file contradicts itself or the model.
-        AdapterError: `orientation`, `packing` or `nesting` is no possible answer.
-        UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
+        AdapterError: What the caller says of orientation or nesting is no possible answer.
     """
-    for name, said, known in (("packing", packing, PACKINGS), ("orientation", orientation, ORIENTATIONS)):
-        if said is not None and said not in known:
-            raise AdapterError(f"{name} is {said!r}; one of {', '.join(known)} was expected.")
-    if written_by is not None:
-        parse_releases(written_by)
-    nesting = nesting.split(",") if isinstance(nesting, str) else nesting
-    stamp = read_stamp(source.tensors.metadata)
-    writer = find_writer(source, stamp, written_by, model)
+    stamp = source.stamp
+    writer = find_writer(source, stated)
     if source.form != "fused":
         return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, stamp=stamp, peft=writer.peft)
-    modules = source.keys.modules
-    shapes = {module.path: slot_shapes(module, source.tensors.infos) for module in modules}
-    votes = stamped(source, stamp, modules, shapes, model) if stamp else vote(source, modules, shapes, model, nesting)
-    if stamp is not None and nesting is not None:
-        for path, (first, *_) in votes.readings.items():
-            if len(first.nesting) > 1 and sorted(first.nesting) != sorted(nesting):
-                there = ",".join(first.nesting)
-                raise AdapterError(f"nesting is {','.join(nesting)}; the stamp has {there} at {path!r}.")
-    oriented = _orientation(votes, writer, stamp, model, source, orientation)
-    nested, readings = _nesting(votes, oriented, stamp, nesting)
-    counts = expert_counts(source, votes, shapes)
-    packed = _packing(source, modules, counts, writer, packing)
-    named = _with_remark(writer, oriented, model)
+    if stamp is None:
+        possible = readings_by_shape(source, stated.nesting)
+    else:
+        possible = readings_by_stamp(source, stamp)
+        for path, (first, *_) in possible.by_path.items():
+            there, said = first.nesting, stated.nesting
+            if said is not None and len(there) > 1 and sorted(there) != sorted(said):
+                raise AdapterError(f"nesting is {','.join(said)}; the stamp has {','.join(there)} at {path!r}.")
+    oriented = _orientation(source, possible, writer, stated)
+    nested, readings = _nesting(source, possible, oriented, stated)
+    counts = expert_counts(source, possible)
+    packed = _packing(source, counts, writer, stated)
+    named = _with_remark(writer, oriented, source.base)
     return Decision(named, oriented, packed, nested, readings, counts, writer.packings, stamp, writer.peft)
 
 
-def _orientation(
-    votes: Votes,
-    writer: Writer,
-    stamp: Stamp | None,
-    model: BaseModel | None,
-    source: AdapterSource,
-    said: str | None,
-) -> Conclusion:
-    possible = votes.orientations
+def _orientation(source: AdapterSource, readings: Readings, writer: Writer, stated: Stated) -> Conclusion:
+    model, possible, said = source.base, readings.orientations, stated.orientation
     if said is not None:
         if said not in possible:
             raise AdapterError(
-                f"orientation is {said!r}, but {votes.evidence} fit {' or '.join(sorted(possible))} alone."
+                f"orientation is {said!r}, but {readings.evidence} fit {' or '.join(sorted(possible))} alone."
             )
         return Conclusion(said, "stated", (SAID_BY_CALLER,))
     if len(possible) == 1:
         (value,) = possible
-        text = f"{votes.evidence} fit {value} alone" if stamp is None else votes.evidence
-        return Conclusion(value, "likely" if votes.likely else "certain", (text,))
-    both = f"{votes.evidence} fit both orientations"
+        text = f"{readings.evidence} fit {value} alone" if source.stamp is None else readings.evidence
+        return Conclusion(value, "likely" if readings.likely else "certain", (text,))
+    both = f"{readings.evidence} fit both orientations"
     if writer.peft is None:
         flag = "--written-by peft==VERSION" if model else "--model BASE, or --written-by peft==VERSION, or both"
         return Conclusion(None, "none", (both, "no PEFT release is known to have written the file"), flag)
     # A caller who names the release means what it writes on its own.
-    stated = _orientations_of(writer, model, patched=not writer.by_caller)
+    writes = _orientations_of(writer, model, patched=not writer.by_caller)
     name = writer.conclusion.value
-    if len(stated) == 1:
-        (value,) = stated
+    if len(writes) == 1:
+        (value,) = writes
         return Conclusion(value, "stated", (both, f"{name} writes {value} ones for this model"))
     if model is None:
-        base = source.config.get("base_model_name_or_path")
-        flag = f"--model {base if isinstance(base, str) and base else 'BASE'} (the base model's config.json)"
+        flag = f"--model {source.config.base_model_name or 'BASE'} (the base model's config.json)"
         why = f"what {name} writes depends on the base model"
         return Conclusion(None, "none", (both, why), flag)
     if len(_orientations_of(writer, model, patched=False)) == 1:
@@ -183,17 +156,17 @@ def _orientations_of(writer: Writer, model: BaseModel | None, *, patched: bool) 
 
 
 def _nesting(
-    votes: Votes, orientation: Conclusion, stamp: Stamp | None, nesting: Sequence[str] | None
+    source: AdapterSource, possible: Readings, orientation: Conclusion, stated: Stated
 ) -> tuple[Conclusion, dict[str, Reading]]:
     """The conclusion, and every module's reading where it and the orientation are decided."""
     if not orientation.decided:
-        names = {r.nesting for readings in votes.readings.values() for r in readings}
+        names = {r.nesting for readings in possible.by_path.values() for r in readings}
         if len(names) == 1:
             return Conclusion(",".join(names.pop()), "certain", ("only one parameter order is possible",)), {}
         evidence = ("it follows from the orientation, which is not settled",)
         return Conclusion(None, "none", evidence, orientation.settle), {}
     found: dict[str, Reading] = {}
-    for path, readings in votes.readings.items():
+    for path, readings in possible.by_path.items():
         fitting = [reading for reading in readings if reading.orientation == orientation.value]
         if len(fitting) > 1:
             options = " or ".join(",".join(reading.nesting) for reading in fitting)
@@ -206,46 +179,44 @@ def _nesting(
     nested = {reading.nesting for reading in found.values()}
     value = " | ".join(",".join(names) for names in sorted(nested))
     swapped = [path for path, reading in found.items() if not reading.in_parameter_order]
-    text = votes.evidence
+    text = possible.evidence
     if swapped:
         text += f"; {len(swapped)} modules are nested against the order of their parameters"
-    confidence = "stated" if nesting is not None or orientation.confidence == "stated" else orientation.confidence
-    return Conclusion(value, "certain" if stamp else confidence, (text,)), found
+    confidence = (
+        "stated" if stated.nesting is not None or orientation.confidence == "stated" else orientation.confidence
+    )
+    return Conclusion(value, "certain" if source.stamp else confidence, (text,)), found
 
 
 def _packing(
-    source: AdapterSource,
-    modules: Sequence[ExpertsKeys],
-    counts: Mapping[str, tuple[int, ...]],
-    writer: Writer,
-    said: str | None,
+    source: AdapterSource, counts: Mapping[str, tuple[int, ...]], writer: Writer, stated: Stated
 ) -> Conclusion:
-    if said is not None:
-        return Conclusion(said, "stated", (SAID_BY_CALLER,))
-    stated = " | ".join(sorted(set(writer.packings.values()))) or None
+    if stated.packing is not None:
+        return Conclusion(stated.packing, "stated", (SAID_BY_CALLER,))
+    written = " | ".join(sorted(set(writer.packings.values()))) or None
     if writer.marked:
-        return Conclusion(stated, "certain", (writer.packing_evidence,))
+        return Conclusion(written, "certain", (writer.packing_evidence,))
     pairs = [
-        (pair.lora_B, count)
-        for module in modules
-        for pair, count in zip(module.slots, counts.get(module.path, ()), strict=False)
+        (slot.lora_B.name, count)
+        for module in source.modules
+        for slot, count in zip(module.slots, counts.get(module.path, ()), strict=False)
     ]
     infos = source.tensors.infos
-    if len(counts) == len(modules) and all(count in (1, infos[name].shape[1]) for name, count in pairs):
+    if len(counts) == len(source.modules) and all(count in (1, infos[name].shape[1]) for name, count in pairs):
         return Conclusion("either", "certain", ("with one expert or rank 1 both packings are the same",))
-    test = test_packing(_read(source, pairs[:: max(1, len(pairs) // _SAMPLED_MATRICES)]))
+    test = packing_evidence(_read(source, pairs[:: max(1, len(pairs) // _SAMPLED_MATRICES)]))
     either_way = "--packing rank_major, or --packing grouped"
-    if stated is None:
+    if written is None:
         reasons = (writer.packing_evidence or "nothing in the config says how lora_B is packed", test.evidence)
         if test.packing is not None:
             return Conclusion(test.packing, "likely", reasons)
         if not any(lora_B.any() for lora_B, _ in _read(source, pairs)):
             return Conclusion("either", "certain", ("every lora_B is zero, the same under both packings",))
         return Conclusion(None, "none", reasons, either_way)
-    if test.hint not in (None, stated):
+    if test.hint not in (None, written):
         reasons = (writer.packing_evidence, f"but the data speak against it: {test.evidence}")
         return Conclusion(None, "none", reasons, either_way)
-    return Conclusion(stated, "stated", (writer.packing_evidence, test.evidence))
+    return Conclusion(written, "stated", (writer.packing_evidence, test.evidence))
 
 
 def _read(source: AdapterSource, pairs: Sequence[tuple[str, int]]) -> Iterator[tuple[Tensor, int]]:

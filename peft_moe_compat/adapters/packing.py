@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..layout import PACKINGS
 
-__all__ = ["PackingTest", "test_packing"]
+__all__ = ["PackingTest", "packing_evidence"]
 
 # Standard deviations of log F that the winner must clear, and the share of the winner's that the loser may reach.
 _CLEAR, _LOSER_SHARE = 5.0, 0.5
@@ -42,7 +42,7 @@ class PackingTest:
     hint: str | None = None
 
 
-def test_packing(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
+def packing_evidence(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
     """The packing that lora_B's column norms speak for.
 
     Args:

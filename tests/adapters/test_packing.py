@@ -7,7 +7,7 @@ import torch
 from support.adapter_files import Spec, flat, save_fused
 
 from peft_moe_compat.adapters.inspect import inspect_adapter
-from peft_moe_compat.adapters.packing import test_packing as packing_of
+from peft_moe_compat.adapters.packing import packing_evidence as packing_of
 from peft_moe_compat.layout import PACKINGS
 
 
