@@ -13,6 +13,7 @@ from itertools import permutations
 from ..errors import AdapterError, AdapterFileError
 from ..layout import ORIENTATIONS
 from .base_model import BaseModel
+from .conclusions import Reason
 from .names import role_of
 from .slots import ExpertsModule
 from .source import AdapterSource
@@ -51,12 +52,12 @@ class Readings:
 
     Attributes:
         by_path: Path -> possible readings; those of modules with the same candidates are already intersected.
-        evidence: In words.
+        evidence: What says so.
         likely: Whether a size from elsewhere in the file was needed, which is no proof.
     """
 
     by_path: Mapping[str, tuple[Reading, ...]]
-    evidence: str
+    evidence: Reason
     likely: bool = False
 
     @property
@@ -118,11 +119,13 @@ def readings_by_shape(source: AdapterSource, nesting: Sequence[str] | None) -> R
         return {p: tuple(r for r in by_path[p] if r in shared[tuple(candidates[p])]) for p in by_path}
 
     count = len(source.modules)
-    found = Readings(possible(None), f"shapes of {count} module{'s' * (count > 1)}")
+    shapes = Reason("one_shape") if count == 1 else Reason("shapes", {"count": count})
+    found = Readings(possible(None), shapes)
     if not found.orientations:
         raise AdapterFileError(_no_reading(source, candidates))
     if source.base is None and len(found.orientations) > 1 and (hidden := _hidden_size(source)) is not None:
-        narrowed = Readings(possible(hidden), f"{found.evidence} and hidden size {hidden} of the attention LoRA", True)
+        evidence = Reason("shapes_and_hidden", {"shapes": shapes, "hidden": hidden})
+        narrowed = Readings(possible(hidden), evidence, likely=True)
         if narrowed.orientations:
             return narrowed
     return found
@@ -257,4 +260,4 @@ def readings_by_stamp(source: AdapterSource, stamp: Stamp) -> Readings:
                 source.base.require(module.path, name, role_of(module.path, name), count, features)
         in_order = said.nesting == parameter_order(module.path, said.nesting)
         readings[module.path] = (Reading(said.orientation, said.nesting, in_order),)
-    return Readings(readings, "the stamp of peft_moe_compat")
+    return Readings(readings, Reason("stamp"))

@@ -10,14 +10,12 @@ from ..errors import AdapterFileError, UnsupportedPeftError
 from ..releases import AUTOMODEL_LAYOUTS, RULES, release_for
 from .adapter_config import UNSLOTH_LAYOUT, AdapterConfig, UnslothMarks
 from .base_model import BaseModel
-from .conclusions import Conclusion
+from .conclusions import Conclusion, Reason, Settle
 from .files import show
 from .source import AdapterSource
 from .stated import Stated
 
-__all__ = ["SAID_BY_CALLER", "Writer", "find_writer"]
-
-SAID_BY_CALLER = "said by the caller"
+__all__ = ["Writer", "find_writer"]
 
 # Unsloth's words for the packings. Source: unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
 _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
@@ -44,6 +42,9 @@ _UNSLOTH_GROUPED = {
 AUTOMODEL_FILE, _AUTOMODEL_KEY = "automodel_peft_config.json", "paramwrapper_layout"
 
 
+_UNSAID = Reason("packing_unsaid")
+
+
 @dataclass(frozen=True)
 class Writer:
     """Who wrote the file.
@@ -62,7 +63,7 @@ class Writer:
     peft: str | None = None
     transformers: str | None = None
     packings: Mapping[str | None, str] = field(default_factory=dict)
-    packing_evidence: str = ""
+    packing_evidence: Reason = _UNSAID
     marked: bool = False
     by_caller: bool = False
 
@@ -75,9 +76,10 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
     """
     stamp = source.stamp
     if stamp is not None:
-        text = f"stamped by peft_moe_compat, PEFT {stamp.peft}, transformers {stamp.transformers or 'of any release'}"
-        conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (text,))
-        return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, text, marked=True)
+        beside = stamp.transformers or "of any release"
+        reason = Reason("stamped", {"peft": stamp.peft, "transformers": beside})
+        conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (reason,))
+        return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
     by_caller = stated.written_by is not None
     if not by_caller and AUTOMODEL_FILE in source.side_files:
         return _automodel(source.side_files[AUTOMODEL_FILE])
@@ -89,8 +91,8 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
         return Writer(named, peft, transformers, unsloth.packings, unsloth.evidence, unsloth.marked, by_caller)
     if peft is None:
         return Writer(conclusion)
-    text = f"PEFT {peft} packs lora_B's columns as '(r E)', as every release does"
-    return Writer(conclusion, peft, transformers, {None: "rank_major"}, text, by_caller=by_caller)
+    packs = Reason("peft_packs", {"peft": peft})
+    return Writer(conclusion, peft, transformers, {None: "rank_major"}, packs, by_caller=by_caller)
 
 
 def _release(config: AdapterConfig, stated: Stated) -> tuple[str | None, str | None, Conclusion]:
@@ -98,20 +100,19 @@ def _release(config: AdapterConfig, stated: Stated) -> tuple[str | None, str | N
     peft, transformers = stated.releases
     if peft is not None:
         beside = f", transformers {transformers}" if transformers else ""
-        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (SAID_BY_CALLER,))
+        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (Reason("said"),))
     version = config.peft_version
     if version is not None:
         try:
             release_for(version)
         except UnsupportedPeftError as error:
             raise AdapterFileError(f"adapter_config.json has peft_version {show(version)}: {error}") from None
-        text = f"peft_version is {version!r} in adapter_config.json"
-        return version, None, Conclusion(f"PEFT {version}", "stated", (text,))
+        reason = Reason("peft_version", {"version": version})
+        return version, None, Conclusion(f"PEFT {version}", "stated", (reason,))
     if config.has_peft_0_17_fields:
-        text = "adapter_config.json has the fields of PEFT 0.17, and no peft_version, as then"
-        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (text,))
-    text = "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes"
-    return None, None, Conclusion(None, "none", (text,), "--written-by peft==VERSION")
+        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (Reason("peft_0_17_fields"),))
+    settle = (Settle("written_by", "peft==VERSION"),)
+    return None, None, Conclusion(None, "none", (Reason("no_version"),), settle)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class _Unsloth:
     """What Unsloth left in a config."""
 
     packings: Mapping[str | None, str]
-    evidence: str
+    evidence: Reason
     marked: bool
 
 
@@ -140,16 +141,18 @@ def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> _Unsloth | None:
             raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} is {marks.layouts}.")
     if found:
         said = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
-        return _Unsloth(found, f"{UNSLOTH_LAYOUT} says {said}", marked=True)
+        return _Unsloth(found, Reason("unsloth_layout", {"said": said}), marked=True)
     if not marks.fixed:
         return None
-    text = "auto_mapping has 'unsloth_fixed' and no marker: Unsloth before 2026-09"
+    before = Reason("unsloth")
     family = model.model_type if model is not None else marks.family
     if family is None:
-        return _Unsloth({}, f"{text}, whose packing depends on the family of the base model", marked=False)
+        return _Unsloth({}, Reason("unsloth_unknown", {"unsloth": before}), marked=False)
     if family in _UNSLOTH_GROUPED:
-        return _Unsloth({None: "grouped"}, f"{text}, which groups the columns of {family} by expert", marked=False)
-    return _Unsloth({None: "rank_major"}, f"{text}, which left {family} to PEFT's own forward", marked=False)
+        reason = Reason("unsloth_groups", {"unsloth": before, "family": family})
+        return _Unsloth({None: "grouped"}, reason, marked=False)
+    reason = Reason("unsloth_left", {"unsloth": before, "family": family})
+    return _Unsloth({None: "rank_major"}, reason, marked=False)
 
 
 def _automodel(content: Mapping[str, Any]) -> Writer:
@@ -160,11 +163,12 @@ def _automodel(content: Mapping[str, Any]) -> Writer:
             f"{AUTOMODEL_FILE} has {_AUTOMODEL_KEY} {show(layout)}; one of {known} was expected. Is the file damaged, "
             "or its writer newer than this package?"
         )
-    name, text = (
-        ("NeMo Automodel 0.4 to 0.6", f"{AUTOMODEL_FILE} without {_AUTOMODEL_KEY}")
-        if layout is None
-        else ("NeMo Automodel >= 0.7", f"{_AUTOMODEL_KEY} is {layout!r} in {AUTOMODEL_FILE}")
-    )
+    if layout is None:
+        name = "NeMo Automodel 0.4 to 0.6"
+        reason = Reason("automodel_no_layout", {"file": AUTOMODEL_FILE, "key": _AUTOMODEL_KEY})
+    else:
+        name = "NeMo Automodel >= 0.7"
+        reason = Reason("automodel_layout", {"key": _AUTOMODEL_KEY, "layout": layout, "file": AUTOMODEL_FILE})
     peft = AUTOMODEL_LAYOUTS[layout]
-    packs = f"{name} packs as PEFT {peft} does"
-    return Writer(Conclusion(name, "stated", (text,)), peft, None, {None: "rank_major"}, packs)
+    packs = Reason("automodel_packs", {"name": name, "peft": peft})
+    return Writer(Conclusion(name, "stated", (reason,)), peft, None, {None: "rank_major"}, packs)

@@ -225,11 +225,11 @@ def differences(module: ExpertsModule, wrappers: Wrappers, decision: Decision) -
     for level, name in enumerate(reversed(reading.nesting)):
         depth, wrapper = wrappers[name]
         if wrapper.num_experts > 1 and _orientation(wrapper) != reading.orientation:
-            found.add(f"it is {reading.orientation} ({'; '.join(decision.orientation.evidence)})")
+            found.add(f"it is {reading.orientation} ({decision.orientation.why})")
         if depth != level:
-            found.add(f"it is nested {', '.join(reading.nesting)} ({'; '.join(decision.nesting.evidence)})")
+            found.add(f"it is nested {', '.join(reading.nesting)} ({decision.nesting.why})")
     if decision.packing.value != "either" and "grouped" in map(decision.packing_of, reading.nesting):
-        found.add(f"lora_B is grouped by expert ({'; '.join(decision.packing.evidence)})")
+        found.add(f"lora_B is grouped by expert ({decision.packing.why})")
     return found
 
 

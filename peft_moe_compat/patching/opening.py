@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.base_model import BaseModel
+from ..adapters.conclusions import Settle
 from ..adapters.decide import Decision, decide
 from ..adapters.files import is_hub_id, read_json
 from ..adapters.source import CONFIG_NAME, AdapterSource, open_adapter
@@ -102,21 +102,26 @@ def _require(model_id: str, decision: Decision) -> None:
     try:
         decision.require(model_id)
     except AmbiguousAdapterError as error:
-        flags = [c.settle for c in (decision.orientation, decision.packing, decision.nesting) if not c.decided]
-        said = []
-        for flag in dict.fromkeys(flags):
-            if found := re.search(r"--written-by (\S+)", flag):
-                said.append(f'"{found[1]}"')
-            elif found := re.search(r"--nesting (\S+)", flag):
-                said.append(f"nesting={tuple(found[1].split(','))}")
-            elif found := re.search(r"--packing (\w+)", flag):
-                said.append(f'packing="{found[1]}"')
-        call = f"with peft_moe_compat.written_by({', '.join(said)}):"
+        opens = [c for c in (decision.orientation, decision.packing, decision.nesting) if not c.decided]
+        said = dict.fromkeys(next(filter(None, map(_argument, conclusion.settle)), "") for conclusion in opens)
+        call = f"with peft_moe_compat.written_by({', '.join(filter(None, said))}):"
         command = f"peft-moe-compat convert {model_id} OUT --to peft --written-by peft==VERSION"
         raise AmbiguousAdapterError(
             f"{error} In Python that is `{call}` around the call, with what is true of the file; or convert it for "
             f"good: `{command}` (or the flag named above)."
         ) from error
+
+
+def _argument(settle: Settle) -> str | None:
+    """How it is said to `written_by`; None for what that takes no value for."""
+    match settle.argument:
+        case "written_by":
+            return f'"{settle.value}"'
+        case "nesting":
+            return f"nesting={tuple(settle.value.split(','))}"
+        case "packing":
+            return f'packing="{settle.value}"'
+    return None
 
 
 def _refuse_other_names(model_id: str, source: AdapterSource, facts: BaseModel, model: Any) -> None:
