@@ -9,14 +9,13 @@ from typing import Any
 
 from ..errors import AdapterFileError
 from .files import show
-from .ranks import lora_alpha, lora_rank, lora_scaling
+from .ranks import Numbers, lora_numbers, lora_rank
 
 __all__ = [
     "CONFIG_NAME",
     "UNSLOTH_DETAIL",
     "UNSLOTH_LAYOUT",
     "AdapterConfig",
-    "Numbers",
     "UnslothMarks",
     "parse_config",
 ]
@@ -46,15 +45,6 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
     "use_dora": ("true or false", lambda value: isinstance(value, bool)),
 }
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Rank, alpha and scaling of one LoRA: alpha / r, or alpha / sqrt(r) under rsLoRA."""
-
-    rank: int
-    alpha: float
-    scaling: float
 
 
 @dataclass(frozen=True)
@@ -101,13 +91,12 @@ class AdapterConfig:
     unsloth: UnslothMarks
 
     def rank(self, key: str) -> int:
-        """See `ranks.lora_rank`."""
+        """Of the LoRA on `key`, a parameter's or linear's full name."""
         return lora_rank(self.raw, key)
 
     def numbers(self, key: str, rank: int | None = None) -> Numbers:
-        """Of the LoRA on `key`, a parameter's or linear's full name; `rank` where its tensors show it."""
-        rank = self.rank(key) if rank is None else rank
-        return Numbers(rank, lora_alpha(self.raw, key), lora_scaling(self.raw, key, rank))
+        """Likewise; `rank` where its tensors show it."""
+        return lora_numbers(self.raw, key, rank)
 
 
 def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:

@@ -25,7 +25,6 @@ from .orientations import orientations
 from .packing import packing_evidence
 from .shapes import Reading, Readings, expert_counts, readings_by_shape, readings_by_stamp
 from .source import AdapterSource
-from .stamp import Stamp
 from .stated import Stated
 from .writer import Writer, find_writer
 
@@ -45,7 +44,6 @@ class Decision:
         readings: Path of a fused module -> how it is read; empty unless orientation and nesting are decided.
         expert_counts: Path of a fused module -> E of each of its slots, innermost first, where it is known.
         packings: Parameter -> packing of lora_B where Unsloth packed them differently; see `packing_of`.
-        stamp: This library's own, if the file has one.
         peft: The PEFT release whose layout rule the file follows, if known.
     """
 
@@ -56,7 +54,6 @@ class Decision:
     readings: Mapping[str, Reading] = field(default_factory=dict)
     expert_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     packings: Mapping[str | None, str] = field(default_factory=dict)
-    stamp: Stamp | None = None
     peft: str | None = None
 
     def packing_of(self, parameter: str) -> str:
@@ -92,24 +89,16 @@ def decide(source: AdapterSource, stated: Stated) -> Decision:
         AdapterFileError: The file contradicts itself or the model.
         AdapterError: What the caller says of orientation or nesting is no possible answer.
     """
-    stamp = source.stamp
     writer = find_writer(source, stated)
     if source.form != "fused":
-        return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, stamp=stamp, peft=writer.peft)
-    if stamp is None:
-        possible = readings_by_shape(source, stated.nesting)
-    else:
-        possible = readings_by_stamp(source, stamp)
-        for path, (first, *_) in possible.by_path.items():
-            there, said = first.nesting, stated.nesting
-            if said is not None and len(there) > 1 and sorted(there) != sorted(said):
-                raise AdapterError(f"nesting is {','.join(said)}; the stamp has {','.join(there)} at {path!r}.")
+        return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, peft=writer.peft)
+    possible = readings_by_stamp(source, stated.nesting) or readings_by_shape(source, stated.nesting)
     oriented = _orientation(source, possible, writer, stated)
     nested, readings = _nesting(source, possible, oriented, stated)
     counts = expert_counts(source, possible)
     packed = _packing(source, counts, writer, stated)
     named = _with_remark(writer, oriented, source.base)
-    return Decision(named, oriented, packed, nested, readings, counts, writer.packings, stamp, writer.peft)
+    return Decision(named, oriented, packed, nested, readings, counts, writer.packings, writer.peft)
 
 
 def _orientation(source: AdapterSource, readings: Readings, writer: Writer, stated: Stated) -> Conclusion:

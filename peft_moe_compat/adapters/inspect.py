@@ -82,7 +82,7 @@ def _summary(source: AdapterSource, module: ExpertsModule, decision: Decision, t
     elif module.form == "stacked":
         parts = stacked_parts(module, total)
     else:
-        parts = per_expert_parts(module, num_experts=None, fill_missing=True, rslora=source.config.use_rslora)
+        parts = per_expert_parts(module, num_experts=None, fill_missing=True)
     loras = [(part, part.load(source.meta(part.reads))) for part in parts]
     return ExpertsSummary(
         module.path,

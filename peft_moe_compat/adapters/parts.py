@@ -109,7 +109,7 @@ def plain_part(slot: LinearSlot) -> Part:
     return Part(slot.path, slot.path.rpartition(".")[2], None, slot.numbers.alpha, slot.names, load)
 
 
-def per_expert_parts(module: ExpertsModule, *, num_experts: int | None, fill_missing: bool, rslora: bool) -> list[Part]:
+def per_expert_parts(module: ExpertsModule, *, num_experts: int | None, fill_missing: bool) -> list[Part]:
     """A per-expert module, its experts stacked per projection.
 
     Ranks that differ between experts are padded with zeros, scalings that differ are folded into B.
@@ -118,7 +118,6 @@ def per_expert_parts(module: ExpertsModule, *, num_experts: int | None, fill_mis
         module: A per-expert module.
         num_experts: E, where it is known.
         fill_missing: Whether experts without LoRA get one of zeros.
-        rslora: Whether scalings are alpha / sqrt(r).
 
     Raises:
         AdapterFileError: The factors do not fit together.
@@ -129,14 +128,11 @@ def per_expert_parts(module: ExpertsModule, *, num_experts: int | None, fill_mis
         by_linear.setdefault(slot.linear, {})[slot.expert] = slot
     total = num_experts or 1 + max(slot.expert for slot in module.experts)
     return [
-        _stacked_experts(module.path, linear, experts, total, fill_missing, rslora)
-        for linear, experts in by_linear.items()
+        _stacked_experts(module.path, linear, experts, total, fill_missing) for linear, experts in by_linear.items()
     ]
 
 
-def _stacked_experts(
-    path: str, linear: str, experts: Mapping[int, ExpertSlot], total: int, fill: bool, rslora: bool
-) -> Part:
+def _stacked_experts(path: str, linear: str, experts: Mapping[int, ExpertSlot], total: int, fill: bool) -> Part:
     what = f"{path!r}, {linear}"
     if max(experts) >= total:
         raise AdapterError(f"{what} has LoRA for expert {max(experts)}, but the model has {total} experts.")
@@ -161,8 +157,9 @@ def _stacked_experts(
         notes.append(f"scalings of {linear} that differ between experts folded into lora_B")
     if missing:
         notes.append(f"zeros for {linear} of experts without LoRA")
-    keeper = next((e for e in experts if ranks[e] == rank and scalings[e] == scaling), None)
-    alpha = scaling * (rank**0.5 if rslora else rank) if keeper is None else experts[keeper].numbers.alpha
+    numbers = [slot.numbers for slot in experts.values()]
+    kept = [one.alpha for one in numbers if (one.rank, one.scaling) == (rank, scaling)]
+    alpha = kept[0] if kept else scaling * (rank**0.5 if numbers[0].rslora else rank)
     reads = tuple(name for slot in experts.values() for name in slot.names)
     folds = {e: s / scaling for e, s in scalings.items() if s != scaling}
     load = partial(_stack, experts, total, rank, scaling, folds)

@@ -35,8 +35,7 @@ def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | No
         if module.form == "stacked":
             parts = stacked_parts(module, total)
         else:
-            rslora = source.config.use_rslora
-            parts = per_expert_parts(module, num_experts=total, fill_missing=fill_missing, rslora=rslora)
+            parts = per_expert_parts(module, num_experts=total, fill_missing=fill_missing)
         if base is not None:
             for part in parts:  # what is fused was checked by `decide`
                 lora = part.load(source.meta(part.reads))
@@ -168,7 +167,7 @@ class Refit:
         parts, steps = dict(group), []
         if "gate_up" in parts:
             whole = parts.pop("gate_up")
-            stamped = self.decision.stamp.modules.get(whole.path) if self.decision.stamp else None
+            stamped = self.source.stamp.modules.get(whole.path) if self.source.stamp else None
             joined = stamped.joined if stamped else None
             gate, up = part_gate_up(whole, self.model.interleaved, joined, self.rslora)
             parts = {"gate": gate, "up": up, **parts}

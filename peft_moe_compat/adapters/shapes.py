@@ -17,7 +17,6 @@ from .conclusions import Reason
 from .names import role_of
 from .slots import ExpertsModule
 from .source import AdapterSource
-from .stamp import Stamp
 
 __all__ = [
     "Reading",
@@ -234,15 +233,25 @@ def _hidden_size(source: AdapterSource) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def readings_by_stamp(source: AdapterSource, stamp: Stamp) -> Readings:
+def readings_by_stamp(source: AdapterSource, nesting: Sequence[str] | None) -> Readings | None:
     """What the stamp says of each module, once it is known to speak of this file, and the file of this model.
 
+    Args:
+        source: A fused file.
+        nesting: Said by the caller.
+
+    Returns:
+        None where there is no stamp.
+
     Raises:
-        AdapterFileError: It does not.
+        AdapterFileError: It does not speak of this file, or the file not of this model.
+        AdapterError: `nesting` has other parameters.
     """
+    if source.stamp is None:
+        return None
     readings = {}
     for module in source.modules:
-        said = stamp.modules.get(module.path)
+        said = source.stamp.modules.get(module.path)
         sizes = () if said is None else tuple(slot.features(said.orientation) for slot in module.slots)
         if said is None or sizes != said.features:
             raise AdapterFileError(
@@ -258,6 +267,9 @@ def readings_by_stamp(source: AdapterSource, stamp: Stamp) -> Readings:
         for name, count, features in zip(said.nesting, counts, said.features, strict=True):
             if source.base is not None:
                 source.base.require(module.path, name, role_of(module.path, name), count, features)
+        if nesting is not None and len(said.nesting) > 1 and sorted(said.nesting) != sorted(nesting):
+            there = ",".join(said.nesting)
+            raise AdapterError(f"nesting is {','.join(nesting)}; the stamp has {there} at {module.path!r}.")
         in_order = said.nesting == parameter_order(module.path, said.nesting)
         readings[module.path] = (Reading(said.orientation, said.nesting, in_order),)
     return Readings(readings, Reason("stamp"))

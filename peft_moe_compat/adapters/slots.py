@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import AdapterFileError
-from .adapter_config import AdapterConfig, Numbers
+from .adapter_config import AdapterConfig
 from .base_model import BaseModel
 from .names import (
     PREFIX,
@@ -22,6 +22,7 @@ from .names import (
     targeted_matrix,
     targeted_parameters,
 )
+from .ranks import Numbers
 from .stamp import Stamp
 from .tensors import TensorInfo
 
@@ -183,10 +184,10 @@ def experts_modules(
         path: {place: _factors(pair, infos) for place, pair in places.items()} for path, places in names.pairs.items()
     }
     pairs = [(place, pair) for places in modules.values() for place, pair in places.items()]
-    stacks = [_layouts(place, pair, config) for place, pair in pairs if isinstance(place, StackPlace)]
-    layouts = (
-        set.intersection(*({layout for layout, _ in found} for found in stacks if found)) if any(stacks) else set()
-    )
+    layouts = {"stacked", "transposed"}  # that no stack of the file speaks against
+    for place, pair in pairs:
+        if isinstance(place, StackPlace) and (fitting := _layouts(place, pair, config)):
+            layouts &= {layout for layout, _ in fitting}
     found = []
     for path, places in modules.items():
         said = stamp.modules.get(path) if stamp else None

@@ -41,7 +41,6 @@ _UNSLOTH_GROUPED = {
 # NeMo Automodel's own file beside the adapter, and its entry for the layout, see `releases.AUTOMODEL_LAYOUTS`.
 AUTOMODEL_FILE, _AUTOMODEL_KEY = "automodel_peft_config.json", "paramwrapper_layout"
 
-
 _UNSAID = Reason("packing_unsaid")
 
 

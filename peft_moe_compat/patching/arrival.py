@@ -68,9 +68,7 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
         for role, parameter in facts.parameters.items():
             E, _, fan_out = facts.stacks.get((path, parameter), (0, 0, 0))
             branches = ("gate", "up") if role == "gate_up" else (role,)
-            rslora = source.config.use_rslora
-            made = per_expert_parts(module, num_experts=E, fill_missing=True, rslora=rslora) if E else []
-            parts = {part.role: part for part in made}
+            parts = {p.role: p for p in per_expert_parts(module, num_experts=E, fill_missing=True)} if E else {}
             if not parts.keys() & set(branches):
                 continue
             rows = [_rows(source, parts.get(branch), (E, fan_out // len(branches))) for branch in branches]
