@@ -18,12 +18,13 @@ from .decide import Decision, decide
 from .files import atomic_folder, usable_path
 from .names import PREFIX, peft_name
 from .outputs import Item, Output, copied, evened, plain
-from .parts import plain_parts
+from .parts import plain_part
 from .plan import ModuleOutputs, Refit, module_parts, refit
 from .readers import KEEP_THE_BASE, Target, parse_target
 from .safetensors_io import write_safetensors
-from .source import CONFIG_NAME, AdapterSource, open_with_model
+from .source import CONFIG_NAME, AdapterSource, open_adapter
 from .stamp import Stamp
+from .stated import Stated
 from .tensors import SAFETENSORS, check_finite
 
 __all__ = ["Conversion", "Progress", "convert_adapter"]
@@ -117,10 +118,9 @@ def convert_adapter(
         AdapterError: Anything else that stands in the way; the message says what helps.
     """
     target = parse_target(to)
-    source, base = open_with_model(adapter, model)
-    decision = decide(
-        source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
-    )
+    stated = Stated(model, written_by, orientation, packing, nesting)
+    source = open_adapter(adapter, stated)
+    base, decision = source.base, decide(source, stated)
     if source.form == "none":
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
     decision.require(str(source.folder))
@@ -170,10 +170,10 @@ def _modules(
 def _others(how: Refit) -> tuple[list[Output], list[Item], list[str]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     source, target, base = how.source, how.target, how.base
-    pairs, rest = plain_parts(source)
-    linears = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
-    start = source.config.get("init_lora_weights")
-    if not target.takes_all_peft and isinstance(start, str) and start not in KEEP_THE_BASE:
+    rest = source.rest
+    linears = [plain(part, part.load(source.meta(part.reads))) for part in map(plain_part, source.linears)]
+    start = source.config.init_lora_weights
+    if not target.takes_all_peft and start is not None and start not in KEEP_THE_BASE:
         raise AdapterError(
             f"The adapter was made with init_lora_weights={start!r}, which changes the base model, and {target} does "
             "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
@@ -188,7 +188,7 @@ def _others(how: Refit) -> tuple[list[Output], list[Item], list[str]]:
             )
     if target.takes_all_peft or not rest:
         return linears, [copied(name, new_name) for new_name, name in rest.items()], []
-    if source.config.get("use_dora"):
+    if source.config.use_dora:
         raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
     shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
     return linears, [], [f"{len(rest)} tensors that are no LoRA of linears ({shown})"]
@@ -196,14 +196,14 @@ def _others(how: Refit) -> tuple[list[Output], list[Item], list[str]]:
 
 def _expert_of(source: AdapterSource, name: str) -> str | None:
     """The module of single experts that a tensor with PEFT's name belongs to."""
-    paths = [module.path for module in source.keys.modules if module.form != "fused"]
+    paths = [module.path for module in source.modules if module.form != "fused"]
     return next((path for path in paths if name.startswith(f"{PREFIX}{path}.")), None)
 
 
 def _modules_with_lora(source: AdapterSource, rest: Sequence[Item]) -> list[str]:
     """Paths of modules, linears and experts aside, that have LoRA: embeddings, convolutions."""
     found = []
-    for name in (peft_name(item.reads[0], source.keys.prefix) for item in rest):
+    for name in (peft_name(item.reads[0], source.prefix) for item in rest):
         path, dot, _ = name.partition(".lora_")
         if dot and _expert_of(source, name) is None:
             found.append(path.removeprefix(PREFIX))

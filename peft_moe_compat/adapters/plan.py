@@ -29,14 +29,14 @@ def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | No
     """The experts' LoRA of the whole file, part by part, in the order of the file."""
     found: list[Part] = []
     total = base.num_experts if base is not None else None
-    for module in source.keys.modules:
+    for module in source.modules:
         if module.form == "fused":
-            found += fused_parts(source, module, decision.readings[module.path], decision.packing_of)
+            found += fused_parts(module, decision.readings[module.path], decision.packing_of)
             continue
         if module.form == "stacked":
-            parts = stacked_parts(source, module, total)
+            parts = stacked_parts(module, total)
         else:
-            parts = per_expert_parts(source, module, num_experts=total, fill_missing=fill_missing)
+            parts = per_expert_parts(module, num_experts=total, fill_missing=fill_missing)
         if base is not None:
             for part in parts:  # what is fused was checked by `decide`
                 lora = part.load(source.meta(part.reads))
@@ -77,12 +77,12 @@ class Refit:
 
     @property
     def rslora(self) -> bool:
-        return bool(self.source.config.get("use_rslora"))
+        return self.source.config.use_rslora
 
     @property
     def model(self) -> BaseModel:
         if self.base is None:
-            named = self.source.config.get("base_model_name_or_path")
+            named = self.source.config.base_model_name
             raise AdapterError(
                 f"The base model's config is needed to convert this adapter for {self.target}: pass --model "
                 f"{named or 'BASE'} (model=...), a folder, config.json or Hub id."
@@ -168,7 +168,7 @@ class Refit:
         parts, steps = dict(group), []
         if "gate_up" in parts:
             whole = parts.pop("gate_up")
-            stamped = self.decision.stamp.modules.get(whole.path) if self.decision.stamp else None
+            stamped = self.source.stamp.modules.get(whole.path) if self.source.stamp else None
             joined = stamped.joined if stamped else None
             gate, up = part_gate_up(whole, self.model.interleaved, joined, self.rslora)
             parts = {"gate": gate, "up": up, **parts}
@@ -257,7 +257,7 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
             possible = orientations_after(str(decision.peft), str(written), target.peft)
         else:
             possible = orientations(target.peft, target.transformers, None)
-        flag = f"--model {source.config.get('base_model_name_or_path') or 'BASE'} (the base model's config.json)"
+        flag = f"--model {source.config.base_model_name or 'BASE'} (the base model's config.json)"
     if len(possible) > 1:
         raise AmbiguousAdapterError(
             f"{target} reads this adapter in one of two orientations, depending on how the model stores its experts. "

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ..families import family
 from ..releases import NEWEST_TESTED, RULES
 from .base_model import BaseModel
 from .conclusions import ReaderVerdict
 from .decide import Decision
-from .names import ExpertsKeys, linear_role
+from .names import linear_role
 from .orientations import orientations
 from .shapes import parameter_order
+from .slots import ExpertsModule
 from .source import AdapterSource
 
 __all__ = ["reader_verdicts"]
@@ -59,40 +58,38 @@ def _by_peft(
         return ReaderVerdict("unknown", f"depends on {asked}")
     swapped = [
         module
-        for module in source.keys.modules
+        for module in source.modules
         if decision.readings[module.path].nesting
         != parameter_order(module.path, decision.readings[module.path].nesting)
     ]
     if possible != {orientation}:
-        verdict = "wrong" if all(_square(source, module) for module in source.keys.modules) else "fails"
+        verdict = "wrong" if all(_square(module) for module in source.modules) else "fails"
         return ReaderVerdict(verdict, f"its layout is the {next(iter(possible))} one, this file's is not; {help_}")
     if swapped:
-        verdict = "wrong" if all(_same_slots(source, module) for module in swapped) else "fails"
+        verdict = "wrong" if all(_same_slots(module) for module in swapped) else "fails"
         return ReaderVerdict(verdict, f"the wrappers are nested the other way round; {help_}")
     if packing == "grouped":
         return ReaderVerdict("wrong", f"it takes lora_B's columns in another order; {help_}")
     return ReaderVerdict("reads", "its own layout")
 
 
-def _square(source: AdapterSource, module: ExpertsKeys) -> bool:
+def _square(module: ExpertsModule) -> bool:
     """Whether the flipped factors would have the same shapes."""
-    infos = source.tensors.infos
-    return all(infos[pair.lora_A].shape[1] == infos[pair.lora_B].shape[0] for pair in module.slots)
+    return all(slot.lora_A.shape[1] == slot.lora_B.shape[0] for slot in module.slots)
 
 
-def _same_slots(source: AdapterSource, module: ExpertsKeys) -> bool:
-    infos = source.tensors.infos
-    return len({(infos[pair.lora_A].shape, infos[pair.lora_B].shape) for pair in module.slots}) == 1
+def _same_slots(module: ExpertsModule) -> bool:
+    return len({(slot.lora_A.shape, slot.lora_B.shape) for slot in module.slots}) == 1
 
 
 def _per_expert_by_peft(source: AdapterSource) -> ReaderVerdict:
     """Under transformers 4 these are ordinary linears; under transformers 5 PEFT converts what it knows."""
     to_peft = _CONVERT.format("peft")
     old = "transformers 4 holds these experts as linears, and PEFT reads them; under transformers 5 "
-    roles = {linear_role(linear) for module in source.keys.modules for _, linear in module.experts}
-    if source.config.get("use_rslora"):
+    roles = {linear_role(linear) for module in source.modules for linear in {slot.linear for slot in module.experts}}
+    if source.config.use_rslora:
         return ReaderVerdict("wrong", f"{old}its own conversion has rsLoRA off by sqrt(2); {to_peft}")
-    if source.config.get("alpha_pattern") or source.config.get("rank_pattern"):
+    if source.config.alpha_pattern or source.config.rank_pattern:
         return ReaderVerdict("wrong", f"{old}its own conversion drops the patterns of single projections; {to_peft}")
     if roles != {"gate", "up", "down"}:
         return ReaderVerdict("wrong", f"{old}its own conversion loses experts without all three projections; {to_peft}")
@@ -118,7 +115,7 @@ def _by_vllm(source: AdapterSource, decision: Decision, base: BaseModel | None) 
         return ReaderVerdict("fails", f"it takes linear factors; with several GPUs it may be wrong instead; {help_}")
     if decision.packing.value == "grouped":
         return ReaderVerdict("wrong", f"it takes lora_B's columns in another order; {help_}")
-    if any(len(module.slots) < 2 for module in source.keys.modules):
+    if any(len(module.slots) < 2 for module in source.modules):
         return ReaderVerdict("fails", f"it asks for both projections; {help_}")
     return ReaderVerdict("reads", "its own layout")
 
@@ -136,23 +133,22 @@ def _by_llama_cpp(source: AdapterSource) -> ReaderVerdict:
     help_ = _CONVERT.format("llama.cpp")
     if source.form != "per_expert":
         return ReaderVerdict("fails", f"its converter takes experts one by one, or under names of its own; {help_}")
-    if source.config.get("use_rslora") or source.config.get("alpha_pattern"):
+    if source.config.use_rslora or source.config.alpha_pattern:
         return ReaderVerdict("wrong", f"it ignores rsLoRA and alpha_pattern; {help_}")
     return _complete(source, None, "llama.cpp")
 
 
 def _ignored(source: AdapterSource) -> bool:
     """Whether the file needs more than one rank and one alpha over it."""
-    patterns: Mapping[str, object] = source.config
-    return any(patterns.get(key) for key in ("use_rslora", "rank_pattern", "alpha_pattern"))
+    return source.config.use_rslora or source.config.rank_pattern or source.config.alpha_pattern
 
 
 def _complete(source: AdapterSource, base: BaseModel | None, reader: str) -> ReaderVerdict:
     """For readers that want every expert and every projection."""
-    for module in source.keys.modules:
-        experts = {expert for expert, _ in module.experts}
+    for module in source.modules:
+        experts = {slot.expert for slot in module.experts}
         total = (base.num_experts if base else None) or 1 + max(experts)
-        linears = {linear for _, linear in module.experts}
+        linears = {slot.linear for slot in module.experts}
         wanted = {"gate", "up", "down"} if base is None or base.gated else {"up", "down"}
         if len(module.experts) < total * len(linears) or {linear_role(linear) for linear in linears} != wanted:
             return ReaderVerdict("fails", f"it wants every expert and projection; {_CONVERT.format(reader)}")
