@@ -1,7 +1,49 @@
 """LoRA on Mixture-of-Experts models: every PEFT release read into one form and run through one grouped-mm forward.
 
 Importing this package activates it, once peft is imported; `PEFT_MOE_COMPAT=0` in the environment imports without
-activating. The import itself drags in neither torch, peft nor transformers.
+activating. The import itself drags in neither torch, peft nor transformers. The life of an adapter with it:
+
+Train. Nothing on the model changes: parameters, names, optimiser groups and files are PEFT's own.
+
+    import peft_moe_compat
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")
+    targets = peft_moe_compat.expert_parameters(base)  # names of every routed expert weight, and of nothing else
+    model = get_peft_model(base, LoraConfig(r=16, target_modules=[], target_parameters=targets))
+    print(peft_moe_compat.report(model))  # which experts run in this forward, which in PEFT's own and why
+    model(input_ids=tokens, labels=tokens).loss.backward()  # your loop, Trainer or TRL
+
+Save. The file is PEFT's, with a stamp that says how its experts' LoRA is laid out; stock PEFT ignores it.
+
+    model.save_pretrained("adapter")
+
+Load. A file of any PEFT release, of Unsloth, NeMo Automodel, VeOmni and others is read as what it is. One that does not
+tell is refused before anything is put into the model, unless `with written_by("peft==0.18.1"):` around the call says.
+
+    base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")
+    model = PeftModel.from_pretrained(base, "adapter")
+
+Convert, for another PEFT or for a reader that is none. Of the base model only its config is read.
+
+    found = peft_moe_compat.inspect_adapter("adapter", model="Qwen/Qwen3-30B-A3B")
+    print(found.writer, found.orientation, found.packing, found.readers)
+    peft_moe_compat.convert_adapter("adapter", "for-vllm", to="vllm", model="Qwen/Qwen3-30B-A3B")
+    same = peft_moe_compat.verify_adapters("adapter", "for-vllm", model="Qwen/Qwen3-30B-A3B")
+    print(same.same, same.worst)
+
+Look inside, and switch. `expert_loras` gives a module's factors in canonical form, `declare_layout` says how a class of
+your own is stored, `set_backend` chooses what computes.
+
+    with peft_moe_compat.set_backend("torch"):
+        model(input_ids=tokens)
+    peft_moe_compat.deactivate()  # PEFT and transformers as they were released
+    with peft_moe_compat.activate():
+        model(input_ids=tokens)
+
+Errors on purpose are `PeftMoeCompatError`s. On the command line: `peft-moe-compat check`, `inspect`, `convert`,
+`verify`, `bench` and `demo`.
 """
 
 from __future__ import annotations
