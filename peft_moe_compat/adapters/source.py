@@ -78,31 +78,29 @@ def open_adapter(adapter: str | Path, stated: Stated) -> AdapterSource:
     side = {name: read_json(folder / name) for name in _SIDE_FILES if (folder / name).is_file()}
     tensors = open_tensors(folder)
     names = without_matrices(sort_names(tensors.infos, config.target_parameters), tensors.infos, config)
-    _check_experts(folder, names, tensors)
+    _check_experts(folder, names)
     base = base_model_of(config.base_model_name, stated.model)
     scaled = any(content.get(_AUTOMODEL_RANK_SCALING) for content in side.values())
-    if scaled and (ranks := _automodel_ranks(folder, names, tensors, base)):
+    if scaled and (ranks := _automodel_ranks(folder, names, base)):
         config = parse_config({**raw, "rank_pattern": ranks | (raw.get("rank_pattern") or {})})
     stamp = read_stamp(tensors.metadata)
-    modules = experts_modules(names, tensors.infos, config, base, stamp)
+    modules = experts_modules(names, config, base, stamp)
     linears, rest = linear_slots(names, tensors.infos, config)
     return AdapterSource(folder, config, side, tensors, base, stamp, names.prefix, modules, linears, rest)
 
 
-def _check_experts(folder: Path, names: Names, tensors: AdapterTensors) -> None:
+def _check_experts(folder: Path, names: Names) -> None:
     forms = sorted({place.form for places in names.pairs.values() for place in places})
     if len(forms) > 1:
         raise AdapterFileError(
             f"{folder} holds LoRA on experts in several forms: {', '.join(forms)}. Were two adapters merged into one?"
         )
-    for name in (name for places in names.pairs.values() for pair in places.values() for name in pair):
-        if not tensors.infos[name].dtype.is_floating_point:
-            raise AdapterFileError(
-                f"{name!r} is {tensors.infos[name].dtype}; LoRA of floating-point numbers was needed."
-            )
+    for factor in (factor for places in names.pairs.values() for pair in places.values() for factor in pair):
+        if not factor.dtype.is_floating_point:
+            raise AdapterFileError(f"{factor.name!r} is {factor.dtype}; LoRA of floating-point numbers was needed.")
 
 
-def _automodel_ranks(folder: Path, names: Names, tensors: AdapterTensors, base: BaseModel | None) -> dict[str, int]:
+def _automodel_ranks(folder: Path, names: Names, base: BaseModel | None) -> dict[str, int]:
     """Pattern -> rank of the fused experts, which the config does not say."""
     found = {}
     for path, places in names.pairs.items():
@@ -115,5 +113,5 @@ def _automodel_ranks(folder: Path, names: Names, tensors: AdapterTensors, base: 
                 "their own, which adapter_config.json does not say. Pass --model (model=...): its number of experts "
                 "tells."
             )
-        found[rf"{path}\.[^.]+"] = tensors.infos[lora_A].shape[0] // base.num_experts
+        found[rf"{path}\.[^.]+"] = lora_A.shape[0] // base.num_experts
     return found
