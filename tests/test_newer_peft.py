@@ -104,7 +104,4 @@ def test_another_layout_under_a_newer_number_is_refused():
     older = release_for(peft.__version__) is not RULES[-1]
     out = run("-c", f"changed = {not older}\n{CHANGED}")
     assert re.search(r"PEFT 0.99.0 (could not be probed|.newer than any tested release. does not lay out)", out)
-        r"PEFT 0.99.0 (could not be probed|.newer than any tested release. does not lay out)|ParamWrapper of PEFT 0.99.0",
-        out,
-    )
     assert "PEFT's own forward stays in place" in out

@@ -23,7 +23,7 @@ from .base_model import BaseModel
 from .conclusions import Conclusion, Reason, Settle
 from .orientations import orientations
 from .packing import packing_evidence
-from .shapes import Reading, Readings, expert_counts, readings_by_shape, readings_by_stamp
+from .shapes import Reading, Readings, readings_by_shape, readings_by_stamp
 from .source import AdapterSource
 from .stated import Stated
 from .writer import Writer, find_writer
@@ -95,10 +95,9 @@ def decide(source: AdapterSource, stated: Stated) -> Decision:
     possible = readings_by_stamp(source, stated.nesting) or readings_by_shape(source, stated.nesting)
     oriented = _orientation(source, possible, writer, stated)
     nested, readings = _nesting(source, possible, oriented, stated)
-    counts = expert_counts(source, possible)
-    packed = _packing(source, counts, writer, stated)
+    packed = _packing(source, possible.counts, writer, stated)
     named = _with_remark(writer, oriented, source.base)
-    return Decision(named, oriented, packed, nested, readings, counts, writer.packings, writer.peft)
+    return Decision(named, oriented, packed, nested, readings, possible.counts, writer.packings, writer.peft)
 
 
 def _orientation(source: AdapterSource, readings: Readings, writer: Writer, stated: Stated) -> Conclusion:

@@ -12,15 +12,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
+
+import torch
 
 from .. import families
 from ..errors import AdapterFileError
+from .tensors import TensorInfo
 
 __all__ = [
     "LINEAR_NAMES",
     "PREFIX",
     "ExpertPlace",
+    "Factor",
+    "Factors",
     "FusedPlace",
     "Names",
     "Place",
@@ -44,9 +49,16 @@ _EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)$")
 LINEAR_NAMES = families.LINEAR_NAMES | {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
 
 
-class HasShape(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+@dataclass(frozen=True)
+class Factor:
+    """lora_A or lora_B: its name in the file, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Factors = tuple[Factor, Factor]  # lora_A and lora_B
 
 
 @dataclass(frozen=True)
@@ -95,12 +107,12 @@ class Names:
 
     Attributes:
         prefix: What precedes the module paths, PEFT's `base_model.model.` or nothing.
-        pairs: Path of an experts module -> its places, all of one form -> names of lora_A and lora_B.
+        pairs: Path of an experts module -> its places, all of one form -> lora_A and lora_B.
         other: Names of all further tensors, in the order of the file.
     """
 
     prefix: str
-    pairs: Mapping[str, Mapping[Place, tuple[str, str]]]
+    pairs: Mapping[str, Mapping[Place, Factors]]
     other: tuple[str, ...]
 
 
@@ -167,37 +179,37 @@ def _reaches(target: str, path: str) -> bool:
     return path == target or path.endswith(f".{target}") or target.endswith(f".{path}")
 
 
-def sort_names(tensors: Mapping[str, HasShape], target_parameters: Sequence[str]) -> Names:
+def sort_names(infos: Mapping[str, TensorInfo], target_parameters: Sequence[str]) -> Names:
     """Sorts the tensors of an adapter.
 
     Args:
-        tensors: Name -> anything with a shape, in the order of the file.
+        infos: The tensors by name, in the order of the file.
         target_parameters: Of its config.
 
     Raises:
         AdapterFileError: One half of a pair is missing, two names mean the same tensor, or a module's LoRA comes in
             several forms.
     """
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-    halves: dict[Place, dict[str, str]] = {}
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in infos) else ""
+    halves: dict[Place, dict[str, Factor]] = {}
     other: list[str] = []
-    for name, tensor in tensors.items():
-        found = _place(unwrapped(name.removeprefix(prefix)), len(tensor.shape), target_parameters)
+    for name, info in infos.items():
+        found = _place(unwrapped(name.removeprefix(prefix)), len(info.shape), target_parameters)
         if found is None:
             other.append(name)
             continue
         place, factor = found
         pair = halves.setdefault(place, {})
         if factor in pair:
-            raise same_tensor(pair[factor], name)
-        pair[factor] = name
-    by_path: dict[str, dict[Place, tuple[str, str]]] = {}
+            raise same_tensor(pair[factor].name, name)
+        pair[factor] = Factor(name, tuple(info.shape), info.dtype)
+    by_path: dict[str, dict[Place, Factors]] = {}
     for place, pair in halves.items():
         if len(pair) == 1:
-            missing = "B" if "A" in pair else "A"
+            (there,) = pair
             raise AdapterFileError(
-                f"lora_{missing} of {place.path!r} ({place}) is missing; only {next(iter(pair.values()))!r} is there. "
-                "Is the file complete?"
+                f"lora_{'B' if there == 'A' else 'A'} of {place.path!r} ({place}) is missing; only "
+                f"{pair[there].name!r} is there. Is the file complete?"
             )
         by_path.setdefault(place.path, {})[place] = pair["A"], pair["B"]
     for path, places in by_path.items():

@@ -47,11 +47,9 @@ class Part:
 
 def fused_parts(module: ExpertsModule, reading: Reading, packing_of: Callable[[str], str]) -> list[Part]:
     """A fused module, slot by slot, innermost first. `packing_of` says it for each parameter."""
-    named = list(zip(reading.nesting, module.slots, strict=True))
-    counts = [slot.rows // slot.candidates[name].rank for name, slot in named]
-    each = slot_orientations(reading.orientation, counts)
+    each = slot_orientations(reading.orientation, reading.counts)
     found = []
-    for (name, slot), count, orientation in zip(named, counts, each, strict=True):
+    for name, slot, count, orientation in zip(reading.nesting, module.slots, reading.counts, each, strict=True):
         numbers = slot.candidates[name]
         load = partial(
             _from_pair,

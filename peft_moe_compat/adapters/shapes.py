@@ -7,7 +7,7 @@ is left after all have done so is settled by provenance, or not at all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 
 from ..errors import AdapterError, AdapterFileError
@@ -22,7 +22,6 @@ from .source import AdapterSource
 __all__ = [
     "Reading",
     "Readings",
-    "expert_counts",
     "parameter_order",
     "readings_by_shape",
     "readings_by_stamp",
@@ -36,11 +35,13 @@ class Reading:
 
     Attributes:
         in_parameter_order: Whether the nesting is the one PEFT makes of an untouched module.
+        counts: E of each slot. Modules that are read alike may differ in it.
     """
 
     orientation: str
     nesting: tuple[str, ...]
     in_parameter_order: bool
+    counts: tuple[int, ...] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ class Readings:
         sets = [{reading.orientation for reading in readings} for readings in self.by_path.values()]
         return set.intersection(*sets) if sets else set(ORIENTATIONS)
 
+    @property
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        """Path -> E of each slot, where every possible reading gives the same."""
+        options = {path: {reading.counts for reading in readings} for path, readings in self.by_path.items()}
+        return {path: counts.pop() for path, counts in options.items() if len(counts) == 1}
+
 
 def parameter_order(path: str, names: Iterable[str]) -> tuple[str, ...]:
     """Parameters in the order PEFT nests them in an untouched module, innermost first."""
@@ -79,16 +86,6 @@ def slot_counts(module: ExpertsModule, nesting: Sequence[str]) -> tuple[int, ...
     counts = [slot.num_experts(name) for name, slot in zip(nesting, module.slots, strict=True)]
     known = tuple(count for count in counts if count is not None)
     return known if len(known) == len(counts) else None
-
-
-def expert_counts(source: AdapterSource, readings: Readings) -> dict[str, tuple[int, ...]]:
-    """Path -> E of each slot, where every possible reading gives the same."""
-    found = {}
-    for module in source.modules:
-        options = {slot_counts(module, reading.nesting) or () for reading in readings.by_path[module.path]}
-        if len(options) == 1:
-            found[module.path] = options.pop()
-    return found
 
 
 def readings_by_shape(source: AdapterSource, nesting: Sequence[str] | None) -> Readings:
@@ -171,7 +168,8 @@ def _possible(
             stacks = zip(nesting, roles, counts, sizes, strict=True)
             fits = model is None or all(model.fits(module.path, *stack) for stack in stacks)
             if fits and _sizes_fit(roles, sizes, hidden_size):
-                found.append(Reading(orientation, nesting, nesting == tuple(n for n in candidates[0] if n in nesting)))
+                in_order = nesting == tuple(name for name in candidates[0] if name in nesting)
+                found.append(Reading(orientation, nesting, in_order, counts))
     return tuple(found)
 
 
@@ -269,5 +267,5 @@ def readings_by_stamp(source: AdapterSource, nesting: Sequence[str] | None) -> R
             there = ",".join(said.nesting)
             raise AdapterError(f"nesting is {','.join(nesting)}; the stamp has {there} at {module.path!r}.")
         in_order = said.nesting == parameter_order(module.path, said.nesting)
-        readings[module.path] = (Reading(said.orientation, said.nesting, in_order),)
+        readings[module.path] = (Reading(said.orientation, said.nesting, in_order, counts),)
     return Readings(readings, Reason("stamp"))

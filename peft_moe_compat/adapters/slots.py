@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
 from .base_model import BaseModel
 from .names import (
     PREFIX,
     ExpertPlace,
+    Factor,
+    Factors,
     FusedPlace,
     Names,
     Place,
@@ -29,7 +29,6 @@ from .stamp import Stamp
 __all__ = [
     "ExpertSlot",
     "ExpertsModule",
-    "Factor",
     "FusedSlot",
     "LinearSlot",
     "Slot",
@@ -38,15 +37,6 @@ __all__ = [
     "linear_slots",
     "without_matrices",
 ]
-
-
-@dataclass(frozen=True)
-class Factor:
-    """lora_A or lora_B: its name in the file, shape and dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -156,40 +146,31 @@ def without_matrices(names: Names, infos: Mapping[str, TensorInfo], config: Adap
         if more or not isinstance(place, FusedPlace):
             continue
         parameters = targeted_parameters(config.target_parameters, path) or ("",)
-        if all(config.rank(f"{path}.{name}") == infos[pair[0]].shape[0] for name in parameters):
-            left.update(pair)
+        if all(config.rank(f"{path}.{name}") == pair[0].shape[0] for name in parameters):
+            left.update(factor.name for factor in pair)
             del routed[path]
     return replace(names, pairs=routed, other=tuple(name for name in infos if name in left))
 
 
 def experts_modules(
-    names: Names,
-    infos: Mapping[str, TensorInfo],
-    config: AdapterConfig,
-    base: BaseModel | None,
-    stamp: Stamp | None,
+    names: Names, config: AdapterConfig, base: BaseModel | None, stamp: Stamp | None
 ) -> tuple[ExpertsModule, ...]:
     """Every experts module of a file, in its order.
 
     Args:
         names: Of the file's tensors.
-        infos: The tensors, by name.
         config: The adapter's.
         base, stamp: Its base model and its stamp, where known: they name parameters that the config does not target.
 
     Raises:
         AdapterFileError: The factors of a slot do not fit together, or the config gives them no numbers.
     """
-    modules = {
-        path: {place: _factors(pair, infos) for place, pair in places.items()} for path, places in names.pairs.items()
-    }
-    pairs = [(place, pair) for places in modules.values() for place, pair in places.items()]
     layouts = {"stacked", "transposed"}  # that no stack of the file speaks against
-    for place, pair in pairs:
+    for place, pair in ((place, pair) for places in names.pairs.values() for place, pair in places.items()):
         if isinstance(place, StackPlace) and (fitting := _layouts(place, pair, config)):
             layouts &= {layout for layout, _ in fitting}
     found = []
-    for path, places in modules.items():
+    for path, places in names.pairs.items():
         said = stamp.modules.get(path) if stamp else None
         parameters = said.nesting if said else targeted_parameters(config.target_parameters, path)
         parameters = parameters or (tuple(base.parameters.values()) if base else ("gate_up_proj", "down_proj"))
@@ -205,16 +186,11 @@ def experts_modules(
     return tuple(found)
 
 
-def _factors(pair: tuple[str, str], infos: Mapping[str, TensorInfo]) -> tuple[Factor, Factor]:
-    lora_A, lora_B = (Factor(name, tuple(infos[name].shape), infos[name].dtype) for name in pair)
-    return lora_A, lora_B
-
-
 def _from_the_inside(item: tuple[Place, object]) -> int:
     return -item[0].depth if isinstance(item[0], FusedPlace) else 0
 
 
-def _fused_slot(path: str, pair: tuple[Factor, Factor], parameters: Iterable[str], config: AdapterConfig) -> FusedSlot:
+def _fused_slot(path: str, pair: Factors, parameters: Iterable[str], config: AdapterConfig) -> FusedSlot:
     lora_A, lora_B = pair
     (rows, p), (q, columns) = lora_A.shape, lora_B.shape
     if rows != columns or 0 in (rows, p, q):
@@ -225,7 +201,7 @@ def _fused_slot(path: str, pair: tuple[Factor, Factor], parameters: Iterable[str
     return FusedSlot(lora_A, lora_B, {name: config.numbers(f"{path}.{name}") for name in parameters})
 
 
-def _expert_slot(place: ExpertPlace, pair: tuple[Factor, Factor], config: AdapterConfig) -> ExpertSlot:
+def _expert_slot(place: ExpertPlace, pair: Factors, config: AdapterConfig) -> ExpertSlot:
     A, B = (factor.shape for factor in pair)
     if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
         raise AdapterFileError(
@@ -236,7 +212,7 @@ def _expert_slot(place: ExpertPlace, pair: tuple[Factor, Factor], config: Adapte
     return ExpertSlot(*pair, place.expert, place.linear, numbers)
 
 
-def _stack_slot(place: StackPlace, pair: tuple[Factor, Factor], config: AdapterConfig, layouts: set[str]) -> StackSlot:
+def _stack_slot(place: StackPlace, pair: Factors, config: AdapterConfig, layouts: set[str]) -> StackSlot:
     """A tie between two layouts is broken by the rank in the config, and then by the file's other stacks."""
     A, B = (factor.shape for factor in pair)
     fitting = _layouts(place, pair, config)
@@ -253,7 +229,7 @@ def _stack_slot(place: StackPlace, pair: tuple[Factor, Factor], config: AdapterC
     return StackSlot(*pair, place.parameter, layout, config.numbers(f"{place.path}.{place.parameter}", rank))
 
 
-def _layouts(place: StackPlace, pair: tuple[Factor, Factor], config: AdapterConfig) -> list[tuple[str, int]]:
+def _layouts(place: StackPlace, pair: Factors, config: AdapterConfig) -> list[tuple[str, int]]:
     """(layout, rank) of each 3-D layout the two shapes allow, by the rank in the config where they allow both."""
     A, B = (factor.shape for factor in pair)
     if not (len(A) == len(B) == 3 and A[0] == B[0]):
@@ -288,6 +264,6 @@ def linear_slots(
             path = stem.removeprefix(PREFIX)
             target = targeted_matrix(config.target_parameters, path)
             key = path if target is None else f"{path}.{target.rpartition('.')[2]}"
-            pair = _factors((rest.pop(name), rest.pop(lora_B)), infos)
-            found.append(LinearSlot(*pair, path, config.numbers(key, shape[0])))
+            A, B = (Factor(n, tuple(infos[n].shape), infos[n].dtype) for n in (rest.pop(name), rest.pop(lora_B)))
+            found.append(LinearSlot(A, B, path, config.numbers(key, shape[0])))
     return tuple(found), rest
