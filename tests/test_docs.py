@@ -87,6 +87,7 @@ def test_the_matrix_covers_the_table_and_ends_with_the_newest():
     tested = [peft for peft, _, _ in matrix()]
     assert tested == sorted(tested, key=releases.parse_version)
     assert releases.parse_version(tested[-1]) == releases.NEWEST_TESTED
+    assert max(releases.parse_version(beside) for _, beside, _ in matrix()) == releases.NEWEST_TRANSFORMERS
     assert {str(rule.since) for rule in releases.RULES} <= set(tested)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from .. import families
 from ..errors import AdapterFileError
-from .tensors import TensorInfo
+from .safetensors_io import TensorInfo
 
 __all__ = [
     "LINEAR_NAMES",
