@@ -1,311 +1,274 @@
 """The main job in small: LoRA on the experts of two small models, with stock PEFT's forward and with this package's.
 
-    prepare (trains a small base) -> "stock" and "ours" (LoRA on its experts) -> reload (stock PEFT reads both adapters)
-
-Each stage is a process of its own (`demo_stages`), so that peak memory belongs to one
-run, and PEFT's forward is untouched wherever it is the one measured. This process only shows what they report.
+A small base is trained, LoRA on its experts with the package inactive and active, and stock PEFT reads both adapters.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
+import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import NoExpertParametersError
-from ..releases import installed_versions, known_issues
-from . import demo_stages
-from .demo_stages import LEGS, MARK, MODELS, DemoError, Job, Settings
-from .folders import check_writable, writing
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
+from ..errors import NoExpertParametersError, PeftMoeCompatError
+from ..model.targets import expert_parameters
+from ..releases import installed_versions
+from ..reporting import report
+from . import results
 
-__all__ = ["DemoError", "Leg", "Outcome", "Settings", "run"]
+__all__ = ["Settings", "run"]
 
+# Name -> title, and what its config calls the number of experts and their width.
+MODELS = {
+    "qwen3_moe": ("Qwen3-MoE", "num_experts", "moe_intermediate_size"),
+    "gpt_oss": ("gpt-oss", "num_local_experts", "intermediate_size"),
+}
+LEGS = {"stock": "stock PEFT", "ours": "peft_moe_compat"}
+TOLERANCE = 1e-4  # of the two runs' losses, and of a reloaded adapter's logits
+LAYERS = 2
+VOCABULARY = 256  # bytes
+SEQUENCE = 64  # bytes per training example
+SEED = 0
 WARM_UP_STEPS = 3  # left out of step times: first calls fill caches and make the optimizer's state
 _LEGEND = (
-    "loss: nats per byte, first and last step. step: median. peak: memory in training, above the wrapped model. "
-    "reload: largest difference of a logit once stock PEFT has reloaded the adapter."
+    "loss: nats per byte, first and last step. step: median. peak: memory of a forward and backward, above the wrapped "
+    "model. reload: largest difference of a logit once stock PEFT has reloaded the adapter."
 )
+_LOOKS: tuple[dict[str, Any], ...] = ({"linewidth": 6, "alpha": 0.5}, {"linewidth": 1.6, "ls": "--"})
 
 
 @dataclass(frozen=True)
-class Leg:
-    """One fine-tuning run.
+class Settings:
+    """Sizes of the demo. The experts' intermediate size is the hidden size; a token goes to up to four experts.
 
     Attributes:
-        path: Of the experts' forward, as `report(model)` has it: "grouped_mm" or "peft".
-        reason: Why it is PEFT's own, empty for "grouped_mm".
-        digest: Of the fresh adapter and of every batch in order: equal where two runs had the same start and data.
-        losses: Nats per byte, one per step.
-        step_seconds: One per step.
-        peak_bytes: Highest memory in training above that of the wrapped model; None where it cannot be measured.
+        steps: Of the base's training and of each LoRA's.
+        tokens: Per training step, a multiple of the 64 bytes of an example.
     """
 
-    path: str
-    reason: str
-    digest: str
-    losses: list[float]
-    step_seconds: list[float]
-    peak_bytes: int | None
+    device: str
+    steps: int
+    hidden_size: int
+    experts: int
+    rank: int
+    tokens: int
+    models: tuple[str, ...]
 
-    @property
-    def step_ms(self) -> float:
-        """Median milliseconds of a step."""
-        return 1000 * statistics.median(self.step_seconds[WARM_UP_STEPS:] or self.step_seconds)
-
-    @property
-    def peak_mib(self) -> float | None:
-        return None if self.peak_bytes is None else self.peak_bytes / 2**20
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one model showed.
-
-    Attributes:
-        skipped: Why the model was left out; empty where it ran.
-        reload_difference: Run -> largest difference of a logit after stock PEFT reloaded that run's adapter.
-    """
-
-    model: str
-    skipped: str = ""
-    legs: dict[str, Leg] = field(default_factory=dict)
-    reload_difference: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def loss_difference(self) -> float:
-        """Largest difference of the two runs' losses over all steps; nan if there is one."""
-        pairs = zip(self.legs["stock"].losses, self.legs["ours"].losses, strict=True)
-        return max((abs(a - b) for a, b in pairs), key=lambda d: math.inf if math.isnan(d) else d)
-
-    def problems(self, tolerance: float) -> Iterator[str]:
-        """What the demo claims and this model contradicts."""
-        if self.skipped:
-            return
-        title = MODELS[self.model]
-        if len({leg.digest for leg in self.legs.values()}) > 1:
-            yield f"{title}: the two runs did not start from the same adapter and data."
-        # `not <=`, so that a nan is a problem too.
-        if not self.loss_difference <= tolerance:
-            yield f"{title}: the loss curves differ by up to {self.loss_difference:.1e}; {tolerance:g} is allowed."
-        for leg, difference in self.reload_difference.items():
-            if not difference <= tolerance:
-                yield (
-                    f"{title}: reloaded by stock PEFT, the adapter of {LEGS[leg]} gives logits that differ by up to "
-                    f"{difference:.1e}; {tolerance:g} is allowed."
-                )
-
-    def to_dict(self) -> dict[str, Any]:
-        compared = {} if self.skipped else {"loss_difference": self.loss_difference}
-        return asdict(self) | compared
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.models if name not in MODELS]:
+            raise PeftMoeCompatError(f"--models {unknown[0]!r} is none of {', '.join(MODELS)}.")
+        for name, unit in {"tokens": SEQUENCE, "hidden_size": 8, "steps": 1, "experts": 1, "rank": 1}.items():
+            value = getattr(self, name)
+            if value < unit or value % unit:
+                raise PeftMoeCompatError(f"--{name.replace('_', '-')} {value} is not a positive multiple of {unit}.")
 
 
-def _environment(settings: Settings, ours: bool) -> dict[str, str]:
-    # Threads that wait by spinning make steps up to twenty times as long where other work shares the cores.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ)
-    environment |= {"PEFT_MOE_COMPAT": "1" if ours else "0", "HF_HUB_OFFLINE": "1"}
-    if settings.device != "cpu":
-        # One visible GPU: the Trainer would spread a model over all it sees.
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        index = int(settings.device.partition(":")[2] or 0)
-        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
-    return environment
+def _batches(settings: Settings, pattern: str, count: int) -> Sequence[Tensor]:
+    """Random excerpts of the standard library's source files as token ids, "batch SEQUENCE", the same at every call."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob(pattern))
+    text = b"\n".join(file.read_bytes() for file in files)
+    if len(text) <= SEQUENCE:
+        raise PeftMoeCompatError(f"This Python keeps no source files {pattern!r} of its standard library to train on.")
+    ids, batch = torch.frombuffer(bytearray(text), dtype=torch.uint8), settings.tokens // SEQUENCE
+    starts = torch.randint(len(ids) - SEQUENCE, (batch * count,), generator=torch.Generator().manual_seed(SEED))
+    windows = torch.stack([ids[start : start + SEQUENCE] for start in starts.tolist()]).long()
+    return torch.split(windows.to(settings.device), batch)
 
 
-def _run_stage(stage: str, job: Job, on_step: Callable[[int, float | None], None]) -> dict[str, Any]:
-    """Runs one stage in a process of its own and returns its result.
+def _model(settings: Settings, name: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    Raises:
-        NoExpertParametersError: The model has no fused experts under this transformers release.
-        DemoError: The stage failed.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        demo_stages.__name__,
-        stage,
-        job.model,
-        str(job.folder),
-        json.dumps(asdict(job.settings)),
-    ]
-    last: dict[str, Any] = {}
-    with tempfile.TemporaryFile("w+") as errors:
-        environment = _environment(job.settings, ours=stage == "ours")
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:  # noqa: S603
-            for line in process.stdout or ():
-                if line.startswith(MARK):
-                    last = json.loads(line.removeprefix(MARK))
-                    if "step" in last:
-                        on_step(last["step"], last.get("loss"))
-        errors.seek(0)
-        if "refused" in last:
-            kind = NoExpertParametersError if last["kind"] == NoExpertParametersError.__name__ else DemoError
-            raise kind(last["refused"])
-        if "result" not in last:
-            raise DemoError(_why_failed(stage, job.model, process.returncode, errors.read()))
-    return dict(last["result"])
+    _, num_experts, intermediate_size = MODELS[name]
+    config = AutoConfig.for_model(
+        name,
+        vocab_size=VOCABULARY,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=settings.hidden_size // 4,
+        num_experts_per_tok=min(4, settings.experts),
+        use_cache=False,
+        **{num_experts: settings.experts, intermediate_size: settings.hidden_size},
+    )
+    set_seed(SEED)
+    return AutoModelForCausalLM.from_config(config).float().to(settings.device)
 
 
-def _why_failed(stage: str, model: str, code: int, errors: str) -> str:
-    last = errors.rpartition("Traceback (most recent call last):")[2].splitlines()
-    said = [line for line in last if line.strip() and not line.startswith("  ")][-8:]  # the indented ones are code
-    message = "\n".join([f"The stage {stage!r} of {MODELS[model]} failed (exit code {code}):", *said])
-    for issue in known_issues(**installed_versions("peft", "transformers")):
-        message += f"\nKnown of this PEFT and transformers: {issue.symptom}. Remedy: {issue.remedy}."
-    return message
+def _train(settings: Settings, model: Any, pattern: str, learning_rate: float) -> dict[str, Any]:
+    """Trains, the learning rate falling to 0: the losses, and the median milliseconds of a step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Rounding may send a token to another expert in one of two runs. With the usual 1e-8, Adam would turn that
+    # expert's first small gradient into a step of full size, and the runs would part.
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, eps=1e-4, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, settings.steps)
+    batches, losses, seconds = _batches(settings, pattern, settings.steps), [], []
+    model.train()
+    for ids in batches:
+        started = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return {"losses": losses, "step_ms": 1000 * statistics.median(seconds[WARM_UP_STEPS:] or seconds)}
 
 
-def _run_model(model: str, settings: Settings, scratch: Path, progress: Progress) -> Outcome:
-    steps = {"prepare": settings.prepare_steps, "stock": settings.steps, "ours": settings.steps, "reload": len(LEGS)}
-    says = {"prepare": "prepare the base", **{k: f"LoRA, {v}" for k, v in LEGS.items()}, "reload": "reload, stock PEFT"}
-    tasks = {
-        stage: progress.add_task(f"{MODELS[model]}: {says[stage]}", total=total, start=False, loss="")
-        for stage, total in steps.items()
-    }
-    job = Job(settings, model, scratch / model)
-    job.folder.mkdir()
-    results = {}
-    for stage, task in tasks.items():
-        progress.start_task(task)
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=ids).logits
+    return logits
 
-        def on_step(step: int, loss: float | None, task: Any = task) -> None:
-            progress.update(task, completed=step, loss="" if loss is None else f"loss {loss:.3f}")
 
-        try:
-            results[stage] = _run_stage(stage, job, on_step)
-        except NoExpertParametersError as error:
-            for other in tasks.values():
-                progress.remove_task(other)
-            return Outcome(model, skipped=str(error))
-    legs = {name: Leg(**results[name]) for name in LEGS}
-    return Outcome(model, legs=legs, reload_difference=results["reload"])
+def _prepare(settings: Settings, name: str) -> dict[str, Tensor]:
+    """The weights of a base that has read some Python, so that routing and experts are not random."""
+    model = _model(settings, name)
+    expert_parameters(model)  # refuses a model without fused experts before the work
+    with results.active(False):
+        _train(settings, model, "*.py", learning_rate=2e-3)
+    return dict(model.state_dict())
+
+
+def _leg(settings: Settings, name: str, base: dict[str, Tensor], ours: bool) -> dict[str, Any]:
+    """One run, as in `demo.json`: LoRA for the codec tables of `encodings`, which look like no other Python source."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import set_seed
+
+    model, again = _model(settings, name), _model(settings, name)
+    model.load_state_dict(base)
+    again.load_state_dict(base)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        target_modules=[],
+        target_parameters=expert_parameters(model),
+    )
+    with results.active(ours), tempfile.TemporaryDirectory() as folder:
+        set_seed(SEED)
+        model = get_peft_model(model, config)
+        rows = [parameter for experts in report(model).rows for parameter in experts.parameters]
+        training = _train(settings, model, "encodings/*.py", learning_rate=1e-2)
+        ids = _batches(settings, "encodings/*.py", 1)[0]
+        peak = results.peak_mib(lambda: model(input_ids=ids, labels=ids).loss.backward(), settings.device)
+        logits = _logits(model, ids)
+        model.save_pretrained(folder)
+        with results.active(False):
+            again = PeftModel.from_pretrained(again, folder)
+            reload_difference = float((_logits(again, ids) - logits).abs().max())
+    path, reason = (sorted({getattr(row, key) for row in rows} - {""}) for key in ("path", "reason"))
+    measured = {"peak_mib": peak, "reload_difference": reload_difference}
+    return training | measured | {"path": ", ".join(path), "reason": "; ".join(reason)}
+
+
+def _run_model(settings: Settings, name: str, console: Console) -> dict[str, Any]:
+    """What one model showed, as in `demo.json`: with `skipped`, why it was left out, or with its runs."""
+    title, legs = MODELS[name][0], {}
+    try:
+        with console.status(f"{title}: prepare the base"):
+            base = _prepare(settings, name)
+    except NoExpertParametersError as error:
+        console.print(f"{title} was left out: {error}", markup=False)
+        return {"model": name, "skipped": str(error)}
+    for leg, run_title in LEGS.items():
+        with console.status(f"{title}: LoRA, {run_title}"):
+            legs[leg] = _leg(settings, name, base, ours=leg == "ours")
+    pairs = zip(*(leg["losses"] for leg in legs.values()), strict=True)
+    difference = max((abs(a - b) for a, b in pairs), key=lambda d: math.inf if math.isnan(d) else d)
+    return {"model": name, "skipped": "", "legs": legs, "loss_difference": difference}
+
+
+def _problems(outcome: dict[str, Any]) -> Iterator[str]:
+    """What the demo claims and this model contradicts."""
+    title, difference = MODELS[outcome["model"]][0], outcome["loss_difference"]
+    # `not <=`, so that a nan is a problem too.
+    if not difference <= TOLERANCE:
+        yield f"{title}: the loss curves differ by up to {difference:.1e}; {TOLERANCE:g} is allowed."
+    for name, leg in outcome["legs"].items():
+        if not leg["reload_difference"] <= TOLERANCE:
+            yield (
+                f"{title}: reloaded by stock PEFT, the adapter of {LEGS[name]} gives logits that differ by up to "
+                f"{leg['reload_difference']:.1e}; {TOLERANCE:g} is allowed."
+            )
 
 
 def run(settings: Settings, out: Path, console: Console) -> list[str]:
-    """Runs the demo, prints its table, and writes `demo.json` and `demo.png`.
-
-    Args:
-        settings: Sizes and models.
-        out: Folder for the two files; made if missing.
-        console: Where progress and table go.
+    """Runs the demo, prints its table, and writes `demo.json` and, with matplotlib, `demo.png` into `out`.
 
     Returns:
         What contradicts the demo's claims; empty where all of them hold.
 
     Raises:
-        DemoError: A stage failed, no model could run, or something the demo needs is not installed.
-        PeftMoeCompatError: `out` cannot be written.
+        PeftMoeCompatError: No model could run, the device is not there, or `out` cannot be written.
     """
-    from rich import progress as bars
-
-    for name, version in installed_versions("matplotlib", "accelerate", "torch", "peft", "transformers").items():
-        if version == "not installed":
-            raise DemoError(f'The demo needs {name}: pip install "peft-moe-compat[demo]"')
-    check_writable(out)
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(bar_width=24),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[loss]}"),
-        bars.TimeElapsedColumn(),
-    )
-    with tempfile.TemporaryDirectory() as scratch, bars.Progress(*columns, console=console) as progress:
-        outcomes = [_run_model(model, settings, Path(scratch), progress) for model in settings.models]
-    for outcome in outcomes:
-        if outcome.skipped:
-            console.print(f"{MODELS[outcome.model]} was left out: {outcome.skipped}", markup=False)
-    shown = [outcome for outcome in outcomes if not outcome.skipped]
+    results.check(settings.device, out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, to PEFT
+        outcomes = [_run_model(settings, name, console) for name in settings.models]
+    shown = [outcome for outcome in outcomes if not outcome["skipped"]]
     if not shown:
-        raise DemoError("None of the models has fused experts here, so there is nothing to compare.")
-    problems = [problem for outcome in shown for problem in outcome.problems(settings.tolerance)]
-    show(shown, console)
+        raise PeftMoeCompatError("None of the models has fused experts here, so there is nothing to compare.")
+    problems = [problem for outcome in shown for problem in _problems(outcome)]
+    _show(shown, console)
     versions = installed_versions("peft", "transformers", "torch")
-    document = {"settings": asdict(settings), "versions": versions, "models": [o.to_dict() for o in outcomes]}
-    with writing(out):
-        (out / "demo.json").write_text(json.dumps(document | {"problems": problems}, indent=2), encoding="utf-8")
-        draw(shown, settings, out / "demo.png")
-    console.print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}", markup=False, highlight=False)
+    document = {"settings": asdict(settings), "versions": versions, "models": outcomes, "problems": problems}
+    written = results.save(out, "demo", document, lambda figure: _draw(figure, shown, settings))
+    console.print(written, markup=False, highlight=False)
     return problems
 
 
-def show(outcomes: list[Outcome], console: Console) -> None:
+def _show(outcomes: list[dict[str, Any]], console: Console) -> None:
     """Prints the table, and what follows from it for each model. Fits 80 columns."""
-    from rich import box
-    from rich.table import Table
-
     table = Table(title="LoRA on the experts", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("model", "run", "forward", "loss", "step", "peak", "reload"):
         table.add_column(heading, justify="left" if heading in ("model", "run", "forward") else "right")
+    notes = []
     for outcome in outcomes:
-        for name, leg in outcome.legs.items():
-            losses = f"{leg.losses[0]:.2f} -> {leg.losses[-1]:.2f}"
-            peak = "-" if leg.peak_mib is None else f"{leg.peak_mib:.0f} MiB"
-            reloaded = f"{outcome.reload_difference[name]:.0e}"
-            table.add_row(MODELS[outcome.model], LEGS[name], leg.path, losses, f"{leg.step_ms:.0f} ms", peak, reloaded)
+        title, (stock, ours) = MODELS[outcome["model"]][0], outcome["legs"].values()
+        for name, leg in outcome["legs"].items():
+            losses = f"{leg['losses'][0]:.2f} -> {leg['losses'][-1]:.2f}"
+            cells = f"{leg['step_ms']:.0f} ms", f"{leg['peak_mib']:.0f} MiB", f"{leg['reload_difference']:.0e}"
+            table.add_row(title, LEGS[name], leg["path"], losses, *cells)
+        note = f"both runs took PEFT's own forward: {ours['reason']}"
+        if ours["path"] != stock["path"]:
+            faster, smaller = stock["step_ms"] / ours["step_ms"], ours["peak_mib"] / stock["peak_mib"]
+            note = f"{faster:.1f}x as fast, {smaller:.0%} of the memory"
+        notes.append(f"{title}: the losses differ by at most {outcome['loss_difference']:.0e}; {note}.")
     console.print(table)
     console.print(_LEGEND, style="dim", highlight=False)
-    for outcome in outcomes:
-        stock, ours = outcome.legs["stock"], outcome.legs["ours"]
-        note = f"both runs took PEFT's own forward: {ours.reason}"
-        if ours.path != stock.path:
-            note = f"{stock.step_ms / ours.step_ms:.1f}x as fast"
-            note += f", {ours.peak_mib / stock.peak_mib:.0%} of the memory" if ours.peak_mib and stock.peak_mib else ""
-        message = f"{MODELS[outcome.model]}: the losses differ by at most {outcome.loss_difference:.0e}; {note}."
-        console.print(message, markup=False, highlight=False)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
 
 
-def draw(outcomes: list[Outcome], settings: Settings, path: Path) -> None:
-    """Writes the picture: per model the two loss curves, the step times and the peak memory."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    colours = {"stock": "#f4a259", "ours": "#1d3557"}
-    lines: dict[str, dict[str, Any]] = {
-        "stock": {"linewidth": 6, "alpha": 0.75},
-        "ours": {"linewidth": 1.6, "ls": "--"},
-    }
-    s = settings
-    figure: Any = Figure(figsize=(13, 3.7 * len(outcomes) + 0.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+def _draw(figure: Any, outcomes: list[dict[str, Any]], settings: Settings) -> None:
+    """The two loss curves of each model, the step times and the peak memory."""
+    figure.set_size_inches(4.5 * len(outcomes) + 7, 4)
     figure.suptitle(
-        f"LoRA of rank {s.rank} on {s.layers} x {s.experts} experts (layers x experts), hidden size {s.hidden_size}, "
-        f"{s.tokens} tokens a step, float32, {s.device}"
+        f"LoRA of rank {settings.rank} on {LAYERS} x {settings.experts} experts (layers x experts), hidden size "
+        f"{settings.hidden_size}, {settings.tokens} tokens a step, float32, {settings.device}"
     )
-    grid = figure.subplots(len(outcomes), 3, squeeze=False, width_ratios=(2, 1, 1))
-    for (curve, times, memory), outcome in zip(grid, outcomes, strict=True):
-        for name, leg in outcome.legs.items():
-            label = f"{LEGS[name]}, forward: {leg.path}"
-            curve.plot(range(1, len(leg.losses) + 1), leg.losses, color=colours[name], label=label, **lines[name])
-        curve.set_title(f"{MODELS[outcome.model]}: losses differ by at most {outcome.loss_difference:.1e}", fontsize=11)
-        curve.set(xlabel="step", ylabel="loss (nats per byte)")
-        curve.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        curve.legend(frameon=False)
-        _bars(times, "median step time", "ms", {name: leg.step_ms for name, leg in outcome.legs.items()}, colours)
-        _bars(memory, "peak memory in training", "MiB", {n: leg.peak_mib for n, leg in outcome.legs.items()}, colours)
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
-def _bars(axes: Any, title: str, unit: str, heights: dict[str, float | None], colours: dict[str, str]) -> None:
-    axes.set_title(title, fontsize=11)
-    axes.set_ylabel(unit)
-    known = {name: height for name, height in heights.items() if height is not None}
-    if not known:
-        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-        return
-    labels, fills = [LEGS[name] for name in known], [colours[name] for name in known]
-    bars = axes.bar(labels, list(known.values()), color=fills, width=0.55)
-    axes.bar_label(bars, fmt=f"%.0f {unit}", padding=3)
-    axes.margins(x=0.2, y=0.15)
+    *curves, times, memory = figure.subplots(1, len(outcomes) + 2)
+    for axes, outcome in zip(curves, outcomes, strict=True):
+        axes.set_title(f"{MODELS[outcome['model']][0]}: losses differ by {outcome['loss_difference']:.1e}")
+        axes.set(xlabel="step", ylabel="loss (nats per byte)")
+        for (name, leg), look in zip(outcome["legs"].items(), _LOOKS, strict=True):
+            axes.plot(leg["losses"], label=f"{LEGS[name]}, forward: {leg['path']}", **look)
+        axes.legend(fontsize=7, loc="upper right")
+    titles = [MODELS[outcome["model"]][0] for outcome in outcomes]
+    for axes, title, key in ((times, "median step, ms", "step_ms"), (memory, "peak memory, MiB", "peak_mib")):
+        heights = {name: [outcome["legs"][leg][key] for outcome in outcomes] for leg, name in LEGS.items()}
+        results.bars(axes, title, titles, heights)
