@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .plan import ModuleOutputs, Refit, module_parts, refit
 from .readers import KEEP_THE_BASE, Target, parse_target
 from .source import CONFIG_NAME, AdapterSource, open_with_model
 from .stamp import Stamp
+from .steps import Step, exactness
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
 
 __all__ = ["Conversion", "Progress", "convert_adapter", "planned_modules"]
@@ -40,14 +41,14 @@ class Conversion:
         target: The reader it is for, as `--to` names it.
         exactness: `"bits"` where every factor is kept bit for bit, `"round-off"` where a scaling was folded into
             lora_B in float32, `"lossy"` where something was left out.
-        steps: What was done beyond laying out the same numbers anew, a sentence each.
+        steps: What was done beyond laying out the same numbers anew; `str()` of one is a sentence.
         decision: What the input was found to hold.
     """
 
     out: Path
     target: str
     exactness: str
-    steps: tuple[str, ...]
+    steps: tuple[Step, ...]
     decision: Decision
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class Conversion:
             "out": str(self.out),
             "target": self.target,
             "exactness": self.exactness,
-            "steps": list(self.steps),
+            "steps": [str(step) for step in self.steps],
         }
 
 
@@ -66,13 +67,7 @@ class _Plan:
     items: list[Item]
     config: dict[str, Any]
     stamp: Stamp | None
-    steps: list[str] = field(default_factory=list)
-    folded: bool = False
-    dropped: list[str] = field(default_factory=list)
-
-    @property
-    def exactness(self) -> str:
-        return "lossy" if self.dropped else "round-off" if self.folded else "bits"
+    steps: tuple[Step, ...]
 
 
 def convert_adapter(
@@ -124,14 +119,14 @@ def convert_adapter(
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
     decision.require(str(source.folder))
     plan = _plan(source, decision, target, base, fill_missing)
-    if plan.dropped and not allow_lossy:
+    how_exact = exactness(plan.steps)
+    if how_exact == "lossy" and not allow_lossy:
         raise LossyConversionError(
-            f"{target} cannot take {'; '.join(plan.dropped)}. Pass --allow-lossy (allow_lossy=True) to leave that out."
+            f"{target} takes this adapter only with {plan.steps[-1]}. Pass --allow-lossy (allow_lossy=True) for that."
         )
     with atomic_folder(usable_path(out), source=source.folder) as folder:
         _write(folder, source, plan, progress)
-    steps = (*plan.steps, *(f"left out: {what}" for what in plan.dropped))
-    return Conversion(Path(out), str(target), plan.exactness, steps, decision)
+    return Conversion(Path(out), str(target), how_exact, plan.steps, decision)
 
 
 def _plan(
@@ -155,8 +150,7 @@ def _plan(
         config = evened_config(config, rank, alpha)
         steps += said
     items = [*(output.item() for output in outputs), *rest]
-    folded = any("folded" in step for step in steps)
-    return _Plan(items, config, how.stamp(done), steps, folded, dropped)
+    return _Plan(items, config, how.stamp(done), (*steps, *dropped))
 
 
 def planned_modules(
@@ -173,7 +167,7 @@ def _modules(
     return [outputs for group in groups for outputs in how.outputs(group)]
 
 
-def _others(how: Refit) -> tuple[list[Output], list[Item], list[str]]:
+def _others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     source, target, base = how.source, how.target, how.base
     pairs, rest = plain_parts(source)
@@ -197,7 +191,7 @@ def _others(how: Refit) -> tuple[list[Output], list[Item], list[str]]:
     if source.config.get("use_dora"):
         raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
     shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
-    return linears, [], [f"{len(rest)} tensors that are no LoRA of linears ({shown})"]
+    return linears, [], [Step("dropped", (len(rest), shown))]
 
 
 def _expert_of(source: AdapterSource, name: str) -> str | None:

@@ -15,6 +15,7 @@ from ..layout import ExpertLora, to_flat
 from .names import PREFIX
 from .parts import Part
 from .shaping import folded
+from .steps import Step
 
 __all__ = ["Item", "Named", "Output", "copied", "evened", "fused", "gguf", "per_expert", "plain"]
 
@@ -130,7 +131,7 @@ def plain(part: Part, meta: ExpertLora) -> Output:
     return Output(part, meta.rank, meta.scaling, part.path, part.path, write)
 
 
-def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, float, list[str]]:
+def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, float, list[Step]]:
     """All LoRA of a file for a reader that knows one rank and one alpha.
 
     Args:
@@ -158,6 +159,6 @@ def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, floa
         pads += new_rank > output.rank
         part = replace(folded(output.part, factor, new_rank), alpha=alpha)
         found.append(replace(output, part=part, rank=new_rank, scaling=alpha / new_rank))
-    said = [f"scaling of {folds} of {len(outputs)} LoRA folded into lora_B"] if folds else []
-    said += [f"rank of {pads} of {len(outputs)} LoRA padded with zeros to {rank}"] if pads else []
-    return found, rank, alpha, said
+    steps = [Step("folded", (folds, len(outputs)))] if folds else []
+    steps += [Step("padded", (pads, len(outputs), rank))] if pads else []
+    return found, rank, alpha, steps

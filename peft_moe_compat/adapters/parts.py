@@ -17,6 +17,7 @@ from .names import PREFIX, ExpertsKeys, Pair, linear_role, peft_name, role_of, s
 from .ranks import lora_alpha, lora_rank, lora_scaling
 from .shapes import Reading, slot_orientations
 from .source import AdapterSource
+from .steps import Step
 
 __all__ = ["Load", "Part", "fused_parts", "per_expert_parts", "plain_parts", "stacked_parts"]
 
@@ -34,7 +35,7 @@ class Part:
         alpha: LoRA alpha that belongs to the rank of the loaded factors.
         reads: Names of the tensors it needs.
         load: Those tensors, by name -> factors.
-        notes: What bringing them into this form takes, beyond a rearrangement.
+        steps: What bringing them into this form takes.
     """
 
     path: str
@@ -43,7 +44,7 @@ class Part:
     alpha: float
     reads: tuple[str, ...]
     load: Load
-    notes: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
 
 def fused_parts(
@@ -222,13 +223,13 @@ def _stacked_experts(
     # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
     nonzero = [value for value in scalings.values() if value] or [0.0]
     scaling, agreeing = Counter(nonzero).most_common(1)[0]
-    notes = []
+    steps = []
     if min(ranks.values()) < rank:
-        notes.append(f"ranks {min(ranks.values())} to {rank} of {linear} padded with zeros to {rank}")
+        steps.append(Step("experts_padded", (min(ranks.values()), rank, linear)))
     if agreeing < len(scalings):
-        notes.append(f"scalings of {linear} that differ between experts folded into lora_B")
+        steps.append(Step("experts_folded", (linear,)))
     if missing:
-        notes.append(f"zeros for {linear} of experts without LoRA")
+        steps.append(Step("experts_filled", (linear,)))
     keeper = next((e for e in experts if ranks[e] == rank and scalings[e] == scaling), None)
     if keeper is not None:
         alpha = lora_alpha(source.config, keys[keeper])
@@ -237,7 +238,7 @@ def _stacked_experts(
     reads = tuple(name for pair in experts.values() for name in (pair.lora_A, pair.lora_B))
     folds = {e: s / scaling for e, s in scalings.items() if s != scaling}
     load = partial(_stack, experts, total, rank, scaling, folds)
-    return Part(module.path, linear, linear_role(linear), alpha, reads, load, tuple(notes))
+    return Part(module.path, linear, linear_role(linear), alpha, reads, load, tuple(steps))
 
 
 def _stack(

@@ -20,6 +20,7 @@ from .shapes import parameter_order
 from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource
 from .stamp import ModuleStamp, Stamp
+from .steps import Step
 
 __all__ = ["ModuleOutputs", "Refit", "module_parts", "refit"]
 
@@ -52,7 +53,7 @@ class ModuleOutputs:
 
     path: str
     outputs: tuple[Output, ...]
-    steps: tuple[str, ...]
+    steps: tuple[Step, ...]
     stamp: ModuleStamp | None = None
 
 
@@ -115,7 +116,8 @@ class Refit:
         return [self._apart(group)]
 
     def _fused(self, group: Mapping[str, Part]) -> list[ModuleOutputs]:
-        parts, steps, joined = dict(group), [], None
+        parts, joined = dict(group), None
+        steps: list[Step] = []
         if {"gate", "up"} & parts.keys() and self.model.gated:
             gate, up = parts.pop("gate", None), parts.pop("up", None)
             lead = gate or up
@@ -126,7 +128,7 @@ class Refit:
             parts = {"gate_up": whole, **parts}
         if self.target.name == "vllm":
             steps += self._fill(parts, ("gate_up", "down"))
-        steps += [note for part in parts.values() for note in part.notes]
+        steps += [step for part in parts.values() for step in part.steps]
         by_path: dict[str, list[tuple[str, Part]]] = {}
         for part in parts.values():
             path, parameter = self._place(part)
@@ -134,7 +136,7 @@ class Refit:
         return [self._nest(path, named, joined, steps) for path, named in by_path.items()]
 
     def _nest(
-        self, path: str, named: list[tuple[str, Part]], joined: tuple[int, int] | None, steps: Sequence[str]
+        self, path: str, named: list[tuple[str, Part]], joined: tuple[int, int] | None, steps: Sequence[Step]
     ) -> ModuleOutputs:
         by_name = dict(named)
         order = parameter_order(path, by_name)
@@ -164,7 +166,8 @@ class Refit:
 
     def _apart(self, group: Mapping[str, Part]) -> ModuleOutputs:
         """gate, up and down on their own, per expert or stacked."""
-        parts, steps = dict(group), []
+        parts = dict(group)
+        steps: list[Step] = []
         if "gate_up" in parts:
             whole = parts.pop("gate_up")
             stamped = self.decision.stamp.modules.get(whole.path) if self.decision.stamp else None
@@ -173,7 +176,7 @@ class Refit:
             parts = {"gate": gate, "up": up, **parts}
         if self.target.complete:
             steps += self._fill(parts, ("gate", "up", "down") if self.model.gated else ("up", "down"))
-        steps += [note for part in parts.values() for note in part.notes]
+        steps += [step for part in parts.values() for step in part.steps]
         outputs = []
         path = ""
         for role, part in parts.items():
@@ -194,7 +197,7 @@ class Refit:
             return self.model.linear(role)
         return "gate_proj" if role == "up" and not self.model.gated else f"{role}_proj"
 
-    def _fill(self, parts: dict[str, Part], roles: Sequence[str]) -> list[str]:
+    def _fill(self, parts: dict[str, Part], roles: Sequence[str]) -> list[Step]:
         """Adds LoRA of zeros for the roles a reader asks for."""
         missing = [role for role in roles if role not in parts]
         if not missing:
@@ -209,7 +212,7 @@ class Refit:
             fan_in, fan_out = (intermediate, hidden) if absent == "down" else (hidden, rows)
             zeros = zeros_like(part, absent, fan_in, fan_out)
             parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
-        return [f"LoRA of zeros for {' and '.join(missing)}, which {self.target} asks for"]
+        return [Step("filled", (" and ".join(missing), self.target))]
 
     def _same_A(self, gate: Part, up: Part) -> bool:
         with self.source.tensors.reading([*gate.reads, *up.reads]) as tensors:
