@@ -13,20 +13,15 @@ from torch import Tensor
 
 from ..errors import AdapterError, LossyConversionError
 from .base_model import BaseModel
-from .config import evened_config, target_config, without_the_rest
 from .decide import Decision, decide
 from .files import usable_path
-from .names import PREFIX, peft_name
-from .outputs import Item, Output, copied, evened, plain
-from .parts import plain_parts
-from .plan import ModuleOutputs, Refit, module_parts, refit
-from .readers import KEEP_THE_BASE, Target, parse_target
+from .plan import Plan, plan_conversion
+from .readers import parse_target
 from .source import CONFIG_NAME, AdapterSource, open_with_model
-from .stamp import Stamp
 from .steps import Step, exactness
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
 
-__all__ = ["Conversion", "Progress", "convert_adapter", "planned_modules"]
+__all__ = ["Conversion", "Progress", "convert_adapter"]
 
 # Called with (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -60,14 +55,6 @@ class Conversion:
             "exactness": self.exactness,
             "steps": [str(step) for step in self.steps],
         }
-
-
-@dataclass
-class _Plan:
-    items: list[Item]
-    config: dict[str, Any]
-    stamp: Stamp | None
-    steps: tuple[Step, ...]
 
 
 def convert_adapter(
@@ -118,7 +105,7 @@ def convert_adapter(
     if source.form == "none":
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
     decision.require(str(source.folder))
-    plan = _plan(source, decision, target, base, fill_missing)
+    plan = plan_conversion(source, decision, target, base, fill_missing)
     how_exact = exactness(plan.steps)
     if how_exact == "lossy" and not allow_lossy:
         raise LossyConversionError(
@@ -129,88 +116,7 @@ def convert_adapter(
     return Conversion(Path(out), str(target), how_exact, plan.steps, decision)
 
 
-def _plan(
-    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None, fill_missing: bool
-) -> _Plan:
-    how = refit(source, decision, target, base)
-    done = _modules(how, source, decision, base, fill_missing)
-    outputs = [output for module in done for output in module.outputs]
-    linears, rest, dropped = _others(how)
-    steps = list(dict.fromkeys(step for module in done for step in module.steps))
-    loras = [named for output in outputs if (named := output.item().lora) is not None]
-    paths = [output.part.path for output in linears] + _modules_with_lora(source, rest)
-    config = target_config(
-        source.config, target, how.form, loras, paths, was=source.form, keep_targets=how.keeps_names(done)
-    )
-    if dropped:
-        config = without_the_rest(config)
-    outputs += linears
-    if target.scaling != "config":
-        outputs, rank, alpha, said = evened(outputs, target.scaling)
-        config = evened_config(config, rank, alpha)
-        steps += said
-    items = [*(output.item() for output in outputs), *rest]
-    return _Plan(items, config, how.stamp(done), (*steps, *dropped))
-
-
-def planned_modules(
-    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None
-) -> list[ModuleOutputs]:
-    """Every experts module as the target has it, nothing read yet; experts without LoRA get one of zeros."""
-    return _modules(refit(source, decision, target, base), source, decision, base, True)
-
-
-def _modules(
-    how: Refit, source: AdapterSource, decision: Decision, base: BaseModel | None, fill_missing: bool
-) -> list[ModuleOutputs]:
-    groups = how.groups(module_parts(source, decision, base, fill_missing))
-    return [outputs for group in groups for outputs in how.outputs(group)]
-
-
-def _others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
-    """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
-    source, target, base = how.source, how.target, how.base
-    pairs, rest = plain_parts(source)
-    linears = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
-    start = source.config.get("init_lora_weights")
-    if not target.takes_all_peft and isinstance(start, str) and start not in KEEP_THE_BASE:
-        raise AdapterError(
-            f"The adapter was made with init_lora_weights={start!r}, which changes the base model, and {target} does "
-            "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
-            "conversion=...)."
-        )
-    for name in rest:
-        module = _expert_of(source, name)
-        if module is not None and (how.form == "fused" or (base and base.per_expert_path(module) != module)):
-            raise AdapterError(
-                f"{name!r} belongs to the LoRA of one expert, and {target} has {module!r} in another form or under "
-                "another name: DoRA and biases of experts are not moved, and PEFT takes neither on fused ones."
-            )
-    if target.takes_all_peft or not rest:
-        return linears, [copied(name, new_name) for new_name, name in rest.items()], []
-    if source.config.get("use_dora"):
-        raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
-    shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
-    return linears, [], [Step("dropped", (len(rest), shown))]
-
-
-def _expert_of(source: AdapterSource, name: str) -> str | None:
-    """The module of single experts that a tensor with PEFT's name belongs to."""
-    paths = [module.path for module in source.keys.modules if module.form != "fused"]
-    return next((path for path in paths if name.startswith(f"{PREFIX}{path}.")), None)
-
-
-def _modules_with_lora(source: AdapterSource, rest: Sequence[Item]) -> list[str]:
-    """Paths of modules, linears and experts aside, that have LoRA: embeddings, convolutions."""
-    found = []
-    for name in (peft_name(item.reads[0], source.keys.prefix) for item in rest):
-        path, dot, _ = name.partition(".lora_")
-        if dot and _expert_of(source, name) is None:
-            found.append(path.removeprefix(PREFIX))
-    return list(dict.fromkeys(found))
-
-
-def _write(folder: Path, source: AdapterSource, plan: _Plan, progress: Progress | None) -> None:
+def _write(folder: Path, source: AdapterSource, plan: Plan, progress: Progress | None) -> None:
     layout = [
         (name, tuple(tensor.shape), tensor.dtype)
         for item in plan.items

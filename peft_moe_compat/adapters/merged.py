@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from ..layout import ExpertLora, relative, to_flat
 from .base_model import load_config
-from .convert import planned_modules
 from .decide import decide
+from .plan import planned_modules
 from .readers import parse_target
 from .source import open_with_model
 from .verify import Comparison, Verification

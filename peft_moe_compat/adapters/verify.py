@@ -17,7 +17,7 @@ from ..layout import ExpertLora, relative
 from .base_model import BaseModel
 from .decide import decide
 from .parts import Part, plain_parts
-from .plan import module_parts
+from .refit import module_parts
 from .shaping import part_gate_up
 from .source import AdapterSource, open_with_model
 
