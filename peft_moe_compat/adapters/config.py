@@ -35,18 +35,18 @@ def target_config(
     Args:
         source: The config the adapter came with.
         target: The reader.
-        form: Of the experts' LoRA, see `Target.form`.
+        form: Of the experts' LoRA, see `Reader.form`.
         loras: The experts' LoRA.
         others: Paths of all other modules with LoRA.
         was: The form they came in, see `AdapterSource.form`.
-        keep_targets: Whether the experts' parameters are called as they were.
+        keep_targets: Whether the config's own targets are right.
     """
     config = _without_marks(dict(source))
-    if target.name == "peft":
+    if target.peft is not None:
         config.pop("peft_version", None)
-        if target.peft is not None and stamps_its_version(target.peft):
+        if stamps_its_version(target.peft):
             config["peft_version"] = target.peft
-    if not (keep_targets and form == "fused"):
+    if not keep_targets:
         if was == "fused" and form != "fused":
             narrowing = [name for name in _NARROWING if config.get(name) not in (None, [], "")]
             if narrowing:

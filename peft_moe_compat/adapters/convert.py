@@ -17,6 +17,7 @@ from .decide import Decision, decide
 from .files import usable_path
 from .plan import Plan, plan_conversion
 from .readers import parse_target
+from .refit import refit
 from .source import CONFIG_NAME, AdapterSource, open_with_model
 from .steps import Step, exactness
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
@@ -105,7 +106,7 @@ def convert_adapter(
     if source.form == "none":
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
     decision.require(str(source.folder))
-    plan = plan_conversion(source, decision, target, base, fill_missing)
+    plan = plan_conversion(refit(source, decision, target, base), fill_missing)
     how_exact = exactness(plan.steps)
     if how_exact == "lossy" and not allow_lossy:
         raise LossyConversionError(

@@ -26,6 +26,7 @@ __all__ = [
     "Pair",
     "parse_keys",
     "peft_name",
+    "reaches_parameter",
     "role_of",
     "same_tensor",
     "targeted_matrix",
@@ -132,6 +133,11 @@ def targeted_parameters(config: Mapping[str, Any], path: str) -> tuple[str, ...]
         if not module or _reaches(module, path):
             found.append(parameter)
     return tuple(dict.fromkeys(found))
+
+
+def reaches_parameter(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the config's `target_parameters` reach a parameter, by its full name, as PEFT matches them: by suffix."""
+    return any(key == target or key.endswith(f".{target}") for target in config.get("target_parameters") or ())
 
 
 def targeted_matrix(config: Mapping[str, Any], path: str) -> str | None:

@@ -17,9 +17,10 @@ from .parts import Part
 from .shaping import folded
 from .steps import Step
 
-__all__ = ["Item", "Named", "Output", "copied", "evened", "fused", "gguf", "per_expert", "plain"]
+__all__ = ["GGUF_PATH", "Item", "Named", "Output", "copied", "evened", "fused", "gguf", "per_expert", "plain"]
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+GGUF_PATH = re.compile(r"blk\.\d+")  # where llama.cpp has the stacks of a layer
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)(?:\.|$)")
 _GGUF_NAMES = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
 
 

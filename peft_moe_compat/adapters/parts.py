@@ -222,11 +222,12 @@ def _stacked_experts(
     rank = max(ranks.values())
     # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
     nonzero = [value for value in scalings.values() if value] or [0.0]
-    scaling, agreeing = Counter(nonzero).most_common(1)[0]
+    scaling = Counter(nonzero).most_common(1)[0][0]
+    folds = {e: s / scaling for e, s in scalings.items() if s != scaling}
     steps = []
     if min(ranks.values()) < rank:
         steps.append(Step("experts_padded", (min(ranks.values()), rank, linear)))
-    if agreeing < len(scalings):
+    if folds:
         steps.append(Step("experts_folded", (linear,)))
     if missing:
         steps.append(Step("experts_filled", (linear,)))
@@ -236,7 +237,6 @@ def _stacked_experts(
     else:
         alpha = scaling * (rank**0.5 if source.config.get("use_rslora") else rank)
     reads = tuple(name for pair in experts.values() for name in (pair.lora_A, pair.lora_B))
-    folds = {e: s / scaling for e, s in scalings.items() if s != scaling}
     load = partial(_stack, experts, total, rank, scaling, folds)
     return Part(module.path, linear, linear_role(linear), alpha, reads, load, tuple(steps))
 

@@ -13,13 +13,13 @@ from .decide import Decision
 from .names import PREFIX, peft_name
 from .outputs import Item, Output, copied, evened, plain
 from .parts import plain_parts
-from .readers import KEEP_THE_BASE, Target
+from .readers import KEEP_THE_BASE, NotTakenError, Target
 from .refit import ModuleOutputs, Refit, module_parts, refit
 from .source import AdapterSource
 from .stamp import Stamp
 from .steps import Step
 
-__all__ = ["Plan", "plan_conversion", "planned_modules"]
+__all__ = ["Plan", "others", "plan_conversion", "planned_modules"]
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,29 @@ class Plan:
     steps: tuple[Step, ...]
 
 
-def plan_conversion(
-    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None, fill_missing: bool
-) -> Plan:
+def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
     """Plans a conversion. Of the tensors' data only gate's and up's lora_A are read, where the two are to be joined.
 
     Raises:
         AdapterFileError: The file does not fit the model.
-        AmbiguousAdapterError: Nothing tells how the target's model stores its experts.
-        AdapterError: The reader takes no such adapter, the model's config is needed, or experts are missing.
+        NotTakenError: The reader takes no such adapter.
+        AdapterError: The model's config is needed, or experts are missing.
     """
-    how = refit(source, decision, target, base)
+    source, target = how.source, how.target
     done = _modules(how, fill_missing)
     outputs = [output for module in done for output in module.outputs]
-    linears, rest, dropped = _others(how)
+    linears, rest, dropped = others(how)
     steps = list(dict.fromkeys(step for module in done for step in module.steps))
     loras = [named for output in outputs if (named := output.item().lora) is not None]
     paths = [output.part.path for output in linears] + _modules_with_lora(source, rest)
     config = target_config(
         source.config, target, how.form, loras, paths, was=source.form, keep_targets=how.keeps_names(done)
     )
-    if dropped:
+    if not target.reader.everything:
         config = without_the_rest(config)
     outputs += linears
-    if target.scaling != "config":
-        outputs, rank, alpha, said = evened(outputs, target.scaling)
+    if target.reader.scaling != "config":
+        outputs, rank, alpha, said = evened(outputs, target.reader.scaling)
         config = evened_config(config, rank, alpha)
         steps += said
     items = (*(output.item() for output in outputs), *rest)
@@ -82,17 +80,18 @@ def _modules(how: Refit, fill_missing: bool) -> list[ModuleOutputs]:
     return [outputs for group in groups for outputs in how.outputs(group)]
 
 
-def _others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
+def others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     source, target, base = how.source, how.target, how.base
     pairs, rest = plain_parts(source)
     linears = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
     start = source.config.get("init_lora_weights")
-    if not target.takes_all_peft and isinstance(start, str) and start not in KEEP_THE_BASE:
-        raise AdapterError(
+    if not target.reader.everything and isinstance(start, str) and start not in KEEP_THE_BASE:
+        raise NotTakenError(
+            "initialised",
             f"The adapter was made with init_lora_weights={start!r}, which changes the base model, and {target} does "
             "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
-            "conversion=...)."
+            "conversion=...).",
         )
     for name in rest:
         module = _expert_of(source, name)
@@ -101,10 +100,12 @@ def _others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
                 f"{name!r} belongs to the LoRA of one expert, and {target} has {module!r} in another form or under "
                 "another name: DoRA and biases of experts are not moved, and PEFT takes neither on fused ones."
             )
-    if target.takes_all_peft or not rest:
+    if target.reader.everything or not rest:
         return linears, [copied(name, new_name) for new_name, name in rest.items()], []
     if source.config.get("use_dora"):
-        raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
+        raise NotTakenError(
+            "dora", f"{target} does not read DoRA, and without its magnitudes the adapter would be another one."
+        )
     shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
     return linears, [], [Step("dropped", (len(rest), shown))]
 

@@ -12,10 +12,11 @@ from ..layout import ExpertLora
 from ..releases import NEWEST_TESTED
 from .base_model import BaseModel
 from .decide import Decision
+from .names import linear_role, reaches_parameter
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
-from .outputs import Output, fused, gguf, per_expert
+from .outputs import GGUF_PATH, Output, fused, gguf, per_expert
 from .parts import Part, fused_parts, per_expert_parts, stacked_parts
-from .readers import SGLANG_WITHOUT_EXPERTS, Target
+from .readers import NotTakenError, Target
 from .shapes import parameter_order
 from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource
@@ -41,6 +42,8 @@ def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | No
             for part in parts:  # what is fused was checked by `decide`
                 lora = part.load(source.meta(part.reads))
                 base.require(part.path, part.name, part.role, lora.num_experts, (lora.in_features, lora.out_features))
+            if not base.gated:  # the up projection, as SGLang calls it
+                parts = [replace(part, role="up") if part.role == "gate" else part for part in parts]
             if module.form == "per_expert" and base.interleaved:
                 parts = [alternating(part) for part in parts]
         found += parts
@@ -126,7 +129,7 @@ class Refit:
             same = gate is not None and up is not None and self._same_A(gate, up)
             whole, joined = join(gate, up, metas, same, self.model.interleaved, self.rslora)
             parts = {"gate_up": whole, **parts}
-        if self.target.name == "vllm":
+        if self.target.reader.complete:
             steps += self._fill(parts, ("gate_up", "down"))
         steps += [step for part in parts.values() for step in part.steps]
         by_path: dict[str, list[tuple[str, Part]]] = {}
@@ -174,7 +177,9 @@ class Refit:
             joined = stamped.joined if stamped else None
             gate, up = part_gate_up(whole, self.model.interleaved, joined, self.rslora)
             parts = {"gate": gate, "up": up, **parts}
-        if self.target.complete:
+        if self.model.model_type in self.target.reader.one_lora_A and {"gate", "up"} <= parts.keys():
+            parts = {**parts, **self._sharing(parts["gate"], parts["up"])}
+        if self.target.reader.complete:
             steps += self._fill(parts, ("gate", "up", "down") if self.model.gated else ("up", "down"))
         steps += [step for part in parts.values() for step in part.steps]
         outputs = []
@@ -183,7 +188,7 @@ class Refit:
             if role not in ("gate", "up", "down"):
                 raise AdapterError(f"No per-expert name is known for the LoRA on {part.name} of {part.path!r}.")
             path, meta = self._module_key(part), self.meta(part)
-            if not path.endswith("experts"):
+            if not path.endswith("experts") and not (self.form == "gguf" and GGUF_PATH.fullmatch(path)):
                 raise AdapterError(f"No per-expert name is known for the LoRA of {path!r} in {self.model.model_type}.")
             if self.form == "gguf":
                 outputs.append(gguf(part, meta, path))
@@ -191,11 +196,18 @@ class Refit:
                 outputs.append(per_expert(part, meta, self.model.per_expert_path(path), self._linear(role)))
         return ModuleOutputs(path, tuple(outputs), tuple(steps))
 
+    def linear(self, name: str) -> str | None:
+        """What the reader calls an expert's linear of that name; None where it takes it apart."""
+        role = linear_role(name)
+        if role == "gate" and not self.model.gated:
+            role = "up"
+        return None if role in (None, "gate_up") else self._linear(role)
+
     def _linear(self, role: str) -> str:
-        """Name of an expert's linear. SGLang has one set of names, and calls an up projection without a gate `gate`."""
-        if self.target.name != "sglang":
+        linears = self.target.reader.linears
+        if linears is None:
             return self.model.linear(role)
-        return "gate_proj" if role == "up" and not self.model.gated else f"{role}_proj"
+        return linears["gate" if role == "up" and not self.model.gated else role]
 
     def _fill(self, parts: dict[str, Part], roles: Sequence[str]) -> list[Step]:
         """Adds LoRA of zeros for the roles a reader asks for."""
@@ -214,17 +226,26 @@ class Refit:
             parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
         return [Step("filled", (" and ".join(missing), self.target))]
 
+    def _sharing(self, gate: Part, up: Part) -> dict[str, Part]:
+        """gate and up with one lora_A, that of both joined unless theirs is the same."""
+        metas = {"gate": self.meta(gate), "up": self.meta(up)}
+        if gate.reads == up.reads or self._same_A(gate, up):
+            return {}
+        whole, _ = join(gate, up, metas, same_A=False, interleaved=False, rslora=self.rslora)
+        return dict(zip(("gate", "up"), part_gate_up(whole, False, None, self.rslora), strict=True))
+
     def _same_A(self, gate: Part, up: Part) -> bool:
         with self.source.tensors.reading([*gate.reads, *up.reads]) as tensors:
             ours, theirs = gate.load(tensors).A, up.load(tensors).A
             return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
     def keeps_names(self, done: Sequence[ModuleOutputs]) -> bool:
-        """Whether every parameter is called as it was, so that the config's targets stay right."""
-        if self.source.form != "fused":
+        """Whether the config's targets stay right: every parameter is called as it was, and was targeted."""
+        if self.source.form != "fused" or self.form != "fused":
             return False
         before = {f"{path}.{name}" for path, reading in self.decision.readings.items() for name in reading.nesting}
-        return before == {output.key for module in done for output in module.outputs}
+        after = {output.key for module in done for output in module.outputs}
+        return before == after and all(reaches_parameter(self.source.config, key) for key in after)
 
     def stamp(self, done: Sequence[ModuleOutputs]) -> Stamp | None:
         if self.form != "fused":
@@ -238,15 +259,16 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
     """How a file is to be changed for a target.
 
     Raises:
+        NotTakenError: The reader takes no LoRA on these experts.
         AdapterError: The base model's config is needed.
         AmbiguousAdapterError: Nothing tells how the target's model stores its experts.
     """
-    how = Refit(source, decision, target, base, "fused")
-    if target.name == "sglang" and how.model.model_type in SGLANG_WITHOUT_EXPERTS:
-        raise AdapterError(f"SGLang takes no LoRA on the experts of {how.model.model_type}.")
-    if target.name != "peft":
-        return replace(how, form=target.form(how.model.model_type))
-    assert target.peft is not None  # noqa: S101
+    reader = target.reader
+    how = Refit(source, decision, target, base, reader.form)
+    if base is not None and base.model_type in reader.refuses:
+        raise NotTakenError("no_experts", f"{target} takes no LoRA on the experts of {base.model_type}.")
+    if target.peft is None:
+        return replace(how, form="fused") if reader.fused and how.model.model_type in reader.fused else how
     if base is not None:
         if has_separate_experts(base.model_type, target.peft, target.transformers):
             return replace(how, form="per_expert")

@@ -18,6 +18,25 @@ _SENTENCES = {
     "folded": "scaling of {} of {} LoRA folded into lora_B",
     "padded": "rank of {} of {} LoRA padded with zeros to {}",
     "dropped": "{} tensors that are no LoRA of linears left out ({})",
+    # What a conversion does besides, which none of its steps says.
+    "from_fused": "the experts' LoRA in another form than PEFT's fused one",
+    "from_per_expert": "the experts' LoRA in another form than expert by expert",
+    "from_stacked": "the experts' LoRA in another form than these 3-D factors",
+    "orientation": "its factors {}",
+    "nesting": "the wrappers nested the other way round",
+    "packing": "lora_B's columns in another order",
+    "path": "the experts under another path ({})",
+    "linears": "linears called {}",
+    "names": "tensors under other names",
+    "rank": "another rank in the config",
+    "scaling": "another lora_alpha in the config",
+    "targets": "the names of what it adapts in the config's targets",
+    "more_targets": "the names of all projections in target_modules",
+    "heeded": "a config without {}",
+    "shards": "the tensors in a single adapter_model.safetensors",
+    "upstream_rslora": "its own conversion, which has rsLoRA off by sqrt(2), left out",
+    "upstream_patterns": "its own conversion, which drops the patterns of single projections, left out",
+    "upstream_roles": "its own conversion, which loses experts without all three projections, left out",
 }
 _ROUND_OFF = {"join_folded", "experts_folded", "folded"}
 

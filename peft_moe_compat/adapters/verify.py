@@ -132,10 +132,7 @@ def _side(adapter: str | Path, model: str | Path | Mapping[str, Any] | BaseModel
     parts: dict[tuple[str, str], Part] = {}
     paths = [module.path for module in source.keys.modules]
     for part in module_parts(source, decision, base, fill_missing=True):
-        role = part.role or part.name
-        if base is not None and not base.gated and role == "gate":
-            role = "up"  # SGLang's name for it
-        parts[_place(part.path, paths), role] = part
+        parts[_place(part.path, paths), part.role or part.name] = part
     plain, rest = plain_parts(source)
     parts |= {(part.path, "linear"): part for part in plain}
     return _Side(source, base, parts, rest)
