@@ -31,6 +31,7 @@ class Reader:
     """What is known of a reader.
 
     Attributes:
+        title: What it is called in text.
         form: Of the experts' LoRA: `"fused"`, `"per_expert"`, or `"gguf"`: 3-D factors under the names that llama.cpp
             gives its own tensors.
         fused: Families that it takes fused all the same, as the newest PEFT writes them.
@@ -50,6 +51,7 @@ class Reader:
             "fails" or "wrong" (without an error). Of all others nothing is known: it may read the file as it is.
     """
 
+    title: str
     form: str
     fused: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
@@ -66,6 +68,7 @@ class Reader:
 
 READERS = {
     "peft": Reader(
+        "PEFT",
         "fused",
         everything=True,
         lacking={
@@ -78,8 +81,9 @@ READERS = {
             "upstream_roles": "wrong",
         },
     ),
-    "per-expert": Reader("per_expert", everything=True),
+    "per-expert": Reader("a reader of single experts", "per_expert", everything=True),
     "vllm": Reader(
+        "vLLM",
         "per_expert",
         fused=frozenset(
             {"gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
@@ -106,6 +110,7 @@ READERS = {
         },
     ),
     "sglang": Reader(
+        "SGLang",
         "per_expert",
         refuses=frozenset({"llama4"}),
         one_lora_A=frozenset({"gpt_oss"}),
@@ -134,6 +139,7 @@ READERS = {
         },
     ),
     "llama.cpp": Reader(
+        "llama.cpp",
         "gguf",
         scaling="alpha",
         lacking={

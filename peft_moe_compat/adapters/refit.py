@@ -266,7 +266,7 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
     reader = target.reader
     how = Refit(source, decision, target, base, reader.form)
     if base is not None and base.model_type in reader.refuses:
-        raise NotTakenError("no_experts", f"{target} takes no LoRA on the experts of {base.model_type}.")
+        raise NotTakenError("no_experts", f"{reader.title} takes no LoRA on the experts of {base.model_type}.")
     if target.peft is None:
         return replace(how, form="fused") if reader.fused and how.model.model_type in reader.fused else how
     if base is not None:

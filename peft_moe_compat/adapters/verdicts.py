@@ -21,7 +21,7 @@ from .names import linear_role, reaches_parameter
 from .outputs import GGUF_PATH
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
-from .readers import NotTakenError, Target
+from .readers import READERS, NotTakenError, Target
 from .refit import Refit, refit
 from .shapes import parameter_order
 from .source import CONFIG_NAME, AdapterSource
@@ -30,7 +30,6 @@ from .tensors import SAFETENSORS
 
 __all__ = ["reader_verdicts"]
 
-_SHOWN = {"vLLM": "vllm", "SGLang": "sglang", "llama.cpp": "llama.cpp"}
 _WORDS = {
     "reads": "as it is written for it",
     "fails": "it needs {}; convert it with {}",
@@ -53,7 +52,7 @@ def reader_verdicts(
     for start, end in zip(starts, [*starts[1:], None], strict=True):
         release = str(start if end else NEWEST_TESTED)
         targets[f"PEFT >= {start}" + (f", < {end}" if end else "")] = Target("peft", release, transformers)
-    targets |= {shown: Target(name) for shown, name in _SHOWN.items()}
+    targets |= {READERS[name].title: Target(name) for name in ("vllm", "sglang", "llama.cpp")}
     if source.form == "none":
         return dict.fromkeys(targets, ReaderVerdict("reads", "there is no LoRA on routed experts"))
     return {name: _verdict(source, decision, base, target) for name, target in targets.items()}
