@@ -211,14 +211,11 @@ def load_config(model: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     return read_json(path, python_numbers=True)
 
 
-def base_model_of(
-    adapter_config: Mapping[str, Any], model: str | Path | Mapping[str, Any] | BaseModel | None
-) -> BaseModel | None:
+def base_model_of(named: str | None, model: str | Path | Mapping[str, Any] | BaseModel | None) -> BaseModel | None:
     """The facts on an adapter's base model: those given, else those in the local folder that its config names."""
     if model is not None:
         return load_base_model(model)
-    named = adapter_config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+    if named is None:
         return None
     try:
         beside = (Path(named) / "config.json").is_file()

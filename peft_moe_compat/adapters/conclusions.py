@@ -3,12 +3,123 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["SCHEMA_VERSION", "Conclusion", "ExpertsSummary", "Inspection", "ProjectionSummary", "ReaderVerdict"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Conclusion",
+    "ExpertsSummary",
+    "Inspection",
+    "ProjectionSummary",
+    "ReaderVerdict",
+    "Reason",
+    "Settle",
+]
 
 SCHEMA_VERSION = 1
+
+# Code of a reason -> its sentence; the fields are those of `Reason.detail`, which may be reasons themselves.
+SENTENCES = {
+    "said": "said by the caller",
+    "not_fused": "the experts' LoRA is not in PEFT's fused form",
+    # Who wrote it.
+    "stamped": "stamped by peft_moe_compat, PEFT {peft}, transformers {transformers}",
+    "peft_version": "peft_version is {version!r} in adapter_config.json",
+    "peft_0_17_fields": "adapter_config.json has the fields of PEFT 0.17, and no peft_version, as then",
+    "no_version": "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes",
+    "automodel_layout": "{key} is {layout!r} in {file}",
+    "automodel_no_layout": "{file} without {key}",
+    "not_its_own": (
+        "its {orientation} orientation is not what {name} writes on its own: saved again by another release, or made "
+        "in a process that transformers 5.0 to 5.12 had patched"
+    ),
+    # What the shapes say.
+    "one_shape": "shapes of 1 module",
+    "shapes": "shapes of {count} modules",
+    "shapes_and_hidden": "{shapes} and hidden size {hidden} of the attention LoRA",
+    "stamp": "the stamp of peft_moe_compat",
+    "fit_alone": "{what} fit {orientation} alone",
+    "fit_both": "{what} fit both orientations",
+    # What the writer does for this model.
+    "no_writer": "no PEFT release is known to have written the file",
+    "writes": "{name} writes {orientation} ones for this model",
+    "depends_on_model": "what {name} writes depends on the base model",
+    "depends_on_patching": (
+        "what {name} writes for {model_type} is changed by the load_adapter() of transformers 5.0 to 5.12"
+    ),
+    "depends_on_transformers": "what {name} writes for {model_type} depends on the transformers release",
+    # Nesting.
+    "one_order": "only one parameter order is possible",
+    "orientation_open": "it follows from the orientation, which is not settled",
+    "which_parameter": "the one LoRA of {path!r} may be that of {options}",
+    "which_nesting": "the shapes of {path!r} fit the nestings {options} (innermost first)",
+    "swapped": "{what}; {count} modules are nested against the order of their parameters",
+    # Packing.
+    "peft_packs": "PEFT {peft} packs lora_B's columns as '(r E)', as every release does",
+    "automodel_packs": "{name} packs as PEFT {peft} does",
+    "unsloth_layout": "lora_B_layout says {said}",
+    "unsloth": "auto_mapping has 'unsloth_fixed' and no marker: Unsloth before 2026-09",
+    "unsloth_unknown": "{unsloth}, whose packing depends on the family of the base model",
+    "unsloth_groups": "{unsloth}, which groups the columns of {family} by expert",
+    "unsloth_left": "{unsloth}, which left {family} to PEFT's own forward",
+    "packing_unsaid": "nothing in the config says how lora_B is packed",
+    "packing_same": "with one expert or rank 1 both packings are the same",
+    "packing_zero": "every lora_B is zero, the same under both packings",
+    "data_against": "but the data speak against it: {data}",
+    "data_silent": "lora_B is zero, or of one expert or rank 1: its values show no packing",
+    "data": (
+        "norms of lora_B's columns differ between experts by {best:.1f} standard deviations of chance read as "
+        "{packing}, by {worst:.1f} read as {other} ({matrices} of its matrices)"
+    ),
+    "data_unclear": "{data}: no clear difference",
+    "data_or_ranks": "{data}, but ranks that differ, read as {other}, would explain that too",
+}
+# When a flag settles something -> how that is said; "otherwise" goes with the flag before it.
+_WHEN = {
+    "": "{flag}",
+    "config": "{flag} (the base model's config.json)",
+    "both": "{flag}, or both",
+    "unpatched": "{flag} if that was not called before",
+    "otherwise": "{flag}",
+    "patched": "{flag} if load_adapter() of transformers 5.0 to 5.12 was called before",
+}
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Something that speaks for a conclusion, or against it; `str` is the sentence.
+
+    Attributes:
+        code: One of `SENTENCES`.
+        detail: What the sentence is about.
+    """
+
+    code: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return SENTENCES[self.code].format(**self.detail)
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Something the caller can say that would settle a conclusion; `str` is the flag of the command line.
+
+    Attributes:
+        argument: Of the public functions.
+        value: What to pass: a possible answer, or a word in capitals for what is to be filled in; empty for any.
+        when: Code for when it settles it.
+    """
+
+    argument: str
+    value: str = ""
+    when: str = ""
+
+    def __str__(self) -> str:
+        flag = f"--{self.argument.replace('_', '-')} {self.value}".rstrip()
+        return _WHEN[self.when].format(flag=flag)
 
 
 @dataclass(frozen=True)
@@ -20,17 +131,39 @@ class Conclusion:
         confidence: `"certain"` where the file's own shapes, keys or stamp leave nothing else, `"stated"` where the
             caller or the writer's release says so, `"likely"` where the data does, `"none"` where it is undecided.
         evidence: What speaks for the value, and against it.
-        settle: Where undecided: the flag that would settle it.
+        settle: Where undecided: what would settle it.
     """
 
     value: str | None
     confidence: str
-    evidence: tuple[str, ...]
-    settle: str = ""
+    evidence: tuple[Reason, ...]
+    settle: tuple[Settle, ...] = ()
 
     @property
     def decided(self) -> bool:
         return self.value is not None
+
+    @property
+    def why(self) -> str:
+        """The evidence in words."""
+        return "; ".join(map(str, self.evidence))
+
+    @property
+    def remedy(self) -> str:
+        """The flags that would settle it, in words."""
+        text = ""
+        for settle in self.settle:
+            joint = "" if not text else ", else " if settle.when == "otherwise" else ", or "
+            text += f"{joint}{settle}"
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "value": self.value,
+            "confidence": self.confidence,
+            "evidence": [str(reason) for reason in self.evidence],
+            "settle": self.remedy,
+        }
 
 
 @dataclass(frozen=True)
@@ -118,11 +251,8 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, as `inspection.schema.json` beside this module describes it; `schema_version` counts changes."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            **asdict(self),
-            "undecided": self.undecided,
-        }
+        conclusions = {name: getattr(self, name).to_dict() for name in ("writer", "orientation", "packing", "nesting")}
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), **conclusions, "undecided": self.undecided}
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..releases import stamps_its_version
+from .adapter_config import UNSLOTH_DETAIL, UNSLOTH_LAYOUT, AdapterConfig
 from .names import LINEAR_NAMES, targeted_matrix
 from .outputs import Named
 from .ranks import lora_alpha, lora_rank
 from .readers import Target
-from .writer import UNSLOTH_DETAIL, UNSLOTH_LAYOUT
 
 __all__ = ["evened_config", "target_config", "without_the_rest"]
 
@@ -21,7 +21,7 @@ _THE_REST = {"modules_to_save": None, "trainable_token_indices": None, "bias": "
 
 
 def target_config(
-    source: Mapping[str, Any],
+    source: AdapterConfig,
     target: Target,
     form: str,
     loras: Sequence[Named],
@@ -41,7 +41,7 @@ def target_config(
         was: The form they came in, see `AdapterSource.form`.
         keep_targets: Whether the config's own targets are right.
     """
-    config = _without_marks(dict(source))
+    config = _without_marks(dict(source.raw))
     if target.peft is not None:
         config.pop("peft_version", None)
         if stamps_its_version(target.peft):
@@ -51,7 +51,7 @@ def target_config(
             narrowing = [name for name in _NARROWING if config.get(name) not in (None, [], "")]
             if narrowing:
                 config |= {**dict.fromkeys(narrowing), "target_modules": None}
-        _retarget(config, form, loras, {path: targeted_matrix(source, path) for path in others})
+        _retarget(config, form, loras, {path: targeted_matrix(source.target_parameters, path) for path in others})
     for patterns, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         wanted = {named: named.rank if default == "r" else number(named.alpha) for named in loras}
         config[patterns] = _patterns(config, patterns, default, wanted)

@@ -18,7 +18,8 @@ from .files import usable_path
 from .plan import Plan, plan_conversion
 from .readers import parse_target
 from .refit import refit
-from .source import CONFIG_NAME, AdapterSource, open_with_model
+from .source import CONFIG_NAME, AdapterSource, open_adapter
+from .stated import Stated
 from .steps import Step, exactness
 from .tensors import SAFETENSORS, atomic_folder, check_finite, write_safetensors
 
@@ -99,14 +100,13 @@ def convert_adapter(
         AdapterError: Anything else that stands in the way; the message says what helps.
     """
     target = parse_target(to)
-    source, base = open_with_model(adapter, model)
-    decision = decide(
-        source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
-    )
+    stated = Stated(model, written_by, orientation, packing, nesting)
+    source = open_adapter(adapter, stated)
+    decision = decide(source, stated)
     if source.form == "none":
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
     decision.require(str(source.folder))
-    plan = plan_conversion(refit(source, decision, target, base), fill_missing)
+    plan = plan_conversion(refit(source, decision, target), fill_missing)
     how_exact = exactness(plan.steps)
     if how_exact == "lossy" and not allow_lossy:
         raise LossyConversionError(

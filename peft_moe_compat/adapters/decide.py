@@ -17,22 +17,21 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ..errors import AdapterError, AmbiguousAdapterError
-from ..layout import ORIENTATIONS, PACKINGS
-from ..releases import parse_releases, release_for
+from ..layout import PACKINGS
+from ..releases import release_for
 from .base_model import BaseModel
-from .conclusions import Conclusion
-from .layers import Votes, expert_counts, stamped, vote
-from .names import ExpertsKeys
+from .conclusions import Conclusion, Reason, Settle
 from .orientations import orientations
-from .packing import test_packing
-from .shapes import Reading, slot_shapes
+from .packing import packing_evidence
+from .shapes import Reading, Readings, readings_by_shape, readings_by_stamp
 from .source import AdapterSource
-from .stamp import Stamp, read_stamp
-from .writer import SAID_BY_CALLER, Writer, find_writer
+from .stated import Stated
+from .writer import Writer, find_writer
 
 __all__ = ["Decision", "decide"]
 
-_NOT_FUSED = Conclusion("not applicable", "certain", ("the experts' LoRA is not in PEFT's fused form",))
+_NOT_FUSED = Conclusion("not applicable", "certain", (Reason("not_fused"),))
+_SAID = Reason("said")
 _SAMPLED_MATRICES = 8  # of lora_B, read for the test of the packing
 
 
@@ -45,7 +44,6 @@ class Decision:
         readings: Path of a fused module -> how it is read; empty unless orientation and nesting are decided.
         expert_counts: Path of a fused module -> E of each of its slots, innermost first, where it is known.
         packings: Parameter -> packing of lora_B where Unsloth packed them differently; see `packing_of`.
-        stamp: This library's own, if the file has one.
         peft: The PEFT release whose layout rule the file follows, if known.
     """
 
@@ -56,7 +54,6 @@ class Decision:
     readings: Mapping[str, Reading] = field(default_factory=dict)
     expert_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     packings: Mapping[str | None, str] = field(default_factory=dict)
-    stamp: Stamp | None = None
     peft: str | None = None
 
     def packing_of(self, parameter: str) -> str:
@@ -74,106 +71,71 @@ class Decision:
         ]
         if open_questions:
             lines = [
-                f"its {name} is not settled: {'; '.join(conclusion.evidence)}. Settle it with {conclusion.settle}."
+                f"its {name} is not settled: {conclusion.why}. Settle it with {conclusion.remedy}."
                 for name, conclusion in open_questions
             ]
             raise AmbiguousAdapterError(f"{what} cannot be read without a guess: {' And '.join(lines)}")
 
 
-def decide(
-    source: AdapterSource,
-    *,
-    model: BaseModel | None = None,
-    written_by: str | None = None,
-    orientation: str | None = None,
-    packing: str | None = None,
-    nesting: Sequence[str] | None = None,
-) -> Decision:
+def decide(source: AdapterSource, stated: Stated) -> Decision:
     """Concludes what an adapter holds.
 
     Args:
-        source: The adapter.
-        model: Its base model, if known: tells square cases of different projections, and transposed families, apart.
-        written_by: `peft==VERSION` or `peft==VERSION,transformers==VERSION`, if the caller knows.
-        orientation: `"linear"` or `"reversed"`, likewise; shapes that speak against it are an error.
-        packing: `"rank_major"` or `"grouped"`, likewise.
-        nesting: Parameters, innermost wrapper first, likewise.
+        source: The adapter. Its base model, if known, tells square cases of different projections, and transposed
+            families, apart.
+        stated: What the caller says of it.
 
     Raises:
         AdapterFileError: The file contradicts itself or the model.
-        AdapterError: `orientation`, `packing` or `nesting` is no possible answer.
-        UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
+        AdapterError: What the caller says of orientation or nesting is no possible answer.
     """
-    for name, said, known in (("packing", packing, PACKINGS), ("orientation", orientation, ORIENTATIONS)):
-        if said is not None and said not in known:
-            raise AdapterError(f"{name} is {said!r}; one of {', '.join(known)} was expected.")
-    if written_by is not None:
-        parse_releases(written_by)
-    nesting = nesting.split(",") if isinstance(nesting, str) else nesting
-    stamp = read_stamp(source.tensors.metadata)
-    writer = find_writer(source, stamp, written_by, model)
+    writer = find_writer(source, stated)
     if source.form != "fused":
-        return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, stamp=stamp, peft=writer.peft)
-    modules = source.keys.modules
-    shapes = {module.path: slot_shapes(module, source.tensors.infos) for module in modules}
-    votes = stamped(source, stamp, modules, shapes, model) if stamp else vote(source, modules, shapes, model, nesting)
-    if stamp is not None and nesting is not None:
-        for path, (first, *_) in votes.readings.items():
-            if len(first.nesting) > 1 and sorted(first.nesting) != sorted(nesting):
-                there = ",".join(first.nesting)
-                raise AdapterError(f"nesting is {','.join(nesting)}; the stamp has {there} at {path!r}.")
-    oriented = _orientation(votes, writer, stamp, model, source, orientation)
-    nested, readings = _nesting(votes, oriented, stamp, nesting)
-    counts = expert_counts(source, votes, shapes)
-    packed = _packing(source, modules, counts, writer, packing)
-    named = _with_remark(writer, oriented, model)
-    return Decision(named, oriented, packed, nested, readings, counts, writer.packings, stamp, writer.peft)
+        return Decision(writer.conclusion, _NOT_FUSED, _NOT_FUSED, _NOT_FUSED, peft=writer.peft)
+    possible = readings_by_stamp(source, stated.nesting) or readings_by_shape(source, stated.nesting)
+    oriented = _orientation(source, possible, writer, stated)
+    nested, readings = _nesting(source, possible, oriented, stated)
+    packed = _packing(source, possible.counts, writer, stated)
+    named = _with_remark(writer, oriented, source.base)
+    return Decision(named, oriented, packed, nested, readings, possible.counts, writer.packings, writer.peft)
 
 
-def _orientation(
-    votes: Votes,
-    writer: Writer,
-    stamp: Stamp | None,
-    model: BaseModel | None,
-    source: AdapterSource,
-    said: str | None,
-) -> Conclusion:
-    possible = votes.orientations
+def _orientation(source: AdapterSource, readings: Readings, writer: Writer, stated: Stated) -> Conclusion:
+    model, possible, said = source.base, readings.orientations, stated.orientation
     if said is not None:
         if said not in possible:
             raise AdapterError(
-                f"orientation is {said!r}, but {votes.evidence} fit {' or '.join(sorted(possible))} alone."
+                f"orientation is {said!r}, but {readings.evidence} fit {' or '.join(sorted(possible))} alone."
             )
-        return Conclusion(said, "stated", (SAID_BY_CALLER,))
+        return Conclusion(said, "stated", (_SAID,))
     if len(possible) == 1:
         (value,) = possible
-        text = f"{votes.evidence} fit {value} alone" if stamp is None else votes.evidence
-        return Conclusion(value, "likely" if votes.likely else "certain", (text,))
-    both = f"{votes.evidence} fit both orientations"
+        alone = Reason("fit_alone", {"what": readings.evidence, "orientation": value})
+        reason = alone if source.stamp is None else readings.evidence
+        return Conclusion(value, "likely" if readings.likely else "certain", (reason,))
+    both = Reason("fit_both", {"what": readings.evidence})
     if writer.peft is None:
-        flag = "--written-by peft==VERSION" if model else "--model BASE, or --written-by peft==VERSION, or both"
-        return Conclusion(None, "none", (both, "no PEFT release is known to have written the file"), flag)
+        release = Settle("written_by", "peft==VERSION", "" if model else "both")
+        settle = (release,) if model else (Settle("model", "BASE"), release)
+        return Conclusion(None, "none", (both, Reason("no_writer")), settle)
     # A caller who names the release means what it writes on its own.
-    stated = _orientations_of(writer, model, patched=not writer.by_caller)
+    writes = _orientations_of(writer, model, patched=not writer.by_caller)
     name = writer.conclusion.value
-    if len(stated) == 1:
-        (value,) = stated
-        return Conclusion(value, "stated", (both, f"{name} writes {value} ones for this model"))
+    if len(writes) == 1:
+        (value,) = writes
+        return Conclusion(value, "stated", (both, Reason("writes", {"name": name, "orientation": value})))
     if model is None:
-        base = source.config.get("base_model_name_or_path")
-        flag = f"--model {base if isinstance(base, str) and base else 'BASE'} (the base model's config.json)"
-        why = f"what {name} writes depends on the base model"
-        return Conclusion(None, "none", (both, why), flag)
+        settle = (Settle("model", source.config.base_model_name or "BASE", "config"),)
+        return Conclusion(None, "none", (both, Reason("depends_on_model", {"name": name})), settle)
+    about = {"name": name, "model_type": model.model_type}
     if len(_orientations_of(writer, model, patched=False)) == 1:
-        why = f"what {name} writes for {model.model_type} is changed by the load_adapter() of transformers 5.0 to 5.12"
-        flag = f"--written-by peft=={writer.peft} if that was not called before, else --orientation"
-        return Conclusion(None, "none", (both, why), flag)
-    why = f"what {name} writes for {model.model_type} depends on the transformers release"
-    flag = f"--written-by peft=={writer.peft},transformers==VERSION"
+        settle = (Settle("written_by", f"peft=={writer.peft}", "unpatched"), Settle("orientation", "", "otherwise"))
+        return Conclusion(None, "none", (both, Reason("depends_on_patching", about)), settle)
+    settle = (Settle("written_by", f"peft=={writer.peft},transformers==VERSION"),)
     if release_for(writer.peft).reads_swap_flag:
         # Naming a release means what it writes on its own, which that call changes.
-        flag += ", or --orientation if load_adapter() of transformers 5.0 to 5.12 was called before"
-    return Conclusion(None, "none", (both, why), flag)
+        settle += (Settle("orientation", "", "patched"),)
+    return Conclusion(None, "none", (both, Reason("depends_on_transformers", about)), settle)
 
 
 def _orientations_of(writer: Writer, model: BaseModel | None, *, patched: bool) -> frozenset[str]:
@@ -183,69 +145,62 @@ def _orientations_of(writer: Writer, model: BaseModel | None, *, patched: bool) 
 
 
 def _nesting(
-    votes: Votes, orientation: Conclusion, stamp: Stamp | None, nesting: Sequence[str] | None
+    source: AdapterSource, possible: Readings, orientation: Conclusion, stated: Stated
 ) -> tuple[Conclusion, dict[str, Reading]]:
     """The conclusion, and every module's reading where it and the orientation are decided."""
     if not orientation.decided:
-        names = {r.nesting for readings in votes.readings.values() for r in readings}
+        names = {r.nesting for readings in possible.by_path.values() for r in readings}
         if len(names) == 1:
-            return Conclusion(",".join(names.pop()), "certain", ("only one parameter order is possible",)), {}
-        evidence = ("it follows from the orientation, which is not settled",)
-        return Conclusion(None, "none", evidence, orientation.settle), {}
+            return Conclusion(",".join(names.pop()), "certain", (Reason("one_order"),)), {}
+        return Conclusion(None, "none", (Reason("orientation_open"),), orientation.settle), {}
     found: dict[str, Reading] = {}
-    for path, readings in votes.readings.items():
+    for path, readings in possible.by_path.items():
         fitting = [reading for reading in readings if reading.orientation == orientation.value]
         if len(fitting) > 1:
-            options = " or ".join(",".join(reading.nesting) for reading in fitting)
+            options = [",".join(reading.nesting) for reading in fitting]
             if len(fitting[0].nesting) == 1:
-                evidence = (f"the one LoRA of {path!r} may be that of {options.replace(' or ', ', ')}",)
-                return Conclusion(None, "none", evidence, "--model BASE"), {}
-            evidence = (f"the shapes of {path!r} fit the nestings {options} (innermost first)",)
-            return Conclusion(None, "none", evidence, f"--nesting {','.join(fitting[0].nesting)}"), {}
+                reason = Reason("which_parameter", {"path": path, "options": ", ".join(options)})
+                return Conclusion(None, "none", (reason,), (Settle("model", "BASE"),)), {}
+            reason = Reason("which_nesting", {"path": path, "options": " or ".join(options)})
+            return Conclusion(None, "none", (reason,), (Settle("nesting", options[0]),)), {}
         found[path] = fitting[0]
     nested = {reading.nesting for reading in found.values()}
     value = " | ".join(",".join(names) for names in sorted(nested))
-    swapped = [path for path, reading in found.items() if not reading.in_parameter_order]
-    text = votes.evidence
-    if swapped:
-        text += f"; {len(swapped)} modules are nested against the order of their parameters"
-    confidence = "stated" if nesting is not None or orientation.confidence == "stated" else orientation.confidence
-    return Conclusion(value, "certain" if stamp else confidence, (text,)), found
+    swapped = sum(not reading.in_parameter_order for reading in found.values())
+    reason = Reason("swapped", {"what": possible.evidence, "count": swapped}) if swapped else possible.evidence
+    confidence = orientation.confidence if stated.nesting is None else "stated"
+    return Conclusion(value, "certain" if source.stamp else confidence, (reason,)), found
 
 
 def _packing(
-    source: AdapterSource,
-    modules: Sequence[ExpertsKeys],
-    counts: Mapping[str, tuple[int, ...]],
-    writer: Writer,
-    said: str | None,
+    source: AdapterSource, counts: Mapping[str, tuple[int, ...]], writer: Writer, stated: Stated
 ) -> Conclusion:
-    if said is not None:
-        return Conclusion(said, "stated", (SAID_BY_CALLER,))
-    stated = " | ".join(sorted(set(writer.packings.values()))) or None
+    if stated.packing is not None:
+        return Conclusion(stated.packing, "stated", (_SAID,))
+    written = " | ".join(sorted(set(writer.packings.values()))) or None
     if writer.marked:
-        return Conclusion(stated, "certain", (writer.packing_evidence,))
+        return Conclusion(written, "certain", (writer.packing_evidence,))
     pairs = [
-        (pair.lora_B, count)
-        for module in modules
-        for pair, count in zip(module.slots, counts.get(module.path, ()), strict=False)
+        (slot.lora_B.name, count)
+        for module in source.modules
+        for slot, count in zip(module.slots, counts.get(module.path, ()), strict=False)
     ]
     infos = source.tensors.infos
-    if len(counts) == len(modules) and all(count in (1, infos[name].shape[1]) for name, count in pairs):
-        return Conclusion("either", "certain", ("with one expert or rank 1 both packings are the same",))
-    test = test_packing(_read(source, pairs[:: max(1, len(pairs) // _SAMPLED_MATRICES)]))
-    either_way = "--packing rank_major, or --packing grouped"
-    if stated is None:
-        reasons = (writer.packing_evidence or "nothing in the config says how lora_B is packed", test.evidence)
+    if len(counts) == len(source.modules) and all(count in (1, infos[name].shape[1]) for name, count in pairs):
+        return Conclusion("either", "certain", (Reason("packing_same"),))
+    test = packing_evidence(_read(source, pairs[:: max(1, len(pairs) // _SAMPLED_MATRICES)]))
+    either_way = tuple(Settle("packing", packing) for packing in PACKINGS)
+    if written is None:
+        reasons = (writer.packing_evidence, test.evidence)
         if test.packing is not None:
             return Conclusion(test.packing, "likely", reasons)
         if not any(lora_B.any() for lora_B, _ in _read(source, pairs)):
-            return Conclusion("either", "certain", ("every lora_B is zero, the same under both packings",))
+            return Conclusion("either", "certain", (Reason("packing_zero"),))
         return Conclusion(None, "none", reasons, either_way)
-    if test.hint not in (None, stated):
-        reasons = (writer.packing_evidence, f"but the data speak against it: {test.evidence}")
+    if test.hint not in (None, written):
+        reasons = (writer.packing_evidence, Reason("data_against", {"data": test.evidence}))
         return Conclusion(None, "none", reasons, either_way)
-    return Conclusion(stated, "stated", (writer.packing_evidence, test.evidence))
+    return Conclusion(written, "stated", (writer.packing_evidence, test.evidence))
 
 
 def _read(source: AdapterSource, pairs: Sequence[tuple[str, int]]) -> Iterator[tuple[Tensor, int]]:
@@ -264,8 +219,5 @@ def _with_remark(writer: Writer, orientation: Conclusion, model: BaseModel | Non
         or orientation.value in _orientations_of(writer, model, patched=False)
     ):
         return conclusion
-    remark = (
-        f"its {orientation.value} orientation is not what {conclusion.value} writes on its own: saved again by another "
-        "release, or made in a process that transformers 5.0 to 5.12 had patched"
-    )
+    remark = Reason("not_its_own", {"orientation": orientation.value, "name": conclusion.value})
     return replace(conclusion, evidence=(*conclusion.evidence, remark))

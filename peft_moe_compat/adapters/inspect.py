@@ -10,9 +10,10 @@ from ..releases import installed_versions
 from .base_model import BaseModel
 from .conclusions import ExpertsSummary, Inspection, ProjectionSummary
 from .decide import Decision, decide
-from .names import ExpertsKeys
 from .parts import fused_parts, per_expert_parts, stacked_parts
-from .source import AdapterSource, open_with_model
+from .slots import ExpertsModule
+from .source import AdapterSource, open_adapter
+from .stated import Stated
 from .verdicts import reader_verdicts
 
 __all__ = ["inspect_adapter"]
@@ -40,17 +41,16 @@ def inspect_adapter(
         UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
         AdapterError: Another of the arguments is no possible answer.
     """
-    source, base = open_with_model(adapter, model)
-    decision = decide(
-        source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
-    )
+    stated = Stated(model, written_by, orientation, packing, nesting)
+    source = open_adapter(adapter, stated)
+    base, decision = source.base, decide(source, stated)
     infos = source.tensors.infos
-    expert_names = [name for m in source.keys.modules for pair in m.pairs() for name in (pair.lora_A, pair.lora_B)]
+    expert_names = [name for module in source.modules for slot in module.every_slot() for name in slot.names]
     others = [name for name in infos if name not in set(expert_names)]
     beside = installed_versions("transformers")["transformers"]
     notes = list(source.tensors.notes)
-    if isinstance(model, type(None)) and base is not None:
-        notes.append(f"the base model's config was found at {source.config['base_model_name_or_path']}")
+    if model is None and base is not None:
+        notes.append(f"the base model's config was found at {source.config.base_model_name}")
     return Inspection(
         path=str(source.folder),
         files=tuple(file.name for file in source.tensors.files),
@@ -64,25 +64,25 @@ def inspect_adapter(
         packing=decision.packing,
         nesting=decision.nesting,
         modules=tuple(
-            _summary(source, module, decision, base.num_experts if base else None) for module in source.keys.modules
+            _summary(source, module, decision, base.num_experts if base else None) for module in source.modules
         ),
         other_tensors=len(others),
         other_bytes=sum(infos[name].nbytes for name in others),
-        readers=reader_verdicts(source, decision, base, None if beside == "not installed" else beside),
+        readers=reader_verdicts(source, decision, None if beside == "not installed" else beside),
         notes=tuple(notes),
     )
 
 
-def _summary(source: AdapterSource, module: ExpertsKeys, decision: Decision, total: int | None) -> ExpertsSummary:
+def _summary(source: AdapterSource, module: ExpertsModule, decision: Decision, total: int | None) -> ExpertsSummary:
     if module.form == "fused":
         reading = decision.readings.get(module.path)
         if reading is None:
             return _open_summary(module, decision)
-        parts = fused_parts(source, module, reading, decision.packing_of)
+        parts = fused_parts(module, reading, decision.packing_of)
     elif module.form == "stacked":
-        parts = stacked_parts(source, module, total)
+        parts = stacked_parts(module, total)
     else:
-        parts = per_expert_parts(source, module, num_experts=None, fill_missing=True)
+        parts = per_expert_parts(module, num_experts=None, fill_missing=True)
     loras = [(part, part.load(source.meta(part.reads))) for part in parts]
     return ExpertsSummary(
         module.path,
@@ -95,7 +95,7 @@ def _summary(source: AdapterSource, module: ExpertsKeys, decision: Decision, tot
     )
 
 
-def _open_summary(module: ExpertsKeys, decision: Decision) -> ExpertsSummary:
+def _open_summary(module: ExpertsModule, decision: Decision) -> ExpertsSummary:
     """Of a module whose orientation or nesting is open: the rows alone are known."""
     counts = decision.expert_counts.get(module.path)
     nothing = ProjectionSummary(None, None, None, None, None)

@@ -17,7 +17,8 @@ from .base_model import load_config
 from .decide import decide
 from .plan import planned_modules
 from .readers import parse_target
-from .source import open_with_model
+from .source import open_adapter
+from .stated import Stated
 from .verify import Comparison, Verification
 
 __all__ = ["verify_merged"]
@@ -55,13 +56,12 @@ def verify_merged(
     if model is None:
         raise AdapterError("The base model's config is needed to build its experts: pass --model (model=...).")
     config = load_config(model)
-    source, base = open_with_model(adapter, config)
-    decision = decide(
-        source, model=base, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting
-    )
+    stated = Stated(config, written_by, orientation, packing, nesting)
+    source = open_adapter(adapter, stated)
+    decision = decide(source, stated)
     decision.require(str(source.folder))
     experts = _experts_of(config)
-    modules = planned_modules(source, decision, parse_target("peft"), base)
+    modules = planned_modules(source, decision, parse_target("peft"))
     rows = []
     for done, module in enumerate(modules):
         if module.path not in experts:

@@ -10,25 +10,32 @@ Three forms hold the LoRA of routed experts; everything else in the file is `oth
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 
 from ..errors import AdapterFileError
-from .ranks import lora_rank
+from .tensors import TensorInfo
 
 __all__ = [
     "LINEAR_NAMES",
     "PREFIX",
     "ROLES",
-    "AdapterKeys",
-    "ExpertsKeys",
-    "Pair",
-    "parse_keys",
+    "ExpertPlace",
+    "Factor",
+    "Factors",
+    "FusedPlace",
+    "Names",
+    "Place",
+    "StackPlace",
+    "linear_role",
     "peft_name",
     "reaches_parameter",
     "role_of",
     "same_tensor",
+    "sort_names",
     "targeted_matrix",
     "targeted_parameters",
     "unwrapped",
@@ -65,53 +72,70 @@ ROLES = {
 }
 
 
-class HasShape(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+@dataclass(frozen=True)
+class Factor:
+    """lora_A or lora_B: its name in the file, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Factors = tuple[Factor, Factor]  # lora_A and lora_B
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The two tensors of one LoRA, by their names in the file."""
-
-    lora_A: str  # noqa: N815
-    lora_B: str  # noqa: N815
-
-
-@dataclass(frozen=True)
-class ExpertsKeys:
-    """The LoRA of one experts module.
-
-    Attributes:
-        path: Of the module in the model, without PEFT's `base_model.model.` and `base_layer`.
-        form: `"fused"`, `"per_expert"` or `"stacked"`.
-        slots: Of a fused module: its pairs by nesting, innermost first.
-        experts: Of a per-expert module: (expert, name of the linear) -> pair.
-        stacks: Of a stacked module: parameter -> pair.
-    """
+class FusedPlace:
+    """A pair of the fused form: `depth` wrappers inside the outermost one."""
 
     path: str
-    form: str
-    slots: tuple[Pair, ...] = ()
-    experts: Mapping[tuple[int, str], Pair] = field(default_factory=dict)
-    stacks: Mapping[str, Pair] = field(default_factory=dict)
+    depth: int
+    form: ClassVar[str] = "fused"
 
-    def pairs(self) -> list[Pair]:
-        return [*self.slots, *self.experts.values(), *self.stacks.values()]
+    def __str__(self) -> str:
+        return f"slot {self.depth}"
 
 
 @dataclass(frozen=True)
-class AdapterKeys:
+class ExpertPlace:
+    """A pair of the per-expert form: on one expert's linear."""
+
+    path: str
+    expert: int
+    linear: str
+    form: ClassVar[str] = "per_expert"
+
+    def __str__(self) -> str:
+        return f"expert {self.expert} {self.linear}"
+
+
+@dataclass(frozen=True)
+class StackPlace:
+    """A pair of the stacked form."""
+
+    path: str
+    parameter: str
+    form: ClassVar[str] = "stacked"
+
+    def __str__(self) -> str:
+        return f"stack {self.parameter}"
+
+
+Place = FusedPlace | ExpertPlace | StackPlace  # path: of the module in the model, without PEFT's additions
+
+
+@dataclass(frozen=True)
+class Names:
     """Everything an adapter file holds, by name.
 
     Attributes:
         prefix: What precedes the module paths, PEFT's `base_model.model.` or nothing.
-        modules: One entry per experts module with LoRA.
+        pairs: Path of an experts module -> its places, all of one form -> lora_A and lora_B.
         other: Names of all further tensors, in the order of the file.
     """
 
     prefix: str
-    modules: tuple[ExpertsKeys, ...]
+    pairs: Mapping[str, Mapping[Place, Factors]]
     other: tuple[str, ...]
 
 
@@ -125,30 +149,30 @@ def linear_role(name: str) -> str | None:
     return LINEAR_NAMES.get(name)
 
 
-def targeted_parameters(config: Mapping[str, Any], path: str) -> tuple[str, ...]:
-    """Names of the module's parameters that the config's `target_parameters` reach, matched as PEFT does, by suffix."""
+def targeted_parameters(target_parameters: Iterable[str], path: str) -> tuple[str, ...]:
+    """Names of the module's parameters that `target_parameters` reach, matched as PEFT does, by suffix."""
     found = []
-    for target in config.get("target_parameters") or ():
-        module, _, parameter = str(target).rpartition(".")
+    for target in target_parameters:
+        module, _, parameter = target.rpartition(".")
         if not module or _reaches(module, path):
             found.append(parameter)
     return tuple(dict.fromkeys(found))
 
 
-def reaches_parameter(config: Mapping[str, Any], key: str) -> bool:
-    """Whether the config's `target_parameters` reach a parameter, by its full name, as PEFT matches them: by suffix."""
-    return any(key == target or key.endswith(f".{target}") for target in config.get("target_parameters") or ())
+def reaches_parameter(target_parameters: Iterable[str], key: str) -> bool:
+    """Whether targets reach a parameter, by its full name, as PEFT matches them: by suffix."""
+    return any(key == target or key.endswith(f".{target}") for target in target_parameters)
 
 
-def targeted_matrix(config: Mapping[str, Any], path: str) -> str | None:
+def targeted_matrix(target_parameters: Iterable[str], path: str) -> str | None:
     """The entry of `target_parameters` that LoRA on an ordinary module is for, a router's weight, say; else None.
 
     PEFT matches its patterns with the name of that parameter, and those of a linear with the linear's own.
     """
-    for target in config.get("target_parameters") or ():
-        module = str(target).rpartition(".")[0]
+    for target in target_parameters:
+        module = target.rpartition(".")[0]
         if module and _reaches(module, path):
-            return str(target)
+            return target
     return None
 
 
@@ -157,7 +181,7 @@ def peft_name(name: str, prefix: str) -> str:
 
     Args:
         name: In the file.
-        prefix: See `AdapterKeys`.
+        prefix: See `Names`.
     """
     name = unwrapped(name.removeprefix(prefix))
     match = _LORA.match(name)
@@ -183,60 +207,59 @@ def _reaches(target: str, path: str) -> bool:
     return path == target or path.endswith(f".{target}") or target.endswith(f".{path}")
 
 
-def parse_keys(tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> AdapterKeys:
+def sort_names(infos: Mapping[str, TensorInfo], target_parameters: Sequence[str]) -> Names:
     """Sorts the tensors of an adapter.
 
     Args:
-        tensors: Name -> anything with a shape, in the order of the file.
-        config: `adapter_config.json`, for the parameters it targets.
+        infos: The tensors by name, in the order of the file.
+        target_parameters: Of its config.
 
     Raises:
-        AdapterFileError: One half of a pair is missing, or two names mean the same tensor.
+        AdapterFileError: One half of a pair is missing, two names mean the same tensor, or a module's LoRA comes in
+            several forms.
     """
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-    halves: dict[tuple[str, str], dict[str, str]] = {}
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in infos) else ""
+    halves: dict[Place, dict[str, Factor]] = {}
     other: list[str] = []
-    for name, tensor in tensors.items():
-        place = _place(unwrapped(name.removeprefix(prefix)), len(tensor.shape), config)
-        if place is None:
+    for name, info in infos.items():
+        found = _place(unwrapped(name.removeprefix(prefix)), len(info.shape), target_parameters)
+        if found is None:
             other.append(name)
             continue
-        path, slot, factor = place
-        pair = halves.setdefault((path, slot), {})
+        place, factor = found
+        pair = halves.setdefault(place, {})
         if factor in pair:
-            raise same_tensor(pair[factor], name)
-        pair[factor] = name
-    for (path, slot), pair in halves.items():
+            raise same_tensor(pair[factor].name, name)
+        pair[factor] = Factor(name, tuple(info.shape), info.dtype)
+    by_path: dict[str, dict[Place, Factors]] = {}
+    for place, pair in halves.items():
         if len(pair) == 1:
-            missing = "B" if "A" in pair else "A"
+            (there,) = pair
             raise AdapterFileError(
-                f"lora_{missing} of {path!r} ({slot}) is missing; only {next(iter(pair.values()))!r} is there. "
-                "Is the file complete?"
+                f"lora_{'B' if there == 'A' else 'A'} of {place.path!r} ({place}) is missing; only "
+                f"{pair[there].name!r} is there. Is the file complete?"
             )
-    routed = []
-    left = set(other)
-    for module in _modules(halves):
-        if _is_matrix(module, tensors, config):
-            left.update((module.slots[0].lora_A, module.slots[0].lora_B))
-        else:
-            routed.append(module)
-    return AdapterKeys(prefix, tuple(routed), tuple(name for name in tensors if name in left))
+        by_path.setdefault(place.path, {})[place] = pair["A"], pair["B"]
+    for path, places in by_path.items():
+        _check_places(path, places)
+    return Names(prefix, by_path, tuple(other))
 
 
-def _is_matrix(module: ExpertsKeys, tensors: Mapping[str, HasShape], config: Mapping[str, Any]) -> bool:
-    """Whether a fused pair is that of a 2-D parameter, such as a router's weight, or of one lone expert.
+def _check_places(path: str, places: Iterable[Place]) -> None:
+    if len({place.form for place in places}) > 1:
+        raise AdapterFileError(
+            f"{path!r} has LoRA in several forms at once ({', '.join(sorted(map(str, places)))}); one was expected. "
+            "Were two adapters merged into this file?"
+        )
+    depths = sorted(place.depth for place in places if isinstance(place, FusedPlace))
+    if depths != list(range(len(depths))):
+        raise AdapterFileError(
+            f"{path!r} has LoRA at nesting levels {depths}; 0 to {len(depths) - 1} were expected. Is the file complete?"
+        )
 
-    PEFT of every release lays that out like the LoRA of a linear, so there is nothing to convert.
-    """
-    if module.form != "fused" or len(module.slots) > 1:
-        return False
-    names = targeted_parameters(config, module.path) or ("",)
-    rows = tensors[module.slots[0].lora_A].shape[0]
-    return all(lora_rank(config, f"{module.path}.{name}") == rows for name in names)
 
-
-def _place(name: str, ndim: int, config: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """(path of the experts module, slot, "A" or "B") of a tensor; None where it is no experts' LoRA."""
+def _place(name: str, ndim: int, target_parameters: Sequence[str]) -> tuple[Place, str] | None:
+    """(place, "A" or "B") of a tensor; None where it is no experts' LoRA."""
     match = _LORA.match(name)
     if match is None or match["adapter"] == "bias":
         return None
@@ -249,44 +272,11 @@ def _place(name: str, ndim: int, config: Mapping[str, Any]) -> tuple[str, str, s
     module, _, parameter = path.rpartition(".")
     shared = parameter in LINEAR_NAMES and module.rpartition(".")[2] == "experts"
     if (ndim == 3 and (parameter in LINEAR_NAMES or "expert" in module)) or (ndim == 2 and shared):
-        return module, f"stack {parameter}", match["factor"]
+        return StackPlace(module, parameter), match["factor"]
     expert = _EXPERT.match(path)
     if expert and expert["projection"] in LINEAR_NAMES and "expert" in expert["path"].rpartition(".")[2]:
-        return expert["path"], f"expert {int(expert['expert'])} {expert['projection']}", match["factor"]
-    modules = [str(t).rpartition(".")[0] for t in config.get("target_parameters") or ()]
-    targeted = any(module and _reaches(module, path) for module in modules)
+        return ExpertPlace(expert["path"], int(expert["expert"]), expert["projection"]), match["factor"]
+    targeted = targeted_matrix(target_parameters, path) is not None
     if ndim == 2 and (targeted or depth or parts[-1] == "experts"):
-        return path, f"slot {depth}", match["factor"]
+        return FusedPlace(path, depth), match["factor"]
     return None
-
-
-def _modules(halves: Mapping[tuple[str, str], Mapping[str, str]]) -> list[ExpertsKeys]:
-    by_path: dict[str, dict[str, Pair]] = {}
-    for (path, slot), pair in halves.items():
-        by_path.setdefault(path, {})[slot] = Pair(pair["A"], pair["B"])
-    return [_module(path, slots) for path, slots in by_path.items()]
-
-
-def _module(path: str, slots: Mapping[str, Pair]) -> ExpertsKeys:
-    kinds = {slot.partition(" ")[0] for slot in slots}
-    if len(kinds) > 1:
-        raise AdapterFileError(
-            f"{path!r} has LoRA in several forms at once ({', '.join(sorted(slots))}); one was expected. "
-            "Were two adapters merged into this file?"
-        )
-    kind = kinds.pop()
-    if kind == "expert":
-        experts = {}
-        for slot, pair in slots.items():
-            _, expert, projection = slot.split(" ")
-            experts[int(expert), projection] = pair
-        return ExpertsKeys(path, "per_expert", experts=experts)
-    if kind == "stack":
-        return ExpertsKeys(path, "stacked", stacks={slot.partition(" ")[2]: pair for slot, pair in slots.items()})
-    depths = sorted((int(slot.partition(" ")[2]) for slot in slots), reverse=True)
-    if depths != list(range(len(depths) - 1, -1, -1)):
-        raise AdapterFileError(
-            f"{path!r} has LoRA at nesting levels {sorted(depths)}; 0 to {len(depths) - 1} were expected. "
-            "Is the file complete?"
-        )
-    return ExpertsKeys(path, "fused", slots=tuple(slots[f"slot {depth}"] for depth in depths))

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..layout import PACKINGS
+from .conclusions import Reason
 
-__all__ = ["PackingTest", "test_packing"]
+__all__ = ["PackingTest", "packing_evidence"]
 
 # Standard deviations of log F that the winner must clear, and the share of the winner's that the loser may reach.
 _CLEAR, _LOSER_SHARE = 5.0, 0.5
@@ -32,17 +33,17 @@ class PackingTest:
 
     Attributes:
         packing: The packing the data shows, None where it shows none clearly.
-        evidence: The figures behind it, as a sentence.
+        evidence: The figures behind it.
         hint: The packing the data speak for, though something else might explain them: too little to conclude from,
             enough to doubt another one.
     """
 
     packing: str | None
-    evidence: str
+    evidence: Reason
     hint: str | None = None
 
 
-def test_packing(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
+def packing_evidence(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
     """The packing that lora_B's column norms speak for.
 
     Args:
@@ -72,7 +73,7 @@ def test_packing(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
             within[packing] += float((by_expert - means).square().sum())
             unexplained[packing] += float((by_expert - means - by_expert.mean(0, keepdim=True)).square().sum())
     if not seen:
-        return PackingTest(None, "lora_B is zero, or of one expert or rank 1: its values show no packing")
+        return PackingTest(None, Reason("data_silent"))
     noise = sqrt(2 / df_between + 2 / df_within)
     scores = {
         packing: log(max(between[packing] / df_between, 1e-12) / max(within[packing] / df_within, 1e-12)) / noise
@@ -80,11 +81,9 @@ def test_packing(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
     }
     best, other = sorted(PACKINGS, key=lambda packing: -scores[packing])
     lead = log(max(unexplained[other] / df_unexplained, 1e-12) / max(within[best] / df_within, 1e-12))
-    text = (
-        f"norms of lora_B's columns differ between experts by {scores[best]:.1f} standard deviations of chance read as "
-        f"{best}, by {scores[other]:.1f} read as {other} ({seen} of its matrices)"
-    )
+    figures = {"best": scores[best], "packing": best, "worst": scores[other], "other": other, "matrices": seen}
+    data = Reason("data", figures)
     clear = scores[best] > _CLEAR and scores[other] < _LOSER_SHARE * scores[best]
     if clear and lead < _CLEAR * sqrt(2 / df_unexplained + 2 / df_within):
-        return PackingTest(None, f"{text}, but ranks that differ, read as {other}, would explain that too", best)
-    return PackingTest(best, text, best) if clear else PackingTest(None, f"{text}: no clear difference")
+        return PackingTest(None, Reason("data_or_ranks", {"data": data, "other": other}), best)
+    return PackingTest(best, data, best) if clear else PackingTest(None, Reason("data_unclear", {"data": data}))

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterError
-from .base_model import BaseModel
 from .config import evened_config, target_config, without_the_rest
 from .decide import Decision
 from .names import PREFIX, peft_name
 from .outputs import Item, Output, copied, evened, plain
-from .parts import plain_parts
+from .parts import plain_part
 from .readers import KEEP_THE_BASE, NotTakenError, Target
 from .refit import ModuleOutputs, Refit, module_parts, refit
 from .source import AdapterSource
@@ -68,25 +67,23 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
     return Plan(items, config, how.stamp(done), (*steps, *dropped))
 
 
-def planned_modules(
-    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None
-) -> list[ModuleOutputs]:
+def planned_modules(source: AdapterSource, decision: Decision, target: Target) -> list[ModuleOutputs]:
     """Every experts module as the target has it, nothing read yet; experts without LoRA get one of zeros."""
-    return _modules(refit(source, decision, target, base), True)
+    return _modules(refit(source, decision, target), True)
 
 
 def _modules(how: Refit, fill_missing: bool) -> list[ModuleOutputs]:
-    groups = how.groups(module_parts(how.source, how.decision, how.base, fill_missing))
+    groups = how.groups(module_parts(how.source, how.decision, fill_missing))
     return [outputs for group in groups for outputs in how.outputs(group)]
 
 
 def others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     source, target, base = how.source, how.target, how.base
-    pairs, rest = plain_parts(source)
-    linears = [plain(part, part.load(source.meta(part.reads))) for part in pairs]
-    start = source.config.get("init_lora_weights")
-    if not target.reader.everything and isinstance(start, str) and start not in KEEP_THE_BASE:
+    rest = source.rest
+    linears = [plain(part, part.load(source.meta(part.reads))) for part in map(plain_part, source.linears)]
+    start = source.config.init_lora_weights
+    if not target.reader.everything and start is not None and start not in KEEP_THE_BASE:
         raise NotTakenError(
             "initialised",
             f"The adapter was made with init_lora_weights={start!r}, which changes the base model, and {target} does "
@@ -102,7 +99,7 @@ def others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
             )
     if target.reader.everything or not rest:
         return linears, [copied(name, new_name) for new_name, name in rest.items()], []
-    if source.config.get("use_dora"):
+    if source.config.use_dora:
         raise NotTakenError(
             "dora", f"{target} does not read DoRA, and without its magnitudes the adapter would be another one."
         )
@@ -112,14 +109,14 @@ def others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
 
 def _expert_of(source: AdapterSource, name: str) -> str | None:
     """The module of single experts that a tensor with PEFT's name belongs to."""
-    paths = [module.path for module in source.keys.modules if module.form != "fused"]
+    paths = [module.path for module in source.modules if module.form != "fused"]
     return next((path for path in paths if name.startswith(f"{PREFIX}{path}.")), None)
 
 
 def _modules_with_lora(source: AdapterSource, rest: Sequence[Item]) -> list[str]:
     """Paths of modules, linears and experts aside, that have LoRA: embeddings, convolutions."""
     found = []
-    for name in (peft_name(item.reads[0], source.keys.prefix) for item in rest):
+    for name in (peft_name(item.reads[0], source.prefix) for item in rest):
         path, dot, _ = name.partition(".lora_")
         if dot and _expert_of(source, name) is None:
             found.append(path.removeprefix(PREFIX))

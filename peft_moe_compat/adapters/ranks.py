@@ -1,18 +1,33 @@
-"""Rank and scaling of one LoRA, as adapter_config.json gives them."""
+"""Rank, alpha and scaling of one LoRA, as adapter_config.json gives them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 from ..errors import AdapterFileError
 from .files import show
 
-__all__ = ["lora_alpha", "lora_rank", "lora_scaling", "pattern_key"]
+__all__ = ["Numbers", "lora_alpha", "lora_numbers", "lora_rank"]
 
 _MAX_ALPHA = 1e30  # far above any in use; float32 holds it, and its products with ranks
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Rank and alpha of one LoRA, and whether its scaling is rsLoRA's."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) under rsLoRA."""
+        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
 
 def lora_rank(config: Mapping[str, Any], key: str) -> int:
@@ -35,15 +50,15 @@ def lora_alpha(config: Mapping[str, Any], key: str) -> float:
     return alpha
 
 
-def lora_scaling(config: Mapping[str, Any], key: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) under rsLoRA, of the LoRA on `key`."""
-    alpha = lora_alpha(config, key)
+def lora_numbers(config: Mapping[str, Any], key: str, rank: int | None = None) -> Numbers:
+    """Of the LoRA on `key`; `rank` where its tensors show it."""
+    rank, alpha = lora_rank(config, key) if rank is None else rank, lora_alpha(config, key)
     if not rank:
         raise AdapterFileError(f"The LoRA on {key!r} is of rank 0. Is the file complete?")
-    return alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Numbers(rank, alpha, bool(config.get("use_rslora")))
 
 
-def pattern_key(patterns: Iterable[str], key: str) -> str | None:
+def _pattern_key(patterns: Iterable[str], key: str) -> str | None:
     """The first pattern that PEFT's `get_pattern_key` matches with `key`."""
     for pattern in patterns:
         try:
@@ -60,7 +75,7 @@ def _pattern(config: Mapping[str, Any], patterns: str, key: str, default: str) -
     table = config.get(patterns) or {}
     if not isinstance(table, Mapping):
         raise AdapterFileError(f"adapter_config.json has {patterns} = {table!r}; an object was expected.")
-    found = pattern_key(table, key)
+    found = _pattern_key(table, key)
     if found is not None:
         return table[found]
     if default not in config:

@@ -26,18 +26,19 @@ from .steps import Step
 __all__ = ["ModuleOutputs", "Refit", "module_parts", "refit"]
 
 
-def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | None, fill_missing: bool) -> list[Part]:
+def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) -> list[Part]:
     """The experts' LoRA of the whole file, part by part, in the order of the file."""
     found: list[Part] = []
+    base = source.base
     total = base.num_experts if base is not None else None
-    for module in source.keys.modules:
+    for module in source.modules:
         if module.form == "fused":
-            found += fused_parts(source, module, decision.readings[module.path], decision.packing_of)
+            found += fused_parts(module, decision.readings[module.path], decision.packing_of)
             continue
         if module.form == "stacked":
-            parts = stacked_parts(source, module, total)
+            parts = stacked_parts(module, total)
         else:
-            parts = per_expert_parts(source, module, num_experts=total, fill_missing=fill_missing)
+            parts = per_expert_parts(module, num_experts=total, fill_missing=fill_missing)
         if base is not None:
             for part in parts:  # what is fused was checked by `decide`
                 lora = part.load(source.meta(part.reads))
@@ -65,7 +66,7 @@ class Refit:
     """How this file is to be changed for this target.
 
     Attributes:
-        source, decision, base: The file, what it holds, and its base model where that is known.
+        source, decision: The file, and what it holds.
         target: The reader.
         form: Of the experts' LoRA there.
         orientation: For fused ones.
@@ -74,18 +75,21 @@ class Refit:
     source: AdapterSource
     decision: Decision
     target: Target
-    base: BaseModel | None
     form: str
     orientation: str = "linear"
 
     @property
+    def base(self) -> BaseModel | None:
+        return self.source.base
+
+    @property
     def rslora(self) -> bool:
-        return bool(self.source.config.get("use_rslora"))
+        return self.source.config.use_rslora
 
     @property
     def model(self) -> BaseModel:
         if self.base is None:
-            named = self.source.config.get("base_model_name_or_path")
+            named = self.source.config.base_model_name
             raise AdapterError(
                 f"The base model's config is needed to convert this adapter for {self.target}: pass --model "
                 f"{named or 'BASE'} (model=...), a folder, config.json or Hub id."
@@ -173,7 +177,7 @@ class Refit:
         steps: list[Step] = []
         if "gate_up" in parts:
             whole = parts.pop("gate_up")
-            stamped = self.decision.stamp.modules.get(whole.path) if self.decision.stamp else None
+            stamped = self.source.stamp.modules.get(whole.path) if self.source.stamp else None
             joined = stamped.joined if stamped else None
             gate, up = part_gate_up(whole, self.model.interleaved, joined, self.rslora)
             parts = {"gate": gate, "up": up, **parts}
@@ -245,7 +249,7 @@ class Refit:
             return False
         before = {f"{path}.{name}" for path, reading in self.decision.readings.items() for name in reading.nesting}
         after = {output.key for module in done for output in module.outputs}
-        return before == after and all(reaches_parameter(self.source.config, key) for key in after)
+        return before == after and all(reaches_parameter(self.source.config.target_parameters, key) for key in after)
 
     def stamp(self, done: Sequence[ModuleOutputs]) -> Stamp | None:
         if self.form != "fused":
@@ -255,7 +259,7 @@ class Refit:
         return Stamp(peft, self.target.transformers, "rank_major", modules)
 
 
-def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None) -> Refit:
+def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
     """How a file is to be changed for a target.
 
     Raises:
@@ -263,8 +267,8 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
         AdapterError: The base model's config is needed.
         AmbiguousAdapterError: Nothing tells how the target's model stores its experts.
     """
-    reader = target.reader
-    how = Refit(source, decision, target, base, reader.form)
+    reader, base = target.reader, source.base
+    how = Refit(source, decision, target, reader.form)
     if base is not None and base.model_type in reader.refuses:
         raise NotTakenError("no_experts", f"{reader.title} takes no LoRA on the experts of {base.model_type}.")
     if target.peft is None:
@@ -281,7 +285,7 @@ def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseM
             possible = orientations_after(str(decision.peft), str(written), target.peft)
         else:
             possible = orientations(target.peft, target.transformers, None)
-        flag = f"--model {source.config.get('base_model_name_or_path') or 'BASE'} (the base model's config.json)"
+        flag = f"--model {source.config.base_model_name or 'BASE'} (the base model's config.json)"
     if len(possible) > 1:
         raise AmbiguousAdapterError(
             f"{target} reads this adapter in one of two orientations, depending on how the model stores its experts. "

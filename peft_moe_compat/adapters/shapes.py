@@ -1,31 +1,30 @@
-"""Which axis lora_A of a fused file spans, and which wrapper belongs to which parameter, from shapes and provenance.
+"""Which axis lora_A of a fused file spans, and which wrapper belongs to which parameter, as shapes or the stamp say.
 
 A *reading* is an orientation and, per kind of module, a nesting. Every module rules readings out by its shapes; what
-is left after all have voted is settled by provenance, or not at all.
+is left after all have done so is settled by provenance, or not at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Any
 
-from ..errors import AdapterFileError
+from ..errors import AdapterError, AdapterFileError
 from ..layout import ORIENTATIONS
 from .base_model import BaseModel
-from .names import ExpertsKeys, HasShape, role_of, targeted_parameters
-from .ranks import lora_rank
+from .conclusions import Reason
+from .names import role_of
+from .slots import ExpertsModule
+from .source import AdapterSource
 
 __all__ = [
     "Reading",
-    "SlotShape",
-    "nestings",
+    "Readings",
     "parameter_order",
-    "possible_readings",
-    "slot_counts",
+    "readings_by_shape",
+    "readings_by_stamp",
     "slot_orientations",
-    "slot_shapes",
 ]
 
 # The order in which every experts class of transformers registers its parameters, and hence PEFT nests: inner first.
@@ -38,47 +37,40 @@ class Reading:
 
     Attributes:
         in_parameter_order: Whether the nesting is the one PEFT makes of an untouched module.
+        counts: E of each slot. Modules that are read alike may differ in it.
     """
 
     orientation: str
     nesting: tuple[str, ...]
     in_parameter_order: bool
+    counts: tuple[int, ...] = field(compare=False)
 
 
 @dataclass(frozen=True)
-class SlotShape:
-    """lora_A "(E r) p" and lora_B "q (E r)" of one slot: its rows E * r, p and q."""
+class Readings:
+    """How the modules of a file can be read.
 
-    rows: int
-    p: int
-    q: int
-
-    def features(self, orientation: str) -> tuple[int, int]:
-        """(in, out) under that orientation."""
-        return (self.p, self.q) if orientation == "linear" else (self.q, self.p)
-
-
-def slot_orientations(orientation: str, counts: Sequence[int]) -> list[str]:
-    """Of each slot, by its number of experts: a bias among stacks is a matrix, which no release turns but 0.19.0."""
-    return ["linear" if count == 1 < max(counts) else orientation for count in counts]
-
-
-def slot_shapes(module: ExpertsKeys, tensors: Mapping[str, HasShape]) -> tuple[SlotShape, ...]:
-    """Sizes of a fused module's slots.
-
-    Raises:
-        AdapterFileError: lora_A and lora_B of a slot do not share their rank axis.
+    Attributes:
+        by_path: Path -> possible readings; those of modules with the same candidates are already intersected.
+        evidence: What says so.
+        likely: Whether a size from elsewhere in the file was needed, which is no proof.
     """
-    found = []
-    for pair in module.slots:
-        (rows, p), (q, columns) = tensors[pair.lora_A].shape, tensors[pair.lora_B].shape
-        if rows != columns or 0 in (rows, p, q):
-            raise AdapterFileError(
-                f"{pair.lora_A!r} is {rows} x {p} and {pair.lora_B!r} {q} x {columns}; '(E r) p' and 'q (r E)' with "
-                "the same E * r were expected. Do the two belong to the same adapter?"
-            )
-        found.append(SlotShape(rows, p, q))
-    return tuple(found)
+
+    by_path: Mapping[str, tuple[Reading, ...]]
+    evidence: Reason
+    likely: bool = False
+
+    @property
+    def orientations(self) -> set[str]:
+        """Those that every module allows."""
+        sets = [{reading.orientation for reading in readings} for readings in self.by_path.values()]
+        return set.intersection(*sets) if sets else set(ORIENTATIONS)
+
+    @property
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        """Path -> E of each slot, where every possible reading gives the same."""
+        options = {path: {reading.counts for reading in readings} for path, readings in self.by_path.items()}
+        return {path: counts.pop() for path, counts in options.items() if len(counts) == 1}
 
 
 def parameter_order(path: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -86,71 +78,101 @@ def parameter_order(path: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (_ROLE_ORDER[role_of(path, name)], name)))
 
 
-def nestings(module: ExpertsKeys, config: Mapping[str, Any], known: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every assignment of parameters to the module's slots, PEFT's own order first.
+def slot_orientations(orientation: str, counts: Sequence[int]) -> list[str]:
+    """Of each slot, by its number of experts: a bias among stacks is a matrix, which no release turns but 0.19.0."""
+    return ["linear" if count == 1 < max(counts) else orientation for count in counts]
 
-    The candidates are the parameters the config targets, else those the model has (`known`), else those every gated
-    family of transformers has.
+
+def slot_counts(module: ExpertsModule, nesting: Sequence[str]) -> tuple[int, ...] | None:
+    """E of every slot, None where a slot's rows are no multiple of its rank."""
+    counts = [slot.num_experts(name) for name, slot in zip(nesting, module.slots, strict=True)]
+    known = tuple(count for count in counts if count is not None)
+    return known if len(known) == len(counts) else None
+
+
+def readings_by_shape(source: AdapterSource, nesting: Sequence[str] | None) -> Readings:
+    """What the shapes of all modules together allow. Modules with the same candidates share one nesting.
+
+    Args:
+        source: A fused file.
+        nesting: Said by the caller.
+
+    Raises:
+        AdapterFileError: They allow nothing.
+        AdapterError: `nesting` is no order of the parameters.
     """
-    names = targeted_parameters(config, module.path) or tuple(known) or ("gate_up_proj", "down_proj")
-    ordered = parameter_order(module.path, names)
+    candidates = {module.path: _nestings(module, nesting) for module in source.modules}
+
+    def possible(hidden_size: int | None) -> dict[str, tuple[Reading, ...]]:
+        by_path = {
+            module.path: _possible(module, candidates[module.path], source.base, hidden_size)
+            for module in source.modules
+        }
+        shared: dict[tuple[tuple[str, ...], ...], set[Reading]] = {}
+        for path, readings in by_path.items():
+            kind = tuple(candidates[path])
+            shared[kind] = shared.get(kind, set(readings)) & set(readings)
+        return {p: tuple(r for r in by_path[p] if r in shared[tuple(candidates[p])]) for p in by_path}
+
+    count = len(source.modules)
+    shapes = Reason("one_shape") if count == 1 else Reason("shapes", {"count": count})
+    found = Readings(possible(None), shapes)
+    if not found.orientations:
+        raise AdapterFileError(_no_reading(source, candidates))
+    if source.base is None and len(found.orientations) > 1 and (hidden := _hidden_size(source)) is not None:
+        evidence = Reason("shapes_and_hidden", {"shapes": shapes, "hidden": hidden})
+        narrowed = Readings(possible(hidden), evidence, likely=True)
+        if narrowed.orientations:
+            return narrowed
+    return found
+
+
+def _nestings(module: ExpertsModule, said: Sequence[str] | None) -> list[tuple[str, ...]]:
+    """Every assignment of the candidate parameters to the module's slots, PEFT's own order first."""
+    ordered = parameter_order(module.path, module.slots[0].candidates)
     if len(ordered) < len(module.slots):
         raise AdapterFileError(
             f"{module.path!r} has LoRA at {len(module.slots)} nesting levels, but only {', '.join(ordered)} is "
             "targeted. Is adapter_config.json that of another adapter?"
         )
-    return list(permutations(ordered, len(module.slots)))
+    found = list(permutations(ordered, len(module.slots)))
+    if said is None or len(module.slots) == 1:
+        return found
+    if tuple(said) not in found:
+        options = " or ".join(",".join(candidate) for candidate in found)
+        raise AdapterError(f"nesting is {','.join(said)}; {options} was expected for {module.path!r}.")
+    return [tuple(said)]
 
 
-def possible_readings(
-    module: ExpertsKeys,
-    shapes: Sequence[SlotShape],
-    config: Mapping[str, Any],
+def _possible(
+    module: ExpertsModule,
     candidates: Sequence[tuple[str, ...]],
-    *,
-    model: BaseModel | None = None,
+    model: BaseModel | None,
     hidden_size: int | None = None,
 ) -> tuple[Reading, ...]:
-    """The readings of one fused module that its shapes allow.
+    """The readings of one module that its shapes allow.
 
     Args:
         module: A fused module.
-        shapes: Of its slots.
-        config: `adapter_config.json`, for ranks.
-        candidates: Nestings to try, as `nestings` gives them.
+        candidates: Nestings to try.
         model: The base model, if known.
         hidden_size: Of the base model, if known from elsewhere in the file.
     """
     found = []
     for nesting in candidates:
-        counts = slot_counts(module.path, nesting, shapes, config)
+        counts = slot_counts(module, nesting)
         if counts is None or (model is None and len(set(counts)) > 1):
             continue
         roles = [role_of(module.path, name) for name in nesting]
         for orientation in ORIENTATIONS:
             each = slot_orientations(orientation, counts)
-            sizes = [shape.features(one) for shape, one in zip(shapes, each, strict=True)]
-            if model is not None:
-                stacks = zip(nesting, roles, counts, sizes, strict=True)
-                fits = all(model.fits(module.path, *stack) for stack in stacks)
-            else:
-                fits = True
+            sizes = [slot.features(one) for slot, one in zip(module.slots, each, strict=True)]
+            stacks = zip(nesting, roles, counts, sizes, strict=True)
+            fits = model is None or all(model.fits(module.path, *stack) for stack in stacks)
             if fits and _sizes_fit(roles, sizes, hidden_size):
-                found.append(Reading(orientation, nesting, nesting == tuple(n for n in candidates[0] if n in nesting)))
+                in_order = nesting == tuple(name for name in candidates[0] if name in nesting)
+                found.append(Reading(orientation, nesting, in_order, counts))
     return tuple(found)
-
-
-def slot_counts(
-    path: str, nesting: Sequence[str], shapes: Sequence[SlotShape], config: Mapping[str, Any]
-) -> list[int] | None:
-    """E of every slot, None where a slot's rows are no multiple of its rank."""
-    counts = []
-    for name, shape in zip(nesting, shapes, strict=True):
-        count, rest = divmod(shape.rows, lora_rank(config, f"{path}.{name}"))
-        if rest or not count:
-            return None
-        counts.append(count)
-    return counts
 
 
 def _sizes_fit(roles: Sequence[str | None], sizes: Sequence[tuple[int, int]], hidden_size: int | None) -> bool:
@@ -167,3 +189,85 @@ def _sizes_fit(roles: Sequence[str | None], sizes: Sequence[tuple[int, int]], hi
                 return False
             intermediate.add(fan_out // 2 if role == "gate_up" else fan_out)
     return len(hidden) <= 1 and len(intermediate) <= 1
+
+
+def _no_reading(source: AdapterSource, candidates: Mapping[str, list[tuple[str, ...]]]) -> str:
+    """The message for shapes that no reading explains."""
+    alone = {module.path: _possible(module, candidates[module.path], source.base) for module in source.modules}
+    stuck = next((module for module in source.modules if not alone[module.path]), None)
+    if stuck is None:
+        first, *others = alone
+        apart = next(
+            (path for path in others if not set(alone[first]) & set(alone[path])), others[-1] if others else first
+        )
+        return (
+            f"The layers of {source.folder} disagree: the shapes of {first!r} fit {_names(alone[first])}, those of "
+            f"{apart!r} {_names(alone[apart])}. Was the file put together from two adapters?"
+        )
+    pairs = [(slot.lora_A.shape, slot.lora_B.shape) for slot in stuck.slots]
+    sizes = ", ".join(f"lora_A {A[0]} x {A[1]} and lora_B {B[0]} x {B[1]}" for A, B in pairs)
+    ranks = sorted({stuck.slots[0].candidates[name].rank for name in candidates[stuck.path][0]})
+    expected = f"no stack of {source.base.described()}" if source.base else "no experts module"
+    return (
+        f"The LoRA of {stuck.path!r} ({sizes}, rank {', '.join(map(str, ranks))}) fits {expected} in any orientation "
+        "or nesting. Was the adapter trained with another num_experts or rank, or for another model?"
+    )
+
+
+def _names(readings: Sequence[Reading]) -> str:
+    return " or ".join(sorted({reading.orientation for reading in readings}))
+
+
+def _hidden_size(source: AdapterSource) -> int | None:
+    """H as the LoRA on attention projections shows it; None where there is none, or several."""
+    found = set()
+    for slot in source.linears:
+        if "vision" in slot.path or "visual" in slot.path:
+            continue
+        if slot.path.endswith((".q_proj", ".k_proj", ".v_proj")):
+            found.add(slot.lora_A.shape[1])
+        elif slot.path.endswith(".o_proj"):
+            found.add(slot.lora_B.shape[0])
+    return found.pop() if len(found) == 1 else None
+
+
+def readings_by_stamp(source: AdapterSource, nesting: Sequence[str] | None) -> Readings | None:
+    """What the stamp says of each module, once it is known to speak of this file, and the file of this model.
+
+    Args:
+        source: A fused file.
+        nesting: Said by the caller.
+
+    Returns:
+        None where there is no stamp.
+
+    Raises:
+        AdapterFileError: It does not speak of this file, or the file not of this model.
+        AdapterError: `nesting` has other parameters.
+    """
+    if source.stamp is None:
+        return None
+    readings = {}
+    for module in source.modules:
+        said = source.stamp.modules.get(module.path)
+        sizes = () if said is None else tuple(slot.features(said.orientation) for slot in module.slots)
+        if said is None or sizes != said.features:
+            raise AdapterFileError(
+                f"The stamp of peft_moe_compat in this file does not describe the LoRA of {module.path!r}: it says "
+                f"{said.features if said else 'nothing'} (in, out), the tensors {sizes}. Was the file edited?"
+            )
+        counts = slot_counts(module, said.nesting)
+        if counts is None or said.num_experts not in counts:
+            raise AdapterFileError(
+                f"The stamp of peft_moe_compat in this file says {said.num_experts} experts for {module.path!r}, and "
+                f"with the ranks in adapter_config.json it has {counts or 'no whole number'}. Was one of them edited?"
+            )
+        for name, count, features in zip(said.nesting, counts, said.features, strict=True):
+            if source.base is not None:
+                source.base.require(module.path, name, role_of(module.path, name), count, features)
+        if nesting is not None and len(said.nesting) > 1 and sorted(said.nesting) != sorted(nesting):
+            there = ",".join(said.nesting)
+            raise AdapterError(f"nesting is {','.join(nesting)}; the stamp has {there} at {module.path!r}.")
+        in_order = said.nesting == parameter_order(module.path, said.nesting)
+        readings[module.path] = (Reading(said.orientation, said.nesting, in_order, counts),)
+    return Readings(readings, Reason("stamp"))

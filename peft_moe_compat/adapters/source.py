@@ -1,9 +1,9 @@
-"""An adapter on disk, opened: its config, checked, and its tensors by name."""
+"""An adapter on disk, opened: its config, checked, and its LoRA as typed slots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
+from .adapter_config import CONFIG_NAME, AdapterConfig, parse_config
 from .base_model import BaseModel, base_model_of
-from .files import find_adapter, read_json, show
-from .names import AdapterKeys, parse_keys
+from .files import find_adapter, read_json
+from .names import FusedPlace, Names, sort_names
+from .slots import ExpertsModule, LinearSlot, experts_modules, linear_slots, without_matrices
+from .stamp import Stamp, read_stamp
+from .stated import Stated
 from .tensors import AdapterTensors, open_tensors
 
-__all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter", "open_with_model"]
+__all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter"]
 
-CONFIG_NAME = "adapter_config.json"
 _SIDE_FILES = ("automodel_peft_config.json",)
 _AUTOMODEL_RANK_SCALING = "moe_rank_scaling"  # Source: nemo_automodel 0.7, components/_peft/lora.py
 
@@ -32,20 +35,29 @@ class AdapterSource:
         config: adapter_config.json.
         side_files: Names of other writers' files beside it, which say who wrote it.
         tensors: The tensors, by name.
-        keys: The same, sorted.
+        base: The base model, where the caller or the config leads to it.
+        stamp: This library's own, if the file has one.
+        prefix: What precedes the module paths in the file, PEFT's `base_model.model.` or nothing.
+        modules: The experts' LoRA, an entry per module.
+        linears: The LoRA of ordinary linears.
+        rest: All further tensors: PEFT's name -> the file's.
     """
 
     folder: Path
-    config: dict[str, Any]
-    side_files: dict[str, dict[str, Any]]
+    config: AdapterConfig
+    side_files: Mapping[str, Mapping[str, Any]]
     tensors: AdapterTensors
-    keys: AdapterKeys
+    base: BaseModel | None
+    stamp: Stamp | None
+    prefix: str
+    modules: tuple[ExpertsModule, ...]
+    linears: tuple[LinearSlot, ...]
+    rest: Mapping[str, str]
 
     @property
     def form(self) -> str:
         """Of the experts' LoRA: `"fused"`, `"per_expert"`, `"stacked"`, or `"none"`."""
-        forms = {module.form for module in self.keys.modules}
-        return forms.pop() if forms else "none"
+        return self.modules[0].form if self.modules else "none"
 
     def meta(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors without their data, to find out what a conversion will write before it reads anything."""
@@ -53,79 +65,53 @@ class AdapterSource:
         return {name: torch.empty(infos[name].shape, dtype=infos[name].dtype, device="meta") for name in names}
 
 
-def open_adapter(source: str | Path) -> AdapterSource:
+def open_adapter(adapter: str | Path, stated: Stated) -> AdapterSource:
     """Opens an adapter folder, or the one behind a hub id.
 
     Raises:
         AdapterFileError: A file is missing or damaged, or this is no LoRA adapter.
+        AdapterError: The model's config is needed to read this adapter, or describes no routed experts.
     """
-    folder = find_adapter(source)
-    config = read_json(folder / CONFIG_NAME)
-    _check_config(config)
+    folder = find_adapter(adapter)
+    raw = read_json(folder / CONFIG_NAME)
+    config = parse_config(raw)
     side = {name: read_json(folder / name) for name in _SIDE_FILES if (folder / name).is_file()}
     tensors = open_tensors(folder)
-    keys = parse_keys(tensors.infos, config)
-    forms = sorted({module.form for module in keys.modules})
+    names = without_matrices(sort_names(tensors.infos, config.target_parameters), tensors.infos, config)
+    _check_experts(folder, names)
+    base = base_model_of(config.base_model_name, stated.model)
+    scaled = any(content.get(_AUTOMODEL_RANK_SCALING) for content in side.values())
+    if scaled and (ranks := _automodel_ranks(folder, names, base)):
+        config = parse_config({**raw, "rank_pattern": ranks | (raw.get("rank_pattern") or {})})
+    stamp = read_stamp(tensors.metadata)
+    modules = experts_modules(names, config, base, stamp)
+    linears, rest = linear_slots(names, tensors.infos, config)
+    return AdapterSource(folder, config, side, tensors, base, stamp, names.prefix, modules, linears, rest)
+
+
+def _check_experts(folder: Path, names: Names) -> None:
+    forms = sorted({place.form for places in names.pairs.values() for place in places})
     if len(forms) > 1:
         raise AdapterFileError(
             f"{folder} holds LoRA on experts in several forms: {', '.join(forms)}. Were two adapters merged into one?"
         )
-    for pair in (pair for module in keys.modules for pair in module.pairs()):
-        for name in (pair.lora_A, pair.lora_B):
-            if not tensors.infos[name].dtype.is_floating_point:
-                raise AdapterFileError(
-                    f"{name!r} is {tensors.infos[name].dtype}; LoRA of floating-point numbers was needed."
-                )
-    return AdapterSource(folder, config, side, tensors, keys)
+    for factor in (factor for places in names.pairs.values() for pair in places.values() for factor in pair):
+        if not factor.dtype.is_floating_point:
+            raise AdapterFileError(f"{factor.name!r} is {factor.dtype}; LoRA of floating-point numbers was needed.")
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-
-
-# Field -> (what PEFT writes there, whether a value is that). None is allowed everywhere.
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "peft_type": ("'LORA'", lambda value: value == "LORA"),
-    "target_modules": ("names or a pattern", lambda value: isinstance(value, str) or _names(value)),
-    "target_parameters": ("names", _names),
-    "rank_pattern": ("an object", lambda value: isinstance(value, dict)),
-    "alpha_pattern": ("an object", lambda value: isinstance(value, dict)),
-    "auto_mapping": ("an object", lambda value: isinstance(value, dict)),
-    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
-    "use_dora": ("true or false", lambda value: isinstance(value, bool)),
-}
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    """Raises `AdapterFileError` unless the fields this package reads hold what PEFT writes there."""
-    for name, (expected, fits) in _FIELDS.items():
-        value = config.get(name)
-        if value is not None and not fits(value):
-            raise AdapterFileError(
-                f"{CONFIG_NAME} has {name} {show(value)}; {expected} was expected. Is it the config of a LoRA adapter?"
+def _automodel_ranks(folder: Path, names: Names, base: BaseModel | None) -> dict[str, int]:
+    """Pattern -> rank of the fused experts, which the config does not say."""
+    found = {}
+    for path, places in names.pairs.items():
+        (place, (lora_A, _)), *_ = places.items()
+        if not isinstance(place, FusedPlace):
+            continue
+        if base is None or base.num_experts is None:
+            raise AdapterError(
+                f"{folder} was trained with NeMo Automodel's {_AUTOMODEL_RANK_SCALING}: its experts have a rank of "
+                "their own, which adapter_config.json does not say. Pass --model (model=...): its number of experts "
+                "tells."
             )
-
-
-def open_with_model(
-    adapter: str | Path, model: str | Path | Mapping[str, Any] | BaseModel | None
-) -> tuple[AdapterSource, BaseModel | None]:
-    """An adapter, and the facts on its base model: those given, else those its config leads to.
-
-    Raises:
-        AdapterFileError: See `open_adapter`.
-        AdapterError: The model's config is needed to read this adapter, or describes no routed experts.
-    """
-    source = open_adapter(adapter)
-    base = base_model_of(source.config, model)
-    if not any(side.get(_AUTOMODEL_RANK_SCALING) for side in source.side_files.values()) or source.form != "fused":
-        return source, base
-    if base is None or base.num_experts is None:
-        raise AdapterError(
-            f"{source.folder} was trained with NeMo Automodel's {_AUTOMODEL_RANK_SCALING}: its experts have a rank of "
-            "their own, which adapter_config.json does not say. Pass --model (model=...): its number of experts tells."
-        )
-    rows = {module.path: source.tensors.infos[module.slots[0].lora_A].shape[0] for module in source.keys.modules}
-    ranks = {rf"{path}\.[^.]+": count // base.num_experts for path, count in rows.items()}
-    return replace(
-        source, config={**source.config, "rank_pattern": ranks | (source.config.get("rank_pattern") or {})}
-    ), base
+        found[rf"{path}\.[^.]+"] = lora_A.shape[0] // base.num_experts
+    return found

@@ -13,7 +13,6 @@ from typing import Any
 
 from ..errors import AdapterError
 from ..releases import NEWEST_TESTED, RULES
-from .base_model import BaseModel
 from .conclusions import ReaderVerdict
 from .decide import Decision
 from .files import read_json
@@ -38,13 +37,11 @@ _WORDS = {
 }
 
 
-def reader_verdicts(
-    source: AdapterSource, decision: Decision, base: BaseModel | None, transformers: str | None
-) -> dict[str, ReaderVerdict]:
+def reader_verdicts(source: AdapterSource, decision: Decision, transformers: str | None) -> dict[str, ReaderVerdict]:
     """Reader -> what it does with the file: every PEFT layout of the release table, vLLM, SGLang and llama.cpp.
 
     Args:
-        source, decision, base: The file, what it holds, and its base model where that is known.
+        source, decision: The file, and what it holds.
         transformers: The release that stands beside PEFT; None where it is not known.
     """
     starts = [rule.since for rule in RULES]
@@ -55,39 +52,36 @@ def reader_verdicts(
     targets |= {READERS[name].title: Target(name) for name in ("vllm", "sglang", "llama.cpp")}
     if source.form == "none":
         return dict.fromkeys(targets, ReaderVerdict("reads", "there is no LoRA on routed experts"))
-    return {name: _verdict(source, decision, base, target) for name, target in targets.items()}
+    return {name: _verdict(source, decision, target) for name, target in targets.items()}
 
 
-def _verdict(source: AdapterSource, decision: Decision, base: BaseModel | None, target: Target) -> ReaderVerdict:
+def _verdict(source: AdapterSource, decision: Decision, target: Target) -> ReaderVerdict:
     try:
-        steps = _steps(source, decision, base, target)
+        steps = _steps(source, decision, target)
     except NotTakenError as error:
         return ReaderVerdict(target.reader.lacking[error.kind], str(error))
     except AdapterError as error:
         return ReaderVerdict("unknown", str(error))
-    found = {_without(step, source, base, target) for step in steps}
+    found = {_without(step, source, target) for step in steps}
     verdict = next(v for v in ("fails", "wrong", "unknown", "reads") if v in found or v == "reads")
     to = f"peft=={target.peft}" if target.peft else target.name
     needed = " and ".join(dict.fromkeys(map(str, steps)))
     return ReaderVerdict(verdict, _WORDS[verdict].format(needed, f"`peft-moe-compat convert ADAPTER OUT --to {to}`"))
 
 
-def _without(step: Step, source: AdapterSource, base: BaseModel | None, target: Target) -> str:
+def _without(step: Step, source: AdapterSource, target: Target) -> str:
     """What the reader does with the file where the step is not taken."""
-    shapes = [
-        [(source.tensors.infos[pair.lora_A].shape, source.tensors.infos[pair.lora_B].shape) for pair in module.slots]
-        for module in source.keys.modules
-    ]
+    shapes = [[(slot.lora_A.shape, slot.lora_B.shape) for slot in module.slots] for module in source.modules]
     if step.kind == "orientation":
         return "wrong" if all(A[1] == B[0] for slots in shapes for A, B in slots) else "fails"
     if step.kind == "nesting":
         return "wrong" if all(len(set(slots)) == 1 for slots in shapes) else "fails"
-    finer = [f"{step.kind}:{detail}" for detail in (base.model_type if base else "", *step.details)]
+    finer = [f"{step.kind}:{detail}" for detail in (source.base.model_type if source.base else "", *step.details)]
     lacking = target.reader.lacking
     return next((lacking[kind] for kind in (*finer, step.kind) if kind in lacking), "unknown")
 
 
-def _steps(source: AdapterSource, decision: Decision, base: BaseModel | None, target: Target) -> list[Step]:
+def _steps(source: AdapterSource, decision: Decision, target: Target) -> list[Step]:
     """What a conversion would do, the layout of the same numbers included.
 
     Raises:
@@ -96,9 +90,9 @@ def _steps(source: AdapterSource, decision: Decision, base: BaseModel | None, ta
     """
     lead = _form(source)
     native = target.reader.form == "gguf" and "gguf" in lead.details
-    if source.form == "stacked" and not native and _without(lead, source, base, target) != "unknown":
+    if source.form == "stacked" and not native and _without(lead, source, target) != "unknown":
         return [lead]
-    how = refit(source, decision, target, base)
+    how = refit(source, decision, target)
     others(how)
     if how.form == source.form == "fused":
         decision.require("the file")
@@ -115,19 +109,19 @@ def _steps(source: AdapterSource, decision: Decision, base: BaseModel | None, ta
 
 def _form(source: AdapterSource) -> Step:
     """That the experts' LoRA is in the form it has, with what matters of it to some readers."""
-    if source.form == "stacked" and all(GGUF_PATH.fullmatch(module.path) for module in source.keys.modules):
+    if source.form == "stacked" and all(GGUF_PATH.fullmatch(module.path) for module in source.modules):
         return Step("from_stacked", ("gguf",))
-    stacks = {linear_role(name) for module in source.keys.modules for name in module.stacks}
+    stacks = {linear_role(name) for module in source.modules for name in (slot.parameter for slot in module.stacks)}
     return Step(f"from_{source.form}", ("gate_up",) if "gate_up" in stacks else ())
 
 
 def _upstream(source: AdapterSource) -> Iterator[Step]:
     """What PEFT's own conversion of per-expert adapters under transformers 5 gets wrong."""
-    if source.config.get("use_rslora"):
+    if source.config.use_rslora:
         yield Step("upstream_rslora")
-    if source.config.get("alpha_pattern") or source.config.get("rank_pattern"):
+    if source.config.alpha_pattern or source.config.rank_pattern:
         yield Step("upstream_patterns")
-    roles = {linear_role(linear) for module in source.keys.modules for _, linear in module.experts}
+    roles = {linear_role(linear) for module in source.modules for linear in {slot.linear for slot in module.experts}}
     if roles != {"gate", "up", "down"}:
         yield Step("upstream_roles")
 
@@ -144,9 +138,9 @@ def _layout(how: Refit) -> Iterator[Step]:
         if decision.packing.value != "either" and any(decision.packing_of(name) == "grouped" for name in names):
             yield Step("packing")
     elif how.form == source.form:
-        if any(how.model.per_expert_path(module.path) != module.path for module in source.keys.modules):
-            yield Step("path", (how.model.per_expert_path(source.keys.modules[0].path),))
-        linears = {linear for module in source.keys.modules for _, linear in module.experts}
+        if any(how.model.per_expert_path(module.path) != module.path for module in source.modules):
+            yield Step("path", (how.model.per_expert_path(source.modules[0].path),))
+        linears = {linear for module in source.modules for linear in {slot.linear for slot in module.experts}}
         wanted = {linear: how.linear(linear) for linear in linears}
         if any(name != reader.renames.get(linear, linear) for linear, name in wanted.items()):
             yield Step("linears", (", ".join(sorted(map(str, wanted.values()))),))
@@ -184,7 +178,11 @@ def _targets(how: Refit, config: Mapping[str, Any], keys: list[str], same: Mappi
         return
     names = [target.rpartition(".")[2] for target in targets] if isinstance(targets, list) else []
     given = {same.get(name, name) for name in names}
-    linears = [name for module in how.source.keys.modules for name in (*(n for _, n in module.experts), *module.stacks)]
+    linears = [
+        name
+        for module in how.source.modules
+        for name in (*(s.linear for s in module.experts), *(s.parameter for s in module.stacks))
+    ]
     there = [how.target.reader.renames.get(name, name) for name in linears]
     for kind, wanted in (("targets", there), ("more_targets", [key.rpartition(".")[2] for key in keys])):
         if not {same.get(name, name) for name in wanted} <= given:
@@ -195,7 +193,7 @@ def _targets(how: Refit, config: Mapping[str, Any], keys: list[str], same: Mappi
 def _reached(config: Mapping[str, Any], key: str) -> bool:
     """Whether the config's targets reach a linear or parameter as PEFT matches them."""
     targets = config.get("target_modules")
-    if reaches_parameter(config, key):
+    if reaches_parameter(config.get("target_parameters") or (), key):
         return True
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, key) is not None

@@ -16,10 +16,11 @@ from ..errors import AdapterError
 from ..layout import ExpertLora, relative
 from .base_model import BaseModel
 from .decide import decide
-from .parts import Part, plain_parts
+from .parts import Part, plain_part
 from .refit import module_parts
 from .shaping import part_gate_up
-from .source import AdapterSource, open_with_model
+from .source import AdapterSource, open_adapter
+from .stated import Stated
 
 __all__ = ["Comparison", "Verification", "verify_adapters"]
 
@@ -80,7 +81,6 @@ class _Side:
     """One of the two adapters, opened and decided."""
 
     source: AdapterSource
-    base: BaseModel | None
     parts: dict[tuple[str, str], Part]
     rest: Mapping[str, str]
 
@@ -110,8 +110,8 @@ def verify_adapters(
         AdapterError: One of them cannot be read, see `convert_adapter`, or the model's config is needed.
         UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
     """
-    first = _side(adapter, model, written_by=written_by, orientation=orientation, packing=packing, nesting=nesting)
-    second = _side(other, model if model is not None else first.base)
+    first = _side(adapter, Stated(model, written_by, orientation, packing, nesting))
+    second = _side(other, Stated(model if model is not None else first.source.base))
     if any(role == "gate_up" for _, role in first.parts) != any(role == "gate_up" for _, role in second.parts):
         first, second = _parted(first), _parted(second)
     keys = list(dict.fromkeys([*first.parts, *second.parts]))
@@ -125,17 +125,16 @@ def verify_adapters(
     return Verification(tuple(rows), tolerance)
 
 
-def _side(adapter: str | Path, model: str | Path | Mapping[str, Any] | BaseModel | None, **said: Any) -> _Side:
-    source, base = open_with_model(adapter, model)
-    decision = decide(source, model=base, **said)
+def _side(adapter: str | Path, stated: Stated) -> _Side:
+    source = open_adapter(adapter, stated)
+    decision = decide(source, stated)
     decision.require(str(source.folder))
     parts: dict[tuple[str, str], Part] = {}
-    paths = [module.path for module in source.keys.modules]
-    for part in module_parts(source, decision, base, fill_missing=True):
+    paths = [module.path for module in source.modules]
+    for part in module_parts(source, decision, fill_missing=True):
         parts[_place(part.path, paths), part.role or part.name] = part
-    plain, rest = plain_parts(source)
-    parts |= {(part.path, "linear"): part for part in plain}
-    return _Side(source, base, parts, rest)
+    parts |= {(slot.path, "linear"): plain_part(slot) for slot in source.linears}
+    return _Side(source, parts, source.rest)
 
 
 def _place(path: str, paths: Sequence[str]) -> str:
@@ -161,15 +160,15 @@ def _parted(side: _Side) -> _Side:
         if role != "gate_up":
             parts[place, role] = part
             continue
-        if side.base is None:
+        if side.source.base is None:
             raise AdapterError(
                 f"{side.source.folder} has gate and up joined and the other adapter has not; pass --model (model=...) "
                 "to tell their rows apart."
             )
-        rslora = bool(side.source.config.get("use_rslora"))
-        gate, up = part_gate_up(part, side.base.interleaved, None, rslora)
+        rslora = side.source.config.use_rslora
+        gate, up = part_gate_up(part, side.source.base.interleaved, None, rslora)
         parts[place, "gate"], parts[place, "up"] = gate, up
-    return _Side(side.source, side.base, parts, side.rest)
+    return _Side(side.source, parts, side.rest)
 
 
 def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Comparison:

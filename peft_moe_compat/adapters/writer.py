@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
-from ..releases import AUTOMODEL_LAYOUTS, RULES, parse_releases, release_for
+from ..releases import AUTOMODEL_LAYOUTS, RULES, release_for
+from .adapter_config import UNSLOTH_LAYOUT, AdapterConfig, UnslothMarks
 from .base_model import BaseModel
-from .conclusions import Conclusion
+from .conclusions import Conclusion, Reason, Settle
 from .files import show
 from .source import AdapterSource
-from .stamp import Stamp
+from .stated import Stated
 
-__all__ = ["SAID_BY_CALLER", "UNSLOTH_DETAIL", "UNSLOTH_LAYOUT", "Writer", "find_writer"]
+__all__ = ["Writer", "find_writer"]
 
-SAID_BY_CALLER = "said by the caller"
-
-# Unsloth's markers in adapter_config.json, at its top or under auto_mapping, and their words for the packings. Source:
-# unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
-UNSLOTH_LAYOUT, UNSLOTH_DETAIL, _UNSLOTH_FINGERPRINT = "lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"
+# Unsloth's words for the packings. Source: unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
 _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
 
 # Families whose experts Unsloth ran with a forward of its own before it left markers: grouped by expert. All others ran
@@ -45,8 +41,7 @@ _UNSLOTH_GROUPED = {
 # NeMo Automodel's own file beside the adapter, and its entry for the layout, see `releases.AUTOMODEL_LAYOUTS`.
 AUTOMODEL_FILE, _AUTOMODEL_KEY = "automodel_peft_config.json", "paramwrapper_layout"
 
-# Fields that PEFT 0.17 dumps with every LoraConfig; it was the last that did not add its own version.
-_PEFT_0_17_FIELDS = {"target_parameters", "trainable_token_indices", "use_qalora", "corda_config", "auto_mapping"}
+_UNSAID = Reason("packing_unsaid")
 
 
 @dataclass(frozen=True)
@@ -67,56 +62,56 @@ class Writer:
     peft: str | None = None
     transformers: str | None = None
     packings: Mapping[str | None, str] = field(default_factory=dict)
-    packing_evidence: str = ""
+    packing_evidence: Reason = _UNSAID
     marked: bool = False
     by_caller: bool = False
 
 
-def find_writer(source: AdapterSource, stamp: Stamp | None, written_by: str | None, model: BaseModel | None) -> Writer:
-    """The writer of an adapter. What the caller says (`written_by`) wins over everything but the library's own stamp.
+def find_writer(source: AdapterSource, stated: Stated) -> Writer:
+    """The writer of an adapter. What the caller says wins over everything but the library's own stamp.
 
     Raises:
         AdapterFileError: A marker or version in the file makes no sense.
-        UnsupportedPeftError: `written_by` names no release.
     """
+    stamp = source.stamp
     if stamp is not None:
-        text = f"stamped by peft_moe_compat, PEFT {stamp.peft}, transformers {stamp.transformers or 'of any release'}"
-        conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (text,))
-        return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, text, marked=True)
-    if written_by is None and AUTOMODEL_FILE in source.side_files:
+        beside = stamp.transformers or "of any release"
+        reason = Reason("stamped", {"peft": stamp.peft, "transformers": beside})
+        conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (reason,))
+        return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
+    by_caller = stated.written_by is not None
+    if not by_caller and AUTOMODEL_FILE in source.side_files:
         return _automodel(source.side_files[AUTOMODEL_FILE])
-    unsloth = _unsloth(source.config, model)
-    peft, transformers, conclusion = _release(source.config, written_by)
-    by_caller = written_by is not None
+    unsloth = _unsloth(source.config.unsloth, source.base)
+    peft, transformers, conclusion = _release(source.config, stated)
     if unsloth is not None:
         name = f"Unsloth, {conclusion.value}" if conclusion.value else "Unsloth"
         named = Conclusion(name, "stated", (*conclusion.evidence, unsloth.evidence))
         return Writer(named, peft, transformers, unsloth.packings, unsloth.evidence, unsloth.marked, by_caller)
     if peft is None:
         return Writer(conclusion)
-    text = f"PEFT {peft} packs lora_B's columns as '(r E)', as every release does"
-    return Writer(conclusion, peft, transformers, {None: "rank_major"}, text, by_caller=by_caller)
+    packs = Reason("peft_packs", {"peft": peft})
+    return Writer(conclusion, peft, transformers, {None: "rank_major"}, packs, by_caller=by_caller)
 
 
-def _release(config: Mapping[str, Any], written_by: str | None) -> tuple[str | None, str | None, Conclusion]:
+def _release(config: AdapterConfig, stated: Stated) -> tuple[str | None, str | None, Conclusion]:
     """(PEFT, transformers, conclusion), from what the caller says or the config."""
-    if written_by is not None:
-        peft, transformers = parse_releases(written_by)
+    peft, transformers = stated.releases
+    if peft is not None:
         beside = f", transformers {transformers}" if transformers else ""
-        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (SAID_BY_CALLER,))
-    version = config.get("peft_version")
+        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (Reason("said"),))
+    version = config.peft_version
     if version is not None:
         try:
-            release_for(str(version))
+            release_for(version)
         except UnsupportedPeftError as error:
             raise AdapterFileError(f"adapter_config.json has peft_version {show(version)}: {error}") from None
-        text = f"peft_version is {version!r} in adapter_config.json"
-        return str(version), None, Conclusion(f"PEFT {version}", "stated", (text,))
-    if config.keys() >= _PEFT_0_17_FIELDS:
-        text = "adapter_config.json has the fields of PEFT 0.17, and no peft_version, as then"
-        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (text,))
-    text = "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes"
-    return None, None, Conclusion(None, "none", (text,), "--written-by peft==VERSION")
+        reason = Reason("peft_version", {"version": version})
+        return version, None, Conclusion(f"PEFT {version}", "stated", (reason,))
+    if config.has_peft_0_17_fields:
+        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (Reason("peft_0_17_fields"),))
+    settle = (Settle("written_by", "peft==VERSION"),)
+    return None, None, Conclusion(None, "none", (Reason("no_version"),), settle)
 
 
 @dataclass(frozen=True)
@@ -124,52 +119,39 @@ class _Unsloth:
     """What Unsloth left in a config."""
 
     packings: Mapping[str | None, str]
-    evidence: str
+    evidence: Reason
     marked: bool
 
 
-def _unsloth(config: Mapping[str, Any], model: BaseModel | None) -> _Unsloth | None:
+def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> _Unsloth | None:
     """What Unsloth left in the config, None where it left nothing.
 
     Raises:
         AdapterFileError: Its markers contradict each other or are unknown words.
     """
-    auto_mapping = config.get("auto_mapping")
-    auto_mapping = auto_mapping if isinstance(auto_mapping, dict) else {}
     found: dict[str | None, str] = {}
-    for place in (config, auto_mapping):
-        for parameter, value in _markers(place):
-            if not isinstance(value, str) or value not in _UNSLOTH_PACKINGS:
-                raise AdapterFileError(
-                    f"Unsloth's {UNSLOTH_LAYOUT} is {show(value)}; one of {', '.join(_UNSLOTH_PACKINGS)} was expected. "
-                    "Was the file written by a newer Unsloth?"
-                )
-            if found.setdefault(parameter, _UNSLOTH_PACKINGS[value]) != _UNSLOTH_PACKINGS[value]:
-                raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} in {show(config)}.")
+    for parameter, value in marks.layouts:
+        if not isinstance(value, str) or value not in _UNSLOTH_PACKINGS:
+            raise AdapterFileError(
+                f"Unsloth's {UNSLOTH_LAYOUT} is {show(value)}; one of {', '.join(_UNSLOTH_PACKINGS)} was expected. "
+                "Was the file written by a newer Unsloth?"
+            )
+        if found.setdefault(parameter, _UNSLOTH_PACKINGS[value]) != _UNSLOTH_PACKINGS[value]:
+            raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} is {marks.layouts}.")
     if found:
         said = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
-        return _Unsloth(found, f"{UNSLOTH_LAYOUT} says {said}", marked=True)
-    if not (auto_mapping.get(_UNSLOTH_FINGERPRINT) and config.get("target_parameters")):
+        return _Unsloth(found, Reason("unsloth_layout", {"said": said}), marked=True)
+    if not marks.fixed:
         return None
-    text = f"auto_mapping has {_UNSLOTH_FINGERPRINT!r} and no marker: Unsloth before 2026-09"
-    library = re.match(r"transformers\.models\.(\w+)\.", str(auto_mapping.get("parent_library")))
-    family = model.model_type if model is not None else library and library[1]
+    before = Reason("unsloth")
+    family = model.model_type if model is not None else marks.family
     if family is None:
-        return _Unsloth({}, f"{text}, whose packing depends on the family of the base model", marked=False)
+        return _Unsloth({}, Reason("unsloth_unknown", {"unsloth": before}), marked=False)
     if family in _UNSLOTH_GROUPED:
-        return _Unsloth({None: "grouped"}, f"{text}, which groups the columns of {family} by expert", marked=False)
-    return _Unsloth({None: "rank_major"}, f"{text}, which left {family} to PEFT's own forward", marked=False)
-
-
-def _markers(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:
-    """(parameter or None, word) of every marker at one place."""
-    if UNSLOTH_LAYOUT in place:
-        yield None, place[UNSLOTH_LAYOUT]
-    detail = place.get(UNSLOTH_DETAIL)
-    parameters = detail.get("parameters") if isinstance(detail, dict) else None
-    for parameter, entry in (parameters if isinstance(parameters, dict) else {}).items():
-        if isinstance(entry, dict):
-            yield parameter, entry.get(UNSLOTH_LAYOUT)
+        reason = Reason("unsloth_groups", {"unsloth": before, "family": family})
+        return _Unsloth({None: "grouped"}, reason, marked=False)
+    reason = Reason("unsloth_left", {"unsloth": before, "family": family})
+    return _Unsloth({None: "rank_major"}, reason, marked=False)
 
 
 def _automodel(content: Mapping[str, Any]) -> Writer:
@@ -180,11 +162,12 @@ def _automodel(content: Mapping[str, Any]) -> Writer:
             f"{AUTOMODEL_FILE} has {_AUTOMODEL_KEY} {show(layout)}; one of {known} was expected. Is the file damaged, "
             "or its writer newer than this package?"
         )
-    name, text = (
-        ("NeMo Automodel 0.4 to 0.6", f"{AUTOMODEL_FILE} without {_AUTOMODEL_KEY}")
-        if layout is None
-        else ("NeMo Automodel >= 0.7", f"{_AUTOMODEL_KEY} is {layout!r} in {AUTOMODEL_FILE}")
-    )
+    if layout is None:
+        name = "NeMo Automodel 0.4 to 0.6"
+        reason = Reason("automodel_no_layout", {"file": AUTOMODEL_FILE, "key": _AUTOMODEL_KEY})
+    else:
+        name = "NeMo Automodel >= 0.7"
+        reason = Reason("automodel_layout", {"key": _AUTOMODEL_KEY, "layout": layout, "file": AUTOMODEL_FILE})
     peft = AUTOMODEL_LAYOUTS[layout]
-    packs = f"{name} packs as PEFT {peft} does"
-    return Writer(Conclusion(name, "stated", (text,)), peft, None, {None: "rank_major"}, packs)
+    packs = Reason("automodel_packs", {"name": name, "peft": peft})
+    return Writer(Conclusion(name, "stated", (reason,)), peft, None, {None: "rank_major"}, packs)

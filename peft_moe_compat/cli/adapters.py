@@ -233,9 +233,9 @@ def _add_conclusion(table: Table, name: str, conclusion: Conclusion) -> None:
     value = escape(conclusion.value) if conclusion.value is not None else "[yellow]not settled[/]"
     table.add_row(name, f"[bold]{value}[/] ({conclusion.confidence})" if conclusion.decided else value)
     for reason in conclusion.evidence:
-        table.add_row("", f"[dim]{escape(reason)}[/]")
+        table.add_row("", f"[dim]{escape(str(reason))}[/]")
     if conclusion.settle:
-        table.add_row("", f"[yellow]{escape(f'settle it with {conclusion.settle}')}[/]")
+        table.add_row("", f"[yellow]{escape(f'settle it with {conclusion.remedy}')}[/]")
 
 
 def _modules_table(modules: tuple[ExpertsSummary, ...]) -> Table:

@@ -34,10 +34,10 @@ def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
         LayoutError: It has not.
     """
     around = chains(model)
-    for module in file.source.keys.modules:
+    for module in file.source.modules:
         chain = around.get(file.paths[module.path], [])
         held, shares = _held(chain, adapter_name), _shares(chain)
-        for part in fused_parts(file.source, module, file.decision.readings[module.path], file.decision.packing_of):
+        for part in fused_parts(module, file.decision.readings[module.path], file.decision.packing_of):
             lora = held.get(part.name)
             if lora is not None and _elsewhere(lora):
                 continue
@@ -58,8 +58,8 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
         LayoutError: It was not.
     """
     facts, around = facts_of(model), chains(model)
-    paths = counterparts((facts.fused_path(module.path) for module in source.keys.modules), facts)
-    for module in source.keys.modules:
+    paths = counterparts((facts.fused_path(module.path) for module in source.modules), facts)
+    for module in source.modules:
         path = paths.get(facts.fused_path(module.path))
         if path is None:
             continue
@@ -68,7 +68,7 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
         for role, parameter in facts.parameters.items():
             E, _, fan_out = facts.stacks.get((path, parameter), (0, 0, 0))
             branches = ("gate", "up") if role == "gate_up" else (role,)
-            parts = {p.role: p for p in per_expert_parts(source, module, num_experts=E, fill_missing=True)} if E else {}
+            parts = {p.role: p for p in per_expert_parts(module, num_experts=E, fill_missing=True)} if E else {}
             if not parts.keys() & set(branches):
                 continue
             rows = [_rows(source, parts.get(branch), (E, fan_out // len(branches))) for branch in branches]

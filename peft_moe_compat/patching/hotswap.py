@@ -10,7 +10,7 @@ import inspect
 from functools import wraps
 from typing import Any
 
-from ..adapters.ranks import lora_scaling
+from ..adapters.ranks import lora_numbers
 from ..model.wrappers import is_param_wrapper
 from .matching import live_path
 
@@ -38,7 +38,7 @@ def hotswap_adapter_from_state_dict(stock: Any) -> Any:
         for path, wrapper in wrappers.items():
             wrapper.r[name] = wrapper.lora_A[name].weight.shape[0] // wrapper.num_experts
             key = f"{live_path(path)}.{wrapper.parameter_name}"
-            wrapper.scaling[name] = lora_scaling(config, key, wrapper.r[name])
+            wrapper.scaling[name] = lora_numbers(config, key, wrapper.r[name]).scaling
         for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
             setattr(model.peft_config[name], field, config[field])
         return result

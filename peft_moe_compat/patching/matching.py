@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .. import layout
 from ..adapters.base_model import BaseModel, load_base_model
 from ..adapters.decide import Decision
-from ..adapters.names import PREFIX, ExpertsKeys, unwrapped
+from ..adapters.names import PREFIX, unwrapped
 from ..adapters.parts import fused_parts
+from ..adapters.slots import ExpertsModule
 from ..adapters.source import AdapterSource
 from ..adapters.stamp import ModuleStamp, Stamp
 from ..errors import AdapterError, LayoutError
@@ -173,15 +174,15 @@ class UnderstoodFile:
 Wrappers = Mapping[str, tuple[int, Any]]
 
 
-def live_wrappers(file: UnderstoodFile, model: Any, adapter_name: str) -> list[tuple[ExpertsKeys, Wrappers]]:
+def live_wrappers(file: UnderstoodFile, model: Any, adapter_name: str) -> list[tuple[ExpertsModule, Wrappers]]:
     """Every experts module of the file with the live wrappers that are to take its LoRA.
 
     Raises:
         LayoutError: A wrapper is missing, or its factors are not such as PEFT's own forward could use.
     """
     around = chains(model)
-    found: list[tuple[ExpertsKeys, Wrappers]] = []
-    for module in file.source.keys.modules:
+    found: list[tuple[ExpertsModule, Wrappers]] = []
+    for module in file.source.modules:
         chain = enumerate(around.get(file.paths[module.path], ()))
         wrappers = {w.parameter_name: (depth, w) for depth, w in chain if adapter_name in w.lora_A}
         for name in file.decision.readings[module.path].nesting:
@@ -218,27 +219,27 @@ def known_of_this_pair(words: str) -> str:
     return f" Known of {pair}: {known}." if known else f" Nothing of the kind is known of {pair}: is PEFT patched?"
 
 
-def differences(module: ExpertsKeys, wrappers: Wrappers, decision: Decision) -> set[str]:
+def differences(module: ExpertsModule, wrappers: Wrappers, decision: Decision) -> set[str]:
     """What a module's tensors in the file are that its wrappers' are not, in words; empty where they are the same."""
     reading, found = decision.readings[module.path], set()
     for level, name in enumerate(reversed(reading.nesting)):
         depth, wrapper = wrappers[name]
         if wrapper.num_experts > 1 and _orientation(wrapper) != reading.orientation:
-            found.add(f"it is {reading.orientation} ({'; '.join(decision.orientation.evidence)})")
+            found.add(f"it is {reading.orientation} ({decision.orientation.why})")
         if depth != level:
-            found.add(f"it is nested {', '.join(reading.nesting)} ({'; '.join(decision.nesting.evidence)})")
+            found.add(f"it is nested {', '.join(reading.nesting)} ({decision.nesting.why})")
     if decision.packing.value != "either" and "grouped" in map(decision.packing_of, reading.nesting):
-        found.add(f"lora_B is grouped by expert ({'; '.join(decision.packing.evidence)})")
+        found.add(f"lora_B is grouped by expert ({decision.packing.why})")
     return found
 
 
-def convert(file: UnderstoodFile, module: ExpertsKeys, wrappers: Wrappers, tensors: dict[str, Tensor]) -> None:
+def convert(file: UnderstoodFile, module: ExpertsModule, wrappers: Wrappers, tensors: dict[str, Tensor]) -> None:
     """Replaces the tensors of a module, by their names in the file, with what its wrappers hold. Values move only."""
-    parts = fused_parts(file.source, module, file.decision.readings[module.path], file.decision.packing_of)
+    parts = fused_parts(module, file.decision.readings[module.path], file.decision.packing_of)
     loras = {part.name: part.load(tensors) for part in parts}
-    keys = module.slots[0].lora_A, module.slots[0].lora_B
-    for pair in module.slots:
-        del tensors[pair.lora_A], tensors[pair.lora_B]
+    keys = module.slots[0].names
+    for name in (name for slot in module.slots for name in slot.names):
+        del tensors[name]
     for name, lora in loras.items():
         depth, wrapper = wrappers[name]
         for key, tensor in zip(keys, layout.to_flat(lora, orientation=_orientation(wrapper)), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.base_model import BaseModel
+from ..adapters.conclusions import Settle
 from ..adapters.decide import Decision, decide
 from ..adapters.files import is_hub_id, read_json
-from ..adapters.source import CONFIG_NAME, AdapterSource, open_with_model
+from ..adapters.source import CONFIG_NAME, AdapterSource, open_adapter
+from ..adapters.stated import Stated
 from ..errors import AdapterError, AmbiguousAdapterError, LayoutError
-from ..layout import ORIENTATIONS, PACKINGS
-from ..releases import parse_releases
 from .matching import UnderstoodFile, bare, counterparts, facts_of, live_path
 
 __all__ = ["understand", "written_by"]
@@ -26,8 +25,8 @@ logger = logging.getLogger("peft_moe_compat")
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-# What the caller knows of a file: arguments of `decide`.
-_said: ContextVar[Mapping[str, Any] | None] = ContextVar("peft_moe_compat_said", default=None)
+# What the caller knows of a file.
+_said: ContextVar[Stated] = ContextVar("peft_moe_compat_said", default=Stated())  # noqa: B039 (frozen)
 
 
 @contextmanager
@@ -51,15 +50,9 @@ def written_by(
 
     Raises:
         UnsupportedPeftError: `release` names none.
-        LayoutError: `orientation` or `packing` is neither of the two.
+        AdapterError: `orientation` or `packing` is neither of the two.
     """
-    if release is not None:
-        parse_releases(release)
-    for name, value, known in (("orientation", orientation, ORIENTATIONS), ("packing", packing, PACKINGS)):
-        if value not in (None, *known):
-            raise LayoutError(f"{name} is {value!r}; one of {known} was expected.")
-    said = {"written_by": release, "orientation": orientation, "packing": packing, "nesting": nesting}
-    token = _said.set(said)
+    token = _said.set(Stated(None, release, orientation, packing, nesting))
     try:
         yield
     finally:
@@ -82,7 +75,8 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     facts = facts_of(model, config.get("target_parameters") or ())
     if config.get("peft_type", "LORA") != "LORA" or not (config.get("target_parameters") or facts.stacks):
         return None
-    source, _ = open_with_model(folder, facts)
+    stated = replace(_said.get(), model=facts)
+    source = open_adapter(folder, stated)
     if source.form == "stacked":
         raise LayoutError(
             f"{model_id} holds the experts' LoRA as stacks, which PEFT leaves out without a word. Convert it: "
@@ -90,15 +84,15 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
         )
     if source.form != "fused":
         return source if source.form == "per_expert" else None
-    paths = counterparts((module.path for module in source.keys.modules), facts)
+    paths = counterparts((module.path for module in source.modules), facts)
     if not paths:
         _refuse_other_names(model_id, source, facts, model)
         return None
-    modules = tuple(module for module in source.keys.modules if module.path in paths)
-    source = replace(source, keys=replace(source.keys, modules=modules))
+    modules = tuple(module for module in source.modules if module.path in paths)
     # The model's sizes under the file's own paths.
     stacks = {(path, p): size for path, live in paths.items() for (at, p), size in facts.stacks.items() if at == live}
-    decision = decide(source, model=replace(facts, stacks=stacks), **(_said.get() or {}))
+    source = replace(source, modules=modules, base=replace(facts, stacks=stacks))
+    decision = decide(source, stated)
     _require(model_id, decision)
     return UnderstoodFile(source, paths, decision)
 
@@ -108,16 +102,9 @@ def _require(model_id: str, decision: Decision) -> None:
     try:
         decision.require(model_id)
     except AmbiguousAdapterError as error:
-        flags = [c.settle for c in (decision.orientation, decision.packing, decision.nesting) if not c.decided]
-        said = []
-        for flag in dict.fromkeys(flags):
-            if found := re.search(r"--written-by (\S+)", flag):
-                said.append(f'"{found[1]}"')
-            elif found := re.search(r"--nesting (\S+)", flag):
-                said.append(f"nesting={tuple(found[1].split(','))}")
-            elif found := re.search(r"--packing (\w+)", flag):
-                said.append(f'packing="{found[1]}"')
-        call = f"with peft_moe_compat.written_by({', '.join(said)}):"
+        opens = [c for c in (decision.orientation, decision.packing, decision.nesting) if not c.decided]
+        said = dict.fromkeys(next(filter(None, map(_argument, conclusion.settle)), "") for conclusion in opens)
+        call = f"with peft_moe_compat.written_by({', '.join(filter(None, said))}):"
         command = f"peft-moe-compat convert {model_id} OUT --to peft --written-by peft==VERSION"
         raise AmbiguousAdapterError(
             f"{error} In Python that is `{call}` around the call, with what is true of the file; or convert it for "
@@ -125,14 +112,26 @@ def _require(model_id: str, decision: Decision) -> None:
         ) from error
 
 
+def _argument(settle: Settle) -> str | None:
+    """How it is said to `written_by`; None for what that takes no value for."""
+    match settle.argument:
+        case "written_by":
+            return f'"{settle.value}"'
+        case "nesting":
+            return f"nesting={tuple(settle.value.split(','))}"
+        case "packing":
+            return f'packing="{settle.value}"'
+    return None
+
+
 def _refuse_other_names(model_id: str, source: AdapterSource, facts: BaseModel, model: Any) -> None:
     """Raises unless the model has at least one of the file's targets: PEFT may load the rest and say nothing."""
     holders = {live_path(name).rpartition(".")[0] for name, _ in bare(model).named_parameters()}
-    if any(module.path in holders for module in source.keys.modules):
+    if any(module.path in holders for module in source.modules):
         return
     stacks = sorted({path for path, _ in facts.stacks})
     raise AdapterError(
-        f"{model_id} has LoRA on the stack of experts {source.keys.modules[0].path!r}, and this {facts.name} has "
+        f"{model_id} has LoRA on the stack of experts {source.modules[0].path!r}, and this {facts.name} has "
         f"{'others, such as ' + repr(stacks[0]) if stacks else 'none'}. If it is the adapter's base model, another "
         f"transformers release built it. `peft-moe-compat convert {model_id} OUT --model BASE --to per-expert` makes "
         "what a release that keeps experts as separate modules reads (before 5.0), `--to peft` what the others do."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from support.adapter_files import GPT_OSS, NEMOTRON, QWEN, Spec, load, read_config, save, save_fused
 
+from peft_moe_compat.adapters.conclusions import Settle
 from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.inspect import inspect_adapter
 from peft_moe_compat.adapters.stamp import STAMP_KEY, ModuleStamp, Stamp
@@ -25,8 +27,10 @@ def square_down(folder, family=QWEN, orientation="linear", **config):
 def test_a_square_file_without_a_writer_is_refused_and_each_flag_settles_it(tmp_path):
     source, model = square_down(tmp_path)
     found = inspect_adapter(source, model=model, packing="rank_major")
-    assert found.orientation.settle == "--written-by peft==VERSION"
-    assert "--model BASE" in inspect_adapter(source, packing="rank_major").orientation.settle
+    release = Settle("written_by", "peft==VERSION")
+    assert found.orientation.settle == (release,)
+    without_model = inspect_adapter(source, packing="rank_major").orientation
+    assert without_model.settle == (Settle("model", "BASE"), replace(release, when="both"))
     with pytest.raises(AmbiguousAdapterError, match="--written-by peft==VERSION.* And its packing .*--packing"):
         convert_adapter(source, tmp_path / "out", to=TO, model=model)
     for release, value in (("0.18.1", "reversed"), ("0.21.2", "linear")):
@@ -46,7 +50,7 @@ def test_the_version_in_the_file_speaks_for_a_square_one(tmp_path, peft, value):
     if peft.startswith("0.19.0"):
         # load_adapter() of transformers 5.0 to 5.12 turns what this release writes.
         assert found.value is None
-        assert "--orientation" in found.settle
+        assert [settle.argument for settle in found.settle] == ["written_by", "orientation"]
         return
     assert (found.value, found.confidence) == (value, "stated")
 
@@ -65,9 +69,9 @@ def test_naming_the_release_settles_a_square_file_of_unsloth_too(tmp_path):
 
 def test_the_flag_for_gpt_oss_names_transformers_and_what_it_cannot_know(tmp_path):
     source, model = square_down(tmp_path, GPT_OSS, peft_version="0.21.2")
-    settle = inspect_adapter(source, model=model).orientation.settle
-    assert settle.startswith("--written-by peft==0.21.2,transformers==VERSION")
-    assert "--orientation" in settle
+    release, orientation = inspect_adapter(source, model=model).orientation.settle
+    assert release == Settle("written_by", "peft==0.21.2,transformers==VERSION")
+    assert orientation.argument == "orientation"
     for beside, value in (("4.57.6", "reversed"), ("5.23.0", "linear")):
         found = inspect_adapter(source, model=model, written_by=f"peft==0.21.2,transformers=={beside}")
         assert found.orientation.value == value
@@ -78,7 +82,7 @@ def test_a_square_pair_without_a_gate_needs_the_nesting(tmp_path):
     source = save_fused(tmp_path / "in", spec, spec.factors(("up", "down")), peft_version="0.21.2")
     found = inspect_adapter(source, model=spec.model())
     assert found.undecided == ("nesting",)
-    assert found.nesting.settle.startswith("--nesting up_proj,down_proj")
+    assert found.nesting.settle == (Settle("nesting", "up_proj,down_proj"),)
     for nesting in (["up_proj", "down_proj"], ["down_proj", "up_proj"]):
         assert inspect_adapter(source, model=spec.model(), nesting=nesting).nesting.value == ",".join(nesting)
 

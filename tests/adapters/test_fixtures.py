@@ -159,7 +159,7 @@ def test_inspect_says_the_truth_or_nothing(case):
     for name, value in expected.items():
         conclusion = getattr(found, name)
         assert conclusion.value in (value, None), (name, conclusion)
-        assert conclusion.decided or conclusion.settle.startswith("--"), conclusion
+        assert conclusion.decided or conclusion.remedy.startswith("--"), conclusion
     packing = found.packing
     if case in WITHOUT_A_TRACE:
         assert packing.confidence == "stated"
@@ -197,7 +197,7 @@ def test_what_is_left_open_is_open_for_a_reason(case):
         shapes = {tuple(entry["stored_shape"][1:]) for entry in said["parameters"].values()}
         assert square or {shape[::-1] for shape in shapes} == shapes
         by_release = f"--written-by peft=={said['peft']}"
-        assert found.orientation.settle.startswith(by_release)
+        assert found.orientation.remedy.startswith(by_release)
         assert (
             "_tf_patched" in case
             or inspected(
@@ -207,7 +207,7 @@ def test_what_is_left_open_is_open_for_a_reason(case):
         )
     if "nesting" in found.undecided and "orientation" not in found.undecided:
         assert square
-        assert found.nesting.settle.startswith("--nesting ")
+        assert found.nesting.remedy.startswith("--nesting ")
     assert "packing" not in found.undecided
     settled = inspected(case, **flags(found, case))
     assert settled.undecided == ()
@@ -347,5 +347,5 @@ def test_a_conversion_refuses_what_inspect_leaves_open(case, tmp_path):
     with pytest.raises(AmbiguousAdapterError) as caught:
         convert_adapter(ROOT / case, tmp_path / "out", to="peft==0.18.1,transformers==5.5.4", model=model)
     for name in found.undecided:
-        assert getattr(found, name).settle in str(caught.value)
+        assert getattr(found, name).remedy in str(caught.value)
     assert list(tmp_path.iterdir()) == []

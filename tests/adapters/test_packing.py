@@ -7,7 +7,7 @@ import torch
 from support.adapter_files import Spec, flat, save_fused
 
 from peft_moe_compat.adapters.inspect import inspect_adapter
-from peft_moe_compat.adapters.packing import test_packing as packing_of
+from peft_moe_compat.adapters.packing import packing_evidence as packing_of
 from peft_moe_compat.layout import PACKINGS
 
 
@@ -55,7 +55,7 @@ def test_an_unmarked_file_is_read_by_its_data_alone(tmp_path, packing):
     found = inspect_adapter(save_fused(tmp_path / "trained", spec, trained, packing=packing))
     assert (found.packing.value, found.packing.confidence) == (packing, "likely")
     found = inspect_adapter(save_fused(tmp_path / "fresh", spec, factors, packing=packing))
-    assert (found.packing.value, found.packing.settle) == (None, "--packing rank_major, or --packing grouped")
+    assert (found.packing.value, found.packing.remedy) == (None, "--packing rank_major, or --packing grouped")
     zero = {key: (A, B * 0) for key, (A, B) in factors.items()}
     assert inspect_adapter(save_fused(tmp_path / "zero", spec, zero, packing=packing)).packing.value == "either"
 
@@ -67,7 +67,7 @@ def test_data_against_the_stated_packing_is_refused(tmp_path):
     source = save_fused(tmp_path / "in", spec, factors, packing="grouped", peft_version="0.21.2")
     found = inspect_adapter(source)
     assert not found.packing.decided
-    assert "the data speak against it" in found.packing.evidence[-1]
+    assert found.packing.evidence[-1].code == "data_against"
     assert inspect_adapter(source, packing="grouped").packing.value == "grouped"
 
 
@@ -92,4 +92,4 @@ def test_ranks_that_differ_alike_in_all_experts_do_not_fool_it(packing, ratio, E
 def test_with_as_many_ranks_as_experts_only_a_hint_remains(packing):
     found = packing_of([(lora_B(0, packing, 1.0, 8, 8), 8)])
     assert (found.packing, found.hint) == (None, packing)
-    assert "would explain that too" in found.evidence
+    assert found.evidence.code == "data_or_ranks"

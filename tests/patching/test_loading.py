@@ -395,7 +395,7 @@ def test_adapters_without_expert_lora_are_none_of_its_business(tmp_path, monkeyp
     pairs = zip(model.named_parameters(), expected.named_parameters(), strict=True)
     assert all(torch.equal(found, wanted) for (_, found), (_, wanted) in pairs)
     # Nor is a model without experts.
-    monkeypatch.setattr("peft_moe_compat.patching.opening.open_with_model", lambda *given: pytest.fail("was opened"))
+    monkeypatch.setattr("peft_moe_compat.patching.opening.open_adapter", lambda *given: pytest.fail("was opened"))
     dense = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 3)})
     peft.get_peft_model(dense, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "dense")
     PeftModel.from_pretrained(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 3)}), tmp_path / "dense")

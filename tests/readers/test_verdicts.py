@@ -16,8 +16,8 @@ from . import tiny as t
 
 READERS = {"vLLM": vllm_reader.read, "SGLang": sglang_reader.read, "llama.cpp": llama_cpp_reader.read}
 REFUSALS = (AssertionError, KeyError, RuntimeError, ValueError)  # of the readers, and of torch within them
-# File -> of vLLM, SGLang and llama.cpp: what each does, and the verdict says; or "unknown: " and what it does, for files
-# that a conversion would change and that may be read all the same. "unseen": the harness has no base weights, which
+# File -> of vLLM, SGLang and llama.cpp: what each does, and the verdict says; or "unknown: " and what it does, where a
+# conversion would change the file and it may be read all the same. "unseen": the harness has no base weights, which
 # such a file has changed.
 CELLS = {
     "qwen3_moe per expert": ("reads", "reads", "unknown: reads"),

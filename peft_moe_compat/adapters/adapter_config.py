@@ -1,0 +1,145 @@
+"""adapter_config.json, checked and parsed once; `config`, which writes the new one, is the only other reader of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import AdapterFileError
+from .files import show
+from .ranks import Numbers, lora_numbers, lora_rank
+
+__all__ = [
+    "CONFIG_NAME",
+    "UNSLOTH_DETAIL",
+    "UNSLOTH_LAYOUT",
+    "AdapterConfig",
+    "UnslothMarks",
+    "parse_config",
+]
+
+CONFIG_NAME = "adapter_config.json"
+
+# Unsloth's markers, at the config's top or under auto_mapping. Source: unsloth_zoo 2026.10.9,
+# temporary_patches/moe_utils.py.
+UNSLOTH_LAYOUT, UNSLOTH_DETAIL, _UNSLOTH_FINGERPRINT = "lora_B_layout", "unsloth_fused_expert_lora", "unsloth_fixed"
+
+# Fields that PEFT 0.17 dumps with every LoraConfig; it was the last that did not add its own version.
+_PEFT_0_17_FIELDS = {"target_parameters", "trainable_token_indices", "use_qalora", "corda_config", "auto_mapping"}
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+# Field -> (what PEFT writes there, whether a value is that). None is allowed everywhere.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "peft_type": ("'LORA'", lambda value: value == "LORA"),
+    "target_modules": ("names or a pattern", lambda value: isinstance(value, str) or _names(value)),
+    "target_parameters": ("names", _names),
+    "rank_pattern": ("an object", lambda value: isinstance(value, dict)),
+    "alpha_pattern": ("an object", lambda value: isinstance(value, dict)),
+    "auto_mapping": ("an object", lambda value: isinstance(value, dict)),
+    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
+    "use_dora": ("true or false", lambda value: isinstance(value, bool)),
+}
+
+
+@dataclass(frozen=True)
+class UnslothMarks:
+    """What Unsloth left in a config, not judged yet.
+
+    Attributes:
+        layouts: (parameter, or None for all; word) of every marker of lora_B's packing.
+        fixed: Whether it left its older sign, and there is LoRA on parameters.
+        family: model_type that the module named under auto_mapping is of; None where there is none.
+    """
+
+    layouts: tuple[tuple[str | None, Any], ...]
+    fixed: bool
+    family: str | None
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter's config says.
+
+    Attributes:
+        raw: All of it.
+        base_model_name: Folder or Hub id of the base model; None where there is none.
+        target_parameters: As PEFT matches them, by suffix.
+        use_rslora, use_dora: Whether scalings are alpha / sqrt(r); whether there are magnitudes.
+        rank_pattern, alpha_pattern: Whether there are any.
+        init_lora_weights: How the factors began, where that has a name.
+        peft_version: The release that says it saved the adapter.
+        has_peft_0_17_fields: Whether every field is there that PEFT 0.17 dumps.
+        unsloth: Unsloth's marks.
+    """
+
+    raw: Mapping[str, Any]
+    base_model_name: str | None
+    target_parameters: tuple[str, ...]
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: bool
+    alpha_pattern: bool
+    init_lora_weights: str | None
+    peft_version: str | None
+    has_peft_0_17_fields: bool
+    unsloth: UnslothMarks
+
+    def rank(self, key: str) -> int:
+        """Of the LoRA on `key`, a parameter's or linear's full name."""
+        return lora_rank(self.raw, key)
+
+    def numbers(self, key: str, rank: int | None = None) -> Numbers:
+        """Likewise; `rank` where its tensors show it."""
+        return lora_numbers(self.raw, key, rank)
+
+
+def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
+    """The config of a LoRA adapter.
+
+    Raises:
+        AdapterFileError: A field this package reads holds what PEFT never writes there.
+    """
+    for name, (expected, fits) in _FIELDS.items():
+        value = raw.get(name)
+        if value is not None and not fits(value):
+            raise AdapterFileError(
+                f"{CONFIG_NAME} has {name} {show(value)}; {expected} was expected. Is it the config of a LoRA adapter?"
+            )
+    named, start, version = raw.get("base_model_name_or_path"), raw.get("init_lora_weights"), raw.get("peft_version")
+    targets = tuple(raw.get("target_parameters") or ())
+    auto_mapping = raw.get("auto_mapping") or {}
+    library = re.match(r"transformers\.models\.(\w+)\.", str(auto_mapping.get("parent_library")))
+    return AdapterConfig(
+        raw=raw,
+        base_model_name=named if isinstance(named, str) and named else None,
+        target_parameters=targets,
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        rank_pattern=bool(raw.get("rank_pattern")),
+        alpha_pattern=bool(raw.get("alpha_pattern")),
+        init_lora_weights=start if isinstance(start, str) else None,
+        peft_version=None if version is None else str(version),
+        has_peft_0_17_fields=raw.keys() >= _PEFT_0_17_FIELDS,
+        unsloth=UnslothMarks(
+            layouts=(*_layouts(raw), *_layouts(auto_mapping)),
+            fixed=bool(auto_mapping.get(_UNSLOTH_FINGERPRINT) and targets),
+            family=library[1] if library else None,
+        ),
+    )
+
+
+def _layouts(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:
+    """(parameter or None, word) of every marker at one place."""
+    if UNSLOTH_LAYOUT in place:
+        yield None, place[UNSLOTH_LAYOUT]
+    detail = place.get(UNSLOTH_DETAIL)
+    parameters = detail.get("parameters") if isinstance(detail, dict) else None
+    for parameter, entry in (parameters if isinstance(parameters, dict) else {}).items():
+        if isinstance(entry, dict):
+            yield parameter, entry.get(UNSLOTH_LAYOUT)

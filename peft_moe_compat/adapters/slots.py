@@ -1,0 +1,269 @@
+"""Every LoRA of a file as a typed slot: its two tensors, where it belongs, and the numbers its config gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import AdapterFileError
+from .adapter_config import AdapterConfig
+from .base_model import BaseModel
+from .names import (
+    PREFIX,
+    ExpertPlace,
+    Factor,
+    Factors,
+    FusedPlace,
+    Names,
+    Place,
+    StackPlace,
+    peft_name,
+    same_tensor,
+    targeted_matrix,
+    targeted_parameters,
+)
+from .ranks import Numbers
+from .stamp import Stamp
+from .tensors import TensorInfo
+
+__all__ = [
+    "ExpertSlot",
+    "ExpertsModule",
+    "FusedSlot",
+    "LinearSlot",
+    "Slot",
+    "StackSlot",
+    "experts_modules",
+    "linear_slots",
+    "without_matrices",
+]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The two tensors of one LoRA."""
+
+    lora_A: Factor  # noqa: N815
+    lora_B: Factor  # noqa: N815
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.lora_A.name, self.lora_B.name
+
+
+@dataclass(frozen=True)
+class FusedSlot(Slot):
+    """PEFT's flat pair of one parameter: lora_A "(E r) p" and lora_B "q (E r)".
+
+    Attributes:
+        candidates: Parameters it may be on -> the numbers it has there.
+    """
+
+    candidates: Mapping[str, Numbers]
+
+    @property
+    def rows(self) -> int:
+        """E * r."""
+        return self.lora_A.shape[0]
+
+    def num_experts(self, parameter: str) -> int | None:
+        """E on that parameter, None where the rows are no multiple of its rank."""
+        count, rest = divmod(self.rows, self.candidates[parameter].rank)
+        return None if rest else count or None
+
+    def features(self, orientation: str) -> tuple[int, int]:
+        """(in, out) under that orientation."""
+        p, q = self.lora_A.shape[1], self.lora_B.shape[0]
+        return (p, q) if orientation == "linear" else (q, p)
+
+
+@dataclass(frozen=True)
+class ExpertSlot(Slot):
+    """A pair of matrices, "r in" and "out r", on one expert's linear."""
+
+    expert: int
+    linear: str
+    numbers: Numbers
+
+
+@dataclass(frozen=True)
+class StackSlot(Slot):
+    """A pair of stacks, or of matrices that all experts share.
+
+    Attributes:
+        parameter: Parameter or linear, as the file names it.
+        layout: `"stacked"`, "E r in" and "E out r"; `"transposed"`, "E in r" and "E r out"; `"shared"`, "r in" and
+            "out r".
+    """
+
+    parameter: str
+    layout: str
+    numbers: Numbers
+
+
+@dataclass(frozen=True)
+class LinearSlot(Slot):
+    """LoRA of an ordinary linear, or of a 2-D parameter.
+
+    Attributes:
+        path: Of the linear, or of the module that holds the parameter.
+    """
+
+    path: str
+    numbers: Numbers
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """The LoRA of one experts module, in one of three forms.
+
+    Attributes:
+        path: Of the module in the model, without PEFT's `base_model.model.` and `base_layer`.
+        form: `"fused"`, `"per_expert"` or `"stacked"`.
+        slots: Of a fused module, innermost wrapper first.
+        experts: Of a per-expert module.
+        stacks: Of a stacked module.
+    """
+
+    path: str
+    form: str
+    slots: tuple[FusedSlot, ...] = ()
+    experts: tuple[ExpertSlot, ...] = ()
+    stacks: tuple[StackSlot, ...] = ()
+
+    def every_slot(self) -> tuple[Slot, ...]:
+        return (*self.slots, *self.experts, *self.stacks)
+
+
+def without_matrices(names: Names, infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
+    """The same, fused pairs of 2-D parameters, such as a router's weight, or of one lone expert among the others.
+
+    PEFT of every release lays those out like the LoRA of a linear, so there is nothing to convert.
+    """
+    left, routed = set(names.other), dict(names.pairs)
+    for path, places in names.pairs.items():
+        (place, pair), *more = places.items()
+        if more or not isinstance(place, FusedPlace):
+            continue
+        parameters = targeted_parameters(config.target_parameters, path) or ("",)
+        if all(config.rank(f"{path}.{name}") == pair[0].shape[0] for name in parameters):
+            left.update(factor.name for factor in pair)
+            del routed[path]
+    return replace(names, pairs=routed, other=tuple(name for name in infos if name in left))
+
+
+def experts_modules(
+    names: Names, config: AdapterConfig, base: BaseModel | None, stamp: Stamp | None
+) -> tuple[ExpertsModule, ...]:
+    """Every experts module of a file, in its order.
+
+    Args:
+        names: Of the file's tensors.
+        config: The adapter's.
+        base, stamp: Its base model and its stamp, where known: they name parameters that the config does not target.
+
+    Raises:
+        AdapterFileError: The factors of a slot do not fit together, or the config gives them no numbers.
+    """
+    layouts = {"stacked", "transposed"}  # that no stack of the file speaks against
+    for place, pair in ((place, pair) for places in names.pairs.values() for place, pair in places.items()):
+        if isinstance(place, StackPlace) and (fitting := _layouts(place, pair, config)):
+            layouts &= {layout for layout, _ in fitting}
+    found = []
+    for path, places in names.pairs.items():
+        said = stamp.modules.get(path) if stamp else None
+        parameters = said.nesting if said else targeted_parameters(config.target_parameters, path)
+        parameters = parameters or (tuple(base.parameters.values()) if base else ("gate_up_proj", "down_proj"))
+        fused, experts, stacked = [], [], []
+        for place, pair in sorted(places.items(), key=_from_the_inside):
+            if isinstance(place, FusedPlace):
+                fused.append(_fused_slot(path, pair, parameters, config))
+            elif isinstance(place, ExpertPlace):
+                experts.append(_expert_slot(place, pair, config))
+            else:
+                stacked.append(_stack_slot(place, pair, config, layouts))
+        found.append(ExpertsModule(path, next(iter(places)).form, tuple(fused), tuple(experts), tuple(stacked)))
+    return tuple(found)
+
+
+def _from_the_inside(item: tuple[Place, object]) -> int:
+    return -item[0].depth if isinstance(item[0], FusedPlace) else 0
+
+
+def _fused_slot(path: str, pair: Factors, parameters: Iterable[str], config: AdapterConfig) -> FusedSlot:
+    lora_A, lora_B = pair
+    (rows, p), (q, columns) = lora_A.shape, lora_B.shape
+    if rows != columns or 0 in (rows, p, q):
+        raise AdapterFileError(
+            f"{lora_A.name!r} is {rows} x {p} and {lora_B.name!r} {q} x {columns}; '(E r) p' and 'q (r E)' with "
+            "the same E * r were expected. Do the two belong to the same adapter?"
+        )
+    return FusedSlot(lora_A, lora_B, {name: config.numbers(f"{path}.{name}") for name in parameters})
+
+
+def _expert_slot(place: ExpertPlace, pair: Factors, config: AdapterConfig) -> ExpertSlot:
+    A, B = (factor.shape for factor in pair)
+    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+        raise AdapterFileError(
+            f"{place.path!r}, {place.linear}, expert {place.expert}: lora_A is {A} and lora_B {B}; 'r in', 'out r' "
+            "were expected."
+        )
+    numbers = config.numbers(f"{place.path}.{place.expert}.{place.linear}", A[0])
+    return ExpertSlot(*pair, place.expert, place.linear, numbers)
+
+
+def _stack_slot(place: StackPlace, pair: Factors, config: AdapterConfig, layouts: set[str]) -> StackSlot:
+    """A tie between two layouts is broken by the rank in the config, and then by the file's other stacks."""
+    A, B = (factor.shape for factor in pair)
+    fitting = _layouts(place, pair, config)
+    if len(A) == len(B) == 2 and A[0] == B[1]:
+        fitting = [("shared", A[0])]
+    elif len(fitting) > 1:
+        fitting = [(layout, rank) for layout, rank in fitting if layout in layouts]
+    if len(fitting) != 1:
+        raise AdapterFileError(
+            f"{pair[0].name!r} is {A} and {pair[1].name!r} {B}; either 'E r in' with 'E out r' or 'E in r' with 'E r "
+            "out' was expected, with the rank that adapter_config.json gives. Is it the config of this file?"
+        )
+    ((layout, rank),) = fitting
+    return StackSlot(*pair, place.parameter, layout, config.numbers(f"{place.path}.{place.parameter}", rank))
+
+
+def _layouts(place: StackPlace, pair: Factors, config: AdapterConfig) -> list[tuple[str, int]]:
+    """(layout, rank) of each 3-D layout the two shapes allow, by the rank in the config where they allow both."""
+    A, B = (factor.shape for factor in pair)
+    if not (len(A) == len(B) == 3 and A[0] == B[0]):
+        return []
+    both = (("stacked", A[1], B[2]), ("transposed", A[2], B[1]))
+    fitting = [(layout, a) for layout, a, b in both if a == b]
+    if len(fitting) < 2:
+        return fitting
+    return [(layout, rank) for layout, rank in fitting if rank == config.rank(f"{place.path}.{place.parameter}")]
+
+
+def linear_slots(
+    names: Names, infos: Mapping[str, TensorInfo], config: AdapterConfig
+) -> tuple[tuple[LinearSlot, ...], dict[str, str]]:
+    """The LoRA of ordinary linears, and all tensors that are neither theirs nor the experts'.
+
+    Returns:
+        The linears', and of the others PEFT's name -> the file's.
+
+    Raises:
+        AdapterFileError: Two names mean the same tensor, or the config gives a LoRA no numbers.
+    """
+    rest: dict[str, str] = {}
+    for name in names.other:
+        if (other := rest.setdefault(peft_name(name, names.prefix), name)) != name:
+            raise same_tensor(other, name)
+    found = []
+    for name in list(rest):
+        stem = name.removesuffix(".lora_A.weight")
+        lora_B = f"{stem}.lora_B.weight"
+        if stem != name and lora_B in rest and len(shape := infos[rest[name]].shape) == 2 and shape[0]:
+            path = stem.removeprefix(PREFIX)
+            target = targeted_matrix(config.target_parameters, path)
+            key = path if target is None else f"{path}.{target.rpartition('.')[2]}"
+            A, B = (Factor(n, tuple(infos[n].shape), infos[n].dtype) for n in (rest.pop(name), rest.pop(lora_B)))
+            found.append(LinearSlot(A, B, path, config.numbers(key, shape[0])))
+    return tuple(found), rest
