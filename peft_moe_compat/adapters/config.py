@@ -72,7 +72,7 @@ def evened_config(config: Mapping[str, Any], rank: int, alpha: float) -> dict[st
 
 def without_the_rest(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a file that holds LoRA of linears and nothing else."""
-    return {**config, **{name: value for name, value in _THE_REST.items() if name in config}}
+    return {**config, **{name: value for name, value in _THE_REST.items() if config.get(name)}}
 
 
 def number(value: float) -> int | float:

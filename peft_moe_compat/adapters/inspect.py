@@ -45,8 +45,8 @@ def inspect_adapter(
     source = open_adapter(adapter, stated)
     base, decision = source.base, decide(source, stated)
     infos = source.tensors.infos
-    expert_names = [name for module in source.modules for slot in module.every_slot() for name in slot.names]
-    others = [name for name in infos if name not in set(expert_names)]
+    expert_names = {name for module in source.modules for slot in module.every_slot() for name in slot.names}
+    others = infos.keys() - expert_names
     beside = installed_versions("transformers")["transformers"]
     notes = list(source.tensors.notes)
     if model is None and base is not None:

@@ -150,7 +150,8 @@ def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, floa
         scaling = Counter(output.scaling for output in lead).most_common(1)[0][0]
         alpha = scaling * rank
     else:
-        alpha = Counter(output.scaling * output.rank for output in lead).most_common(1)[0][0]
+        # llama.cpp takes an alpha of 0 for a scaling of 1.
+        alpha = Counter(output.scaling * output.rank for output in lead).most_common(1)[0][0] or 1.0
     found, folds, pads = [], 0, 0
     for output in outputs:
         new_rank = rank if how == "uniform" else output.rank

@@ -101,7 +101,8 @@ def others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
         return linears, [copied(name, new_name) for new_name, name in rest.items()], []
     if source.config.use_dora:
         raise NotTakenError(
-            "dora", f"{target} does not read DoRA, and without its magnitudes the adapter would be another one."
+            "dora",
+            f"{target.reader.title} does not read DoRA, and without its magnitudes the adapter would be another one.",
         )
     shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
     return linears, [], [Step("dropped", (len(rest), shown))]

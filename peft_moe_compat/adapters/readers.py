@@ -92,6 +92,7 @@ READERS = {
         heeds=("bias", "lora_bias", "modules_to_save"),
         lacking={
             "from_fused": "fails",
+            "from_fused:moved": "wrong",  # it looks at the modules it has, and finds nothing for them
             "from_per_expert": "fails",
             "from_stacked": "fails",
             "packing": "wrong",

@@ -228,7 +228,7 @@ class Refit:
             fan_in, fan_out = (intermediate, hidden) if absent == "down" else (hidden, rows)
             zeros = zeros_like(part, absent, fan_in, fan_out)
             parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
-        return [Step("filled", (" and ".join(missing), self.target))]
+        return [Step("filled", (" and ".join(missing), self.target.reader.title))]
 
     def _sharing(self, gate: Part, up: Part) -> dict[str, Part]:
         """gate and up with one lora_A, that of both joined unless theirs is the same."""

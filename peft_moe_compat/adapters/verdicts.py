@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from math import isclose
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, AmbiguousAdapterError
 from ..releases import NEWEST_TESTED, RULES
 from .conclusions import ReaderVerdict
 from .decide import Decision
@@ -33,7 +33,7 @@ _WORDS = {
     "reads": "as it is written for it",
     "fails": "it needs {}; convert it with {}",
     "wrong": "it needs {}, and says nothing where that lacks; convert it with {}",
-    "unknown": "it may do without {}; to be sure, convert it with {}",
+    "unknown": "it may read it as it is, but a conversion brings {}; to be sure, convert it with {}",
 }
 
 
@@ -95,7 +95,8 @@ def _steps(source: AdapterSource, decision: Decision, target: Target) -> list[St
     how = refit(source, decision, target)
     others(how)
     if how.form == source.form == "fused":
-        decision.require("the file")
+        if not decision.readings or decision.packing.value is None:
+            raise AmbiguousAdapterError("The file itself is not settled.")
     elif "fused" in (how.form, source.form):
         return [lead, *(_upstream(source) if target.peft and source.form == "per_expert" else ())]
     plan = plan_conversion(how, fill_missing=True)
@@ -109,9 +110,13 @@ def _steps(source: AdapterSource, decision: Decision, target: Target) -> list[St
 
 def _form(source: AdapterSource) -> Step:
     """That the experts' LoRA is in the form it has, with what matters of it to some readers."""
-    if source.form == "stacked" and all(GGUF_PATH.fullmatch(module.path) for module in source.modules):
+    base, paths = source.base, [module.path for module in source.modules]
+    if source.form == "fused":
+        moved = base is not None and any(base.per_expert_path(path) != path for path in paths)
+        return Step("from_fused", ("moved",) if moved else ())
+    if source.form == "stacked" and all(map(GGUF_PATH.fullmatch, paths)):
         return Step("from_stacked", ("gguf",))
-    stacks = {linear_role(name) for module in source.modules for name in (slot.parameter for slot in module.stacks)}
+    stacks = {linear_role(slot.parameter) for module in source.modules for slot in module.stacks}
     return Step(f"from_{source.form}", ("gate_up",) if "gate_up" in stacks else ())
 
 
@@ -165,7 +170,7 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     keys = [lora.key for lora in loras]
     if reader.targets is not None:
         yield from _targets(how, given, keys, reader.targets)
-    elif target.peft and not all(_reached(given, key) for key in keys):
+    elif target.peft and any(_reached(planned, key) and not _reached(given, key) for key in keys):
         yield Step("targets")
     if heeded := [name for name in reader.heeds if (given.get(name) or None) != (planned.get(name) or None)]:
         yield Step("heeded", (", ".join(heeded),))

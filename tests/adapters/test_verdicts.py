@@ -42,6 +42,13 @@ def stacked(spec, roles=None, **how):
     return lambda folder: save_stacked(folder, spec, spec.factors(roles or spec.fused_roles()), **how), spec
 
 
+def with_a_router(spec):
+    gate = "model.layers.0.mlp.gate"
+    extra = {f"{PREFIX}{gate}.lora_A.weight": torch.ones(2, 8), f"{PREFIX}{gate}.lora_B.weight": torch.ones(4, 2)}
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    return fused(spec, extra=extra, target_parameters=targets)
+
+
 def sharded(spec):
     def write(folder):
         save_per_expert(folder, spec, spec.factors(spec.linear_roles()))
@@ -81,6 +88,8 @@ CASES = {
     "fused, down alone": fused(Spec(GPT_OSS), ("down",)),
     "fused, a saved head": fused(Spec(GPT_OSS), extra=HEAD, modules_to_save=["lm_head"]),
     "fused, no targets": fused(Spec(), target_parameters=None),
+    "fused, a router": with_a_router(Spec()),
+    "fused, no bias said": fused(Spec(GPT_OSS), bias=None),
     "fused, attention": fused(Spec(GPT_OSS, attention=True)),
     "per expert, rsLoRA": apart(Spec(rslora=True)),
     "per expert, ranks": apart(Spec(ranks={"down": 3})),

@@ -140,12 +140,23 @@ FILES = {
         config={"use_rslora": True},
         scaling=dict.fromkeys(t.ROLES, t.ALPHA / math.sqrt(t.RANK)),
     ),
+    "qwen3_moe, llama.cpp's names, an alpha of zero": Ordinary(
+        t.qwen3_moe,
+        lambda factors: t.stacked(factors, "blk.0.ffn_{}_exps"),
+        config={"lora_alpha": 0},
+        scaling=dict.fromkeys(t.ROLES, 0.0),
+    ),
     "deepseek_v3 per expert": Ordinary(t.deepseek_v3, apart(MLP)),
     "granitemoe per expert": Ordinary(t.granitemoe, apart(SPARSE)),
     "mixtral per expert": Ordinary(t.mixtral, apart(SPARSE, t.W123), config=W),
     "mixtral per expert, under mlp": Ordinary(t.mixtral, apart(MLP, t.W123), config=W),
     "mixtral per expert, under mlp, gate_proj": Ordinary(t.mixtral, apart(MLP)),
     "mixtral per expert, gate_proj": Ordinary(t.mixtral, apart(SPARSE)),
+    "mixtral fused": Ordinary(t.mixtral, lambda factors: t.flat(factors, MLP), FUSED, FLAT, flags=RANK_MAJOR),
+    "phimoe fused": Ordinary(t.phimoe, lambda factors: t.flat(factors, MLP), FUSED, FLAT, flags=RANK_MAJOR),
+    "phimoe per expert": Ordinary(t.phimoe, apart(SPARSE, t.W123), config=W),
+    "phimoe per expert, under mlp": Ordinary(t.phimoe, apart(MLP, t.W123), config=W),
+    "phimoe per expert, gate_proj": Ordinary(t.phimoe, apart(SPARSE)),
     "nemotron_h per expert": Ordinary(
         t.nemotron_h, apart(MIXER), UNGATED, {"target_modules": ["up_proj", "down_proj"]}
     ),

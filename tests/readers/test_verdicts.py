@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_moe_compat import inspect_adapter
+from peft_moe_compat import convert_adapter, inspect_adapter
 
 from . import llama_cpp_reader, ordinary, sglang_reader, vllm_reader
 from . import tiny as t
@@ -17,8 +17,8 @@ from . import tiny as t
 READERS = {"vLLM": vllm_reader.read, "SGLang": sglang_reader.read, "llama.cpp": llama_cpp_reader.read}
 REFUSALS = (AssertionError, KeyError, RuntimeError, ValueError)  # of the readers, and of torch within them
 # File -> of vLLM, SGLang and llama.cpp: what each does, and the verdict says; or "unknown: " and what it does, where a
-# conversion would change the file and it may be read all the same. "unseen": the harness has no base weights, which
-# such a file has changed.
+# conversion would change the file and it may be read all the same. "unseen" is what the harness cannot show: it has no
+# base weights, which "pissa" changes, and nothing applied is the same as an alpha of zero.
 CELLS = {
     "qwen3_moe per expert": ("reads", "reads", "unknown: reads"),
     "qwen3_moe per expert, rsLoRA": ("reads", "wrong", "wrong"),
@@ -40,12 +40,18 @@ CELLS = {
     "qwen3_moe, llama.cpp's names": ("fails", "wrong", "reads"),
     "qwen3_moe, llama.cpp's names, down alone": ("fails", "wrong", "reads"),
     "qwen3_moe, llama.cpp's names, rsLoRA": ("fails", "wrong", "wrong"),
+    "qwen3_moe, llama.cpp's names, an alpha of zero": ("fails", "wrong: unseen", "wrong"),
     "deepseek_v3 per expert": ("reads", "reads", "unknown: reads"),
     "granitemoe per expert": ("reads", "reads", "unknown: fails"),
     "mixtral per expert": ("reads", "fails", "unknown: reads"),
     "mixtral per expert, under mlp": ("wrong", "fails", "unknown: fails"),
     "mixtral per expert, under mlp, gate_proj": ("wrong", "unknown: reads", "unknown: fails"),
     "mixtral per expert, gate_proj": ("unknown: reads", "reads", "unknown: fails"),
+    "mixtral fused": ("wrong", "fails", "fails"),
+    "phimoe fused": ("wrong", "fails", "fails"),
+    "phimoe per expert": ("reads", "fails", "unknown: reads"),
+    "phimoe per expert, under mlp": ("wrong", "fails", "unknown: fails"),
+    "phimoe per expert, gate_proj": ("fails", "reads", "unknown: fails"),
     "nemotron_h per expert": ("reads", "fails", "unknown: reads"),
     "nemotron_h per expert, gate_proj": ("fails", "reads", "unknown: fails"),
     "llama4 per expert": ("reads", "fails", "fails"),
@@ -68,7 +74,7 @@ def does(read: Callable[..., t.Updates], folder: Path, base: dict[str, Any], wan
         found = read(folder, base)
     except REFUSALS:
         return "fails"
-    nothing = torch.zeros(())
+    nothing = torch.zeros((), dtype=torch.float64)
     right = wanted.keys() <= found.keys() and all(
         torch.allclose(update.double(), wanted.get(key, nothing), rtol=1e-4, atol=1e-5) for key, update in found.items()
     )
@@ -84,6 +90,27 @@ def test_a_verdict_is_what_the_reader_does(tmp_path: Path, name: str, reader: st
     said, _, done = CELLS[name][list(READERS).index(reader)].partition(": ")
     assert found.verdict == said
     assert does(READERS[reader], folder, base, file.updates()) == (done or said).replace("unseen", "reads")
+
+
+CONVERTED = [
+    ("gpt_oss per expert", "sglang"),
+    ("qwen3_moe per expert, down alone", "sglang"),
+    ("nemotron_h per expert, gate_proj", "sglang"),
+    ("qwen3_moe, llama.cpp's names, rsLoRA", "llama.cpp"),
+    ("qwen3_moe, llama.cpp's names, an alpha of zero", "llama.cpp"),
+    ("qwen3_moe per expert, a saved head in the config alone", "vllm"),
+    ("mixtral per expert, under mlp", "vllm"),
+    ("phimoe per expert, gate_proj", "vllm"),
+]
+
+
+@pytest.mark.parametrize(("name", "to"), CONVERTED)
+def test_what_is_wrong_as_it_is_is_right_once_converted(tmp_path: Path, name: str, to: str) -> None:
+    file = ordinary.FILES[name]
+    base, folder = file.base(), file.write(tmp_path / "in")
+    done = convert_adapter(folder, tmp_path / "out", to=to, model=base, **file.flags)
+    read = next(read for shown, read in READERS.items() if shown.lower() == to)
+    assert does(read, done.out, base, file.updates()) == "reads"
 
 
 def test_every_file_has_its_cells() -> None:
