@@ -12,15 +12,18 @@ from .files import show
 from .ranks import Numbers, lora_numbers, lora_rank
 
 __all__ = [
+    "AUTOMODEL_NAME",
     "CONFIG_NAME",
     "UNSLOTH_DETAIL",
     "UNSLOTH_LAYOUT",
     "AdapterConfig",
+    "AutomodelMarks",
     "UnslothMarks",
+    "automodel_marks",
     "parse_config",
 ]
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME, AUTOMODEL_NAME = "adapter_config.json", "automodel_peft_config.json"
 
 # Unsloth's markers, at the config's top or under auto_mapping. Source: unsloth_zoo 2026.10.9,
 # temporary_patches/moe_utils.py.
@@ -60,6 +63,19 @@ class UnslothMarks:
     layouts: tuple[tuple[str | None, Any], ...]
     fixed: bool
     family: str | None
+
+
+@dataclass(frozen=True)
+class AutomodelMarks:
+    """What NeMo Automodel's own file beside the adapter says.
+
+    Attributes:
+        layout: A key of `releases.AUTOMODEL_LAYOUTS`, not checked yet; None where the file has none.
+        scaled_ranks: Whether the experts have a rank of their own, which adapter_config.json does not say.
+    """
+
+    layout: Any
+    scaled_ranks: bool
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,11 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
             family=library[1] if library else None,
         ),
     )
+
+
+def automodel_marks(content: Mapping[str, Any]) -> AutomodelMarks:
+    """Of the file `AUTOMODEL_NAME`. Source: nemo_automodel 0.7, components/_peft/lora.py."""
+    return AutomodelMarks(content.get("paramwrapper_layout"), bool(content.get("moe_rank_scaling")))
 
 
 def _layouts(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:

@@ -29,8 +29,8 @@ SENTENCES = {
     "peft_version": "peft_version is {version!r} in adapter_config.json",
     "peft_0_17_fields": "adapter_config.json has the fields of PEFT 0.17, and no peft_version, as then",
     "no_version": "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes",
-    "automodel_layout": "{key} is {layout!r} in {file}",
-    "automodel_no_layout": "{file} without {key}",
+    "automodel_layout": "paramwrapper_layout is {layout!r} in automodel_peft_config.json",
+    "automodel_no_layout": "automodel_peft_config.json without paramwrapper_layout",
     "not_its_own": (
         "its {orientation} orientation is not what {name} writes on its own: saved again by another release, or made "
         "in a process that transformers 5.0 to 5.12 had patched"

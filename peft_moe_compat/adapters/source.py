@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
-from .adapter_config import CONFIG_NAME, AdapterConfig, parse_config
+from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, AutomodelMarks, automodel_marks, parse_config
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, read_json
 from .names import FusedPlace, Names, sort_names
@@ -22,9 +21,6 @@ from .tensors import AdapterTensors, open_tensors
 
 __all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter"]
 
-_SIDE_FILES = ("automodel_peft_config.json",)
-_AUTOMODEL_RANK_SCALING = "moe_rank_scaling"  # Source: nemo_automodel 0.7, components/_peft/lora.py
-
 
 @dataclass(frozen=True)
 class AdapterSource:
@@ -33,7 +29,7 @@ class AdapterSource:
     Attributes:
         folder: Where it lies.
         config: adapter_config.json.
-        side_files: Names of other writers' files beside it, which say who wrote it.
+        automodel: What NeMo Automodel's file beside it says; None where there is none.
         tensors: The tensors, by name.
         base: The base model, where the caller or the config leads to it.
         stamp: This library's own, if the file has one.
@@ -45,7 +41,7 @@ class AdapterSource:
 
     folder: Path
     config: AdapterConfig
-    side_files: Mapping[str, Mapping[str, Any]]
+    automodel: AutomodelMarks | None
     tensors: AdapterTensors
     base: BaseModel | None
     stamp: Stamp | None
@@ -75,18 +71,18 @@ def open_adapter(adapter: str | Path, stated: Stated) -> AdapterSource:
     folder = find_adapter(adapter)
     raw = read_json(folder / CONFIG_NAME)
     config = parse_config(raw)
-    side = {name: read_json(folder / name) for name in _SIDE_FILES if (folder / name).is_file()}
+    beside = folder / AUTOMODEL_NAME
+    automodel = automodel_marks(read_json(beside)) if beside.is_file() else None
     tensors = open_tensors(folder)
     names = without_matrices(sort_names(tensors.infos, config.target_parameters), tensors.infos, config)
     _check_experts(folder, names)
     base = base_model_of(config.base_model_name, stated.model)
-    scaled = any(content.get(_AUTOMODEL_RANK_SCALING) for content in side.values())
-    if scaled and (ranks := _automodel_ranks(folder, names, base)):
+    if automodel and automodel.scaled_ranks and (ranks := _automodel_ranks(folder, names, base)):
         config = parse_config({**raw, "rank_pattern": ranks | (raw.get("rank_pattern") or {})})
     stamp = read_stamp(tensors.metadata)
     modules = experts_modules(names, config, base, stamp)
     linears, rest = linear_slots(names, tensors.infos, config)
-    return AdapterSource(folder, config, side, tensors, base, stamp, names.prefix, modules, linears, rest)
+    return AdapterSource(folder, config, automodel, tensors, base, stamp, names.prefix, modules, linears, rest)
 
 
 def _check_experts(folder: Path, names: Names) -> None:
@@ -109,9 +105,8 @@ def _automodel_ranks(folder: Path, names: Names, base: BaseModel | None) -> dict
             continue
         if base is None or base.num_experts is None:
             raise AdapterError(
-                f"{folder} was trained with NeMo Automodel's {_AUTOMODEL_RANK_SCALING}: its experts have a rank of "
-                "their own, which adapter_config.json does not say. Pass --model (model=...): its number of experts "
-                "tells."
+                f"{folder} was trained with NeMo Automodel's moe_rank_scaling: its experts have a rank of their own, "
+                "which adapter_config.json does not say. Pass --model (model=...): its number of experts tells."
             )
         found[rf"{path}\.[^.]+"] = lora_A.shape[0] // base.num_experts
     return found

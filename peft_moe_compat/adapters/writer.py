@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
 from ..releases import AUTOMODEL_LAYOUTS, RULES, release_for
-from .adapter_config import UNSLOTH_LAYOUT, AdapterConfig, UnslothMarks
+from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig, AutomodelMarks, UnslothMarks
 from .base_model import BaseModel
 from .conclusions import Conclusion, Reason, Settle
 from .files import show
@@ -37,9 +36,6 @@ _UNSLOTH_GROUPED = {
     "qwen3_next",
     "qwen3_vl_moe",
 }
-
-# NeMo Automodel's own file beside the adapter, and its entry for the layout, see `releases.AUTOMODEL_LAYOUTS`.
-AUTOMODEL_FILE, _AUTOMODEL_KEY = "automodel_peft_config.json", "paramwrapper_layout"
 
 _UNSAID = Reason("packing_unsaid")
 
@@ -80,8 +76,8 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
         conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (reason,))
         return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
     by_caller = stated.written_by is not None
-    if not by_caller and AUTOMODEL_FILE in source.side_files:
-        return _automodel(source.side_files[AUTOMODEL_FILE])
+    if not by_caller and source.automodel is not None:
+        return _automodel(source.automodel)
     unsloth = _unsloth(source.config.unsloth, source.base)
     peft, transformers, conclusion = _release(source.config, stated)
     if unsloth is not None:
@@ -154,20 +150,18 @@ def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> _Unsloth | None:
     return _Unsloth({None: "rank_major"}, reason, marked=False)
 
 
-def _automodel(content: Mapping[str, Any]) -> Writer:
-    layout = content.get(_AUTOMODEL_KEY)
+def _automodel(marks: AutomodelMarks) -> Writer:
+    layout = marks.layout
     if not isinstance(layout, str | None) or layout not in AUTOMODEL_LAYOUTS:
         known = ", ".join(str(name) for name in AUTOMODEL_LAYOUTS if name)
         raise AdapterFileError(
-            f"{AUTOMODEL_FILE} has {_AUTOMODEL_KEY} {show(layout)}; one of {known} was expected. Is the file damaged, "
-            "or its writer newer than this package?"
+            f"{AUTOMODEL_NAME} has paramwrapper_layout {show(layout)}; one of {known} was expected. Is the file "
+            "damaged, or its writer newer than this package?"
         )
     if layout is None:
-        name = "NeMo Automodel 0.4 to 0.6"
-        reason = Reason("automodel_no_layout", {"file": AUTOMODEL_FILE, "key": _AUTOMODEL_KEY})
+        name, reason = "NeMo Automodel 0.4 to 0.6", Reason("automodel_no_layout")
     else:
-        name = "NeMo Automodel >= 0.7"
-        reason = Reason("automodel_layout", {"key": _AUTOMODEL_KEY, "layout": layout, "file": AUTOMODEL_FILE})
+        name, reason = "NeMo Automodel >= 0.7", Reason("automodel_layout", {"layout": layout})
     peft = AUTOMODEL_LAYOUTS[layout]
     packs = Reason("automodel_packs", {"name": name, "peft": peft})
     return Writer(Conclusion(name, "stated", (reason,)), peft, None, {None: "rank_major"}, packs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import fields
 from pathlib import Path
 from string import Formatter
 
@@ -10,29 +11,35 @@ import pytest
 
 import peft_moe_compat.adapters
 from peft_moe_compat.adapters.conclusions import SENTENCES, Conclusion, Reason, Settle
+from peft_moe_compat.adapters.stated import Stated
 
 ROOM = Path(peft_moe_compat.adapters.__file__).parent
 
 
-def reasons():
-    """(code, names of its details) of every `Reason(...)` in adapters; None where they are no dict display."""
+def calls(name: str):
+    """Arguments of every call of that name in adapters: the value of a constant, else the syntax."""
     for file in sorted(ROOM.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Reason":
-                code, *detail = (ast.literal_eval(a) if isinstance(a, ast.Constant) else a for a in node.args)
-                keys = detail[0].keys if detail and isinstance(detail[0], ast.Dict) else None if detail else []
-                yield code, None if keys is None else {key.value for key in keys}
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+                yield [argument.value if isinstance(argument, ast.Constant) else argument for argument in node.args]
 
 
 def test_every_reason_has_its_sentence_and_every_sentence_its_reason():
-    found = list(reasons())
-    assert {code for code, _ in found} == set(SENTENCES)
+    found = list(calls("Reason"))
+    assert {code for code, *_ in found} == set(SENTENCES)
     checked = 0
-    for code, given in found:
-        if given is not None:
+    for code, *detail in found:
+        if not detail or isinstance(detail[0], ast.Dict):
+            given = {key.value for key in detail[0].keys} if detail else set()
             assert given == {name for _, name, _, _ in Formatter().parse(SENTENCES[code]) if name}, code
             checked += 1
     assert checked > 30
+
+
+def test_what_settles_a_question_is_something_the_caller_can_say():
+    arguments = {argument for argument, *_ in calls("Settle")}
+    assert arguments == {"model", "written_by", "orientation", "packing", "nesting"}
+    assert arguments == {field.name for field in fields(Stated)}
 
 
 def test_a_reason_about_a_reason_is_one_sentence():

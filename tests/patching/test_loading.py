@@ -149,7 +149,7 @@ def test_a_square_file_of_nobody_is_refused_and_the_model_left_alone(tmp_path):
         PeftModel.from_pretrained(base, tmp_path)
     text = str(caught.value)
     assert "orientation is not settled" in text
-    assert 'with peft_moe_compat.written_by("peft==VERSION"' in text
+    assert 'with peft_moe_compat.written_by("peft==VERSION", packing="rank_major"):' in text
     assert f"peft-moe-compat convert {tmp_path} OUT --to peft --written-by peft==" in text
     assert not zoo.wrappers(base)
     (orientation,) = orientations(other, transformers.__version__, FAMILY)
