@@ -73,6 +73,7 @@ READERS = {
         everything=True,
         lacking={
             "from_stacked": "fails",
+            "from_stacked:targeted": "wrong",  # it wraps what else the targets name, and leaves the stacks out
             "packing": "wrong",
             "rank": "fails",
             "shards": "fails",

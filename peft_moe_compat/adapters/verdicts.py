@@ -116,8 +116,9 @@ def _form(source: AdapterSource) -> Step:
         return Step("from_fused", ("moved",) if moved else ())
     if source.form == "stacked" and all(map(GGUF_PATH.fullmatch, paths)):
         return Step("from_stacked", ("gguf",))
-    stacks = {linear_role(slot.parameter) for module in source.modules for slot in module.stacks}
-    return Step(f"from_{source.form}", ("gate_up",) if "gate_up" in stacks else ())
+    roles = {linear_role(slot.parameter) for module in source.modules for slot in module.stacks}
+    found = {"gate_up": "gate_up" in roles, "targeted": bool(source.config.raw.get("target_modules"))}
+    return Step(f"from_{source.form}", tuple(detail for detail, there in found.items() if there))
 
 
 def _upstream(source: AdapterSource) -> Iterator[Step]:
