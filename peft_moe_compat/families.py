@@ -87,10 +87,6 @@ class Family:
             the same.
         unsloth_grouped: Whether Unsloth ran its experts with a forward of its own before it left markers, whose lora_B
             is grouped by expert; all others ran PEFT's. Source: unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
-        vllm_fused: Whether vLLM serves it from fused 3-D experts, and takes adapters as PEFT >= 0.19.1 writes them;
-            those of all others per expert. Source: vLLM 0.33, lora/ and the model classes; tests/readers runs it.
-        sglang_refuses: Whether its model class in SGLang refuses LoRA on experts. Source: SGLang 0.5.23, srt/lora/ and
-            the model classes; tests/readers runs it.
         undeclared: Class of transformers without `is_transposed` -> whether its weights are `(E, in, out)`. Where a
             later release decorates the class, its own attribute comes first, so the class stands here with the
             orientation it had before. Source: the shapes in the classes' `__init__` and the products in their forward.
@@ -109,8 +105,6 @@ class Family:
     linears: Mapping[str, str] = field(default_factory=lambda: _PROJ)
     block_sparse_moe: bool = False
     unsloth_grouped: bool = False
-    vllm_fused: bool = False
-    sglang_refuses: bool = False
     undeclared: Mapping[str, bool] = field(default_factory=dict)
     flat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -139,18 +133,17 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": Family(unsloth_grouped=True),
     "glm4_moe_lite": Family(unsloth_grouped=True),
     "gpt_oss": Family(StoredTransposed(declared=Version("5.0.0")), fused_in_4=True, interleaved=True,
-                      unsloth_grouped=True, vllm_fused=True, undeclared={"GptOssExperts": True},
+                      unsloth_grouped=True, undeclared={"GptOssExperts": True},
                       packed={"Mxfp4GptOssExperts": _EXPERTS}, clamped=("GptOssExperts",)),
     "granitemoe": Family(renamed=_GRANITE, fused_in_4=True, undeclared={"GraniteMoeParallelExperts": False}),
     "granitemoehybrid": Family(renamed=_GRANITE, fused_in_4=True,
                                undeclared={"GraniteMoeHybridParallelExperts": False}),
     "granitemoeshared": Family(renamed=_GRANITE, fused_in_4=True,
                                undeclared={"GraniteMoeSharedParallelExperts": False}),
-    "interns1_pro": Family(vllm_fused=True),
     "jetmoe": Family(fused_in_4=True, undeclared={"JetMoeParallelExperts": False}),
     "kimi_linear": Family(linears=_W123, block_sparse_moe=True),
     "lfm2_moe": Family(linears=_W123, unsloth_grouped=True),
-    "llama4": Family(StoredTransposed(), fused_in_4=True, sglang_refuses=True, undeclared={"Llama4TextExperts": True}),
+    "llama4": Family(StoredTransposed(), fused_in_4=True, undeclared={"Llama4TextExperts": True}),
     "longcat_flash": Family(undeclared={"LongcatFlashExperts": False}),
     "minimax": Family(linears=_W123, block_sparse_moe=True),
     "minimax_m2": Family(linears=_W123, block_sparse_moe=True),
@@ -161,13 +154,11 @@ FAMILIES: dict[str, Family] = {
     "openai_privacy_filter": Family(StoredTransposed(declared=Version("5.0.0")),
                                     clamped=("OpenAIPrivacyFilterExperts",)),
     "phimoe": Family(linears=_W123, block_sparse_moe=True),
-    "qwen3_5_moe": Family(unsloth_grouped=True, vllm_fused=True),
+    "qwen3_5_moe": Family(unsloth_grouped=True),
     "qwen3_moe": Family(unsloth_grouped=True),
     "qwen3_next": Family(unsloth_grouped=True),
-    "qwen3_omni_moe": Family(vllm_fused=True),
-    "qwen3_omni_moe_thinker": Family(vllm_fused=True),
     "qwen3_vl_moe": Family(StoredTransposed(until=Version("5.0.0")), fused_in_4=True, unsloth_grouped=True,
-                           vllm_fused=True, undeclared={"Qwen3VLMoeTextExperts": True}),
+                           undeclared={"Qwen3VLMoeTextExperts": True}),
     "step3p7": Family(undeclared={"Step3p7Experts": False}),
 }
 # fmt: on

@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from support import zoo
+from support.adapter_files import Spec, save_stacked
 
-from peft_moe_compat import convert_adapter
+from peft_moe_compat import convert_adapter, inspect_adapter
 from peft_moe_compat.layout import ExpertLora, to_flat
 
 E, H, I, R, ALPHA = 6, 32, 24, 2, 3
@@ -79,3 +80,18 @@ def test_stock_peft_merges_what_was_converted_for_it(tmp_path, stock, family, or
     assert found.keys() == updates.keys()
     for key, update in updates.items():
         torch.testing.assert_close(found[key], update, rtol=1e-4, atol=1e-5)
+
+
+def test_stock_peft_leaves_stacks_out_without_a_word(tmp_path, stock):
+    model = zoo.tiny_model("qwen3_moe")
+    config = model.config
+    spec = Spec(E=config.num_experts, H=config.hidden_size, I=config.moe_intermediate_size, attention=True)
+    targets = {"target_modules": ["q_proj", "gate_up_proj", "down_proj"]}
+    folder = save_stacked(tmp_path, spec, spec.factors(("gate_up", "down")), **targets)
+    found = inspect_adapter(folder, model=config.to_dict()).readers
+    assert {verdict.verdict for reader, verdict in found.items() if reader.startswith("PEFT")} == {"wrong"}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = stock(lambda: PeftModel.from_pretrained(model, str(folder)).merge_and_unload()).state_dict()
+    changed = [name for name in before if not torch.equal(merged[name], before[name])]
+    assert changed
+    assert all("q_proj" in name for name in changed)

@@ -35,18 +35,18 @@ def target_config(
     Args:
         source: The config the adapter came with.
         target: The reader.
-        form: Of the experts' LoRA, see `Target.form`.
+        form: Of the experts' LoRA, see `Reader.form`.
         loras: The experts' LoRA.
         others: Paths of all other modules with LoRA.
         was: The form they came in, see `AdapterSource.form`.
-        keep_targets: Whether the experts' parameters are called as they were.
+        keep_targets: Whether the config's own targets are right.
     """
     config = _without_marks(dict(source.raw))
-    if target.name == "peft":
+    if target.peft is not None:
         config.pop("peft_version", None)
-        if target.peft is not None and stamps_its_version(target.peft):
+        if stamps_its_version(target.peft):
             config["peft_version"] = target.peft
-    if not (keep_targets and form == "fused"):
+    if not keep_targets:
         if was == "fused" and form != "fused":
             narrowing = [name for name in _NARROWING if config.get(name) not in (None, [], "")]
             if narrowing:
@@ -72,7 +72,7 @@ def evened_config(config: Mapping[str, Any], rank: int, alpha: float) -> dict[st
 
 def without_the_rest(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a file that holds LoRA of linears and nothing else."""
-    return {**config, **{name: value for name, value in _THE_REST.items() if name in config}}
+    return {**config, **{name: value for name, value in _THE_REST.items() if config.get(name)}}
 
 
 def number(value: float) -> int | float:

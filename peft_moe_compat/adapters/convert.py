@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,15 @@ from torch import Tensor
 
 from ..errors import AdapterError, LossyConversionError
 from .base_model import BaseModel
-from .config import evened_config, target_config, without_the_rest
 from .decide import Decision, decide
 from .files import atomic_folder, usable_path
-from .names import PREFIX, peft_name
-from .outputs import Item, Output, copied, evened, plain
-from .parts import plain_part
-from .plan import ModuleOutputs, Refit, module_parts, refit
-from .readers import KEEP_THE_BASE, Target, parse_target
+from .plan import Plan, plan_conversion
+from .readers import parse_target
+from .refit import refit
 from .safetensors_io import write_safetensors
 from .source import CONFIG_NAME, AdapterSource, open_adapter
-from .stamp import Stamp
 from .stated import Stated
+from .steps import Step, exactness
 from .tensors import SAFETENSORS, check_finite
 
 __all__ = ["Conversion", "Progress", "convert_adapter"]
@@ -42,14 +39,14 @@ class Conversion:
         target: The reader it is for, as `--to` names it.
         exactness: `"bits"` where every factor is kept bit for bit, `"round-off"` where a scaling was folded into
             lora_B in float32, `"lossy"` where something was left out.
-        steps: What was done beyond laying out the same numbers anew, a sentence each.
+        steps: What was done beyond laying out the same numbers anew; `str()` of one is a sentence.
         decision: What the input was found to hold.
     """
 
     out: Path
     target: str
     exactness: str
-    steps: tuple[str, ...]
+    steps: tuple[Step, ...]
     decision: Decision
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,22 +56,8 @@ class Conversion:
             "out": str(self.out),
             "target": self.target,
             "exactness": self.exactness,
-            "steps": list(self.steps),
+            "steps": [str(step) for step in self.steps],
         }
-
-
-@dataclass
-class _Plan:
-    items: list[Item]
-    config: dict[str, Any]
-    stamp: Stamp | None
-    steps: list[str] = field(default_factory=list)
-    folded: bool = False
-    dropped: list[str] = field(default_factory=list)
-
-    @property
-    def exactness(self) -> str:
-        return "lossy" if self.dropped else "round-off" if self.folded else "bits"
 
 
 def convert_adapter(
@@ -120,97 +103,22 @@ def convert_adapter(
     target = parse_target(to)
     stated = Stated(model, written_by, orientation, packing, nesting)
     source = open_adapter(adapter, stated)
-    base, decision = source.base, decide(source, stated)
+    decision = decide(source, stated)
     if source.form == "none":
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
     decision.require(str(source.folder))
-    plan = _plan(source, decision, target, base, fill_missing)
-    if plan.dropped and not allow_lossy:
+    plan = plan_conversion(refit(source, decision, target), fill_missing)
+    how_exact = exactness(plan.steps)
+    if how_exact == "lossy" and not allow_lossy:
         raise LossyConversionError(
-            f"{target} cannot take {'; '.join(plan.dropped)}. Pass --allow-lossy (allow_lossy=True) to leave that out."
+            f"{target} takes this adapter only with {plan.steps[-1]}. Pass --allow-lossy (allow_lossy=True) for that."
         )
     with atomic_folder(usable_path(out), source=source.folder) as folder:
         _write(folder, source, plan, progress)
-    steps = (*plan.steps, *(f"left out: {what}" for what in plan.dropped))
-    return Conversion(Path(out), str(target), plan.exactness, steps, decision)
+    return Conversion(Path(out), str(target), how_exact, plan.steps, decision)
 
 
-def _plan(
-    source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None, fill_missing: bool
-) -> _Plan:
-    how = refit(source, decision, target, base)
-    done = _modules(how, source, decision, base, fill_missing)
-    outputs = [output for module in done for output in module.outputs]
-    linears, rest, dropped = _others(how)
-    steps = list(dict.fromkeys(step for module in done for step in module.steps))
-    loras = [named for output in outputs if (named := output.item().lora) is not None]
-    paths = [output.part.path for output in linears] + _modules_with_lora(source, rest)
-    config = target_config(
-        source.config, target, how.form, loras, paths, was=source.form, keep_targets=how.keeps_names(done)
-    )
-    if dropped:
-        config = without_the_rest(config)
-    outputs += linears
-    if target.scaling != "config":
-        outputs, rank, alpha, said = evened(outputs, target.scaling)
-        config = evened_config(config, rank, alpha)
-        steps += said
-    items = [*(output.item() for output in outputs), *rest]
-    folded = any("folded" in step for step in steps)
-    return _Plan(items, config, how.stamp(done), steps, folded, dropped)
-
-
-def _modules(
-    how: Refit, source: AdapterSource, decision: Decision, base: BaseModel | None, fill_missing: bool
-) -> list[ModuleOutputs]:
-    groups = how.groups(module_parts(source, decision, base, fill_missing))
-    return [outputs for group in groups for outputs in how.outputs(group)]
-
-
-def _others(how: Refit) -> tuple[list[Output], list[Item], list[str]]:
-    """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
-    source, target, base = how.source, how.target, how.base
-    rest = source.rest
-    linears = [plain(part, part.load(source.meta(part.reads))) for part in map(plain_part, source.linears)]
-    start = source.config.init_lora_weights
-    if not target.takes_all_peft and start is not None and start not in KEEP_THE_BASE:
-        raise AdapterError(
-            f"The adapter was made with init_lora_weights={start!r}, which changes the base model, and {target} does "
-            "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
-            "conversion=...)."
-        )
-    for name in rest:
-        module = _expert_of(source, name)
-        if module is not None and (how.form == "fused" or (base and base.per_expert_path(module) != module)):
-            raise AdapterError(
-                f"{name!r} belongs to the LoRA of one expert, and {target} has {module!r} in another form or under "
-                "another name: DoRA and biases of experts are not moved, and PEFT takes neither on fused ones."
-            )
-    if target.takes_all_peft or not rest:
-        return linears, [copied(name, new_name) for new_name, name in rest.items()], []
-    if source.config.use_dora:
-        raise AdapterError(f"{target} does not read DoRA, and without its magnitudes the adapter would be another one.")
-    shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
-    return linears, [], [f"{len(rest)} tensors that are no LoRA of linears ({shown})"]
-
-
-def _expert_of(source: AdapterSource, name: str) -> str | None:
-    """The module of single experts that a tensor with PEFT's name belongs to."""
-    paths = [module.path for module in source.modules if module.form != "fused"]
-    return next((path for path in paths if name.startswith(f"{PREFIX}{path}.")), None)
-
-
-def _modules_with_lora(source: AdapterSource, rest: Sequence[Item]) -> list[str]:
-    """Paths of modules, linears and experts aside, that have LoRA: embeddings, convolutions."""
-    found = []
-    for name in (peft_name(item.reads[0], source.prefix) for item in rest):
-        path, dot, _ = name.partition(".lora_")
-        if dot and _expert_of(source, name) is None:
-            found.append(path.removeprefix(PREFIX))
-    return list(dict.fromkeys(found))
-
-
-def _write(folder: Path, source: AdapterSource, plan: _Plan, progress: Progress | None) -> None:
+def _write(folder: Path, source: AdapterSource, plan: Plan, progress: Progress | None) -> None:
     layout = [
         (name, tuple(tensor.shape), tensor.dtype)
         for item in plan.items

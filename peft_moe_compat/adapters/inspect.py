@@ -45,8 +45,8 @@ def inspect_adapter(
     source = open_adapter(adapter, stated)
     base, decision = source.base, decide(source, stated)
     infos = source.tensors.infos
-    expert_names = [name for module in source.modules for slot in module.every_slot() for name in slot.names]
-    others = [name for name in infos if name not in set(expert_names)]
+    expert_names = {name for module in source.modules for slot in module.every_slot() for name in slot.names}
+    others = infos.keys() - expert_names
     beside = installed_versions("transformers")["transformers"]
     notes = list(source.tensors.notes)
     if model is None and base is not None:
@@ -68,7 +68,7 @@ def inspect_adapter(
         ),
         other_tensors=len(others),
         other_bytes=sum(infos[name].nbytes for name in others),
-        readers=reader_verdicts(source, decision, base, None if beside == "not installed" else beside),
+        readers=reader_verdicts(source, decision, None if beside == "not installed" else beside),
         notes=tuple(notes),
     )
 

@@ -32,6 +32,7 @@ __all__ = [
     "StackPlace",
     "linear_role",
     "peft_name",
+    "reaches_parameter",
     "role_of",
     "same_tensor",
     "sort_names",
@@ -134,6 +135,11 @@ def targeted_parameters(target_parameters: Iterable[str], path: str) -> tuple[st
         if not module or _reaches(module, path):
             found.append(parameter)
     return tuple(dict.fromkeys(found))
+
+
+def reaches_parameter(target_parameters: Iterable[str], key: str) -> bool:
+    """Whether targets reach a parameter, by its full name, as PEFT matches them: by suffix."""
+    return any(key == target or key.endswith(f".{target}") for target in target_parameters)
 
 
 def targeted_matrix(target_parameters: Iterable[str], path: str) -> str | None:

@@ -15,10 +15,12 @@ from ..layout import ExpertLora, to_flat
 from .names import PREFIX
 from .parts import Part
 from .shaping import folded
+from .steps import Step
 
-__all__ = ["Item", "Named", "Output", "copied", "evened", "fused", "gguf", "per_expert", "plain"]
+__all__ = ["GGUF_PATH", "Item", "Named", "Output", "copied", "evened", "fused", "gguf", "per_expert", "plain"]
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+GGUF_PATH = re.compile(r"blk\.\d+")  # where llama.cpp has the stacks of a layer
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)(?:\.|$)")
 _GGUF_NAMES = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
 
 
@@ -130,7 +132,7 @@ def plain(part: Part, meta: ExpertLora) -> Output:
     return Output(part, meta.rank, meta.scaling, part.path, part.path, write)
 
 
-def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, float, list[str]]:
+def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, float, list[Step]]:
     """All LoRA of a file for a reader that knows one rank and one alpha.
 
     Args:
@@ -148,7 +150,8 @@ def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, floa
         scaling = Counter(output.scaling for output in lead).most_common(1)[0][0]
         alpha = scaling * rank
     else:
-        alpha = Counter(output.scaling * output.rank for output in lead).most_common(1)[0][0]
+        # llama.cpp takes an alpha of 0 for a scaling of 1.
+        alpha = Counter(output.scaling * output.rank for output in lead).most_common(1)[0][0] or 1.0
     found, folds, pads = [], 0, 0
     for output in outputs:
         new_rank = rank if how == "uniform" else output.rank
@@ -158,6 +161,6 @@ def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, floa
         pads += new_rank > output.rank
         part = replace(folded(output.part, factor, new_rank), alpha=alpha)
         found.append(replace(output, part=part, rank=new_rank, scaling=alpha / new_rank))
-    said = [f"scaling of {folds} of {len(outputs)} LoRA folded into lora_B"] if folds else []
-    said += [f"rank of {pads} of {len(outputs)} LoRA padded with zeros to {rank}"] if pads else []
-    return found, rank, alpha, said
+    steps = [Step("folded", (folds, len(outputs)))] if folds else []
+    steps += [Step("padded", (pads, len(outputs), rank))] if pads else []
+    return found, rank, alpha, steps

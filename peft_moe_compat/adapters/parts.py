@@ -16,6 +16,7 @@ from ..layout import ExpertLora, from_flat
 from .names import linear_role, role_of
 from .shapes import Reading, slot_orientations
 from .slots import ExpertSlot, ExpertsModule, FusedSlot, LinearSlot, StackSlot
+from .steps import Step
 
 __all__ = ["Load", "Part", "fused_parts", "per_expert_parts", "plain_part", "stacked_parts"]
 
@@ -33,7 +34,7 @@ class Part:
         alpha: LoRA alpha that belongs to the rank of the loaded factors.
         reads: Names of the tensors it needs.
         load: Those tensors, by name -> factors.
-        notes: What bringing them into this form takes, beyond a rearrangement.
+        steps: What bringing them into this form takes.
     """
 
     path: str
@@ -42,7 +43,7 @@ class Part:
     alpha: float
     reads: tuple[str, ...]
     load: Load
-    notes: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
 
 def fused_parts(module: ExpertsModule, reading: Reading, packing_of: Callable[[str], str]) -> list[Part]:
@@ -147,21 +148,21 @@ def _stacked_experts(path: str, linear: str, experts: Mapping[int, ExpertSlot], 
     rank = max(ranks.values())
     # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
     nonzero = [value for value in scalings.values() if value] or [0.0]
-    scaling, agreeing = Counter(nonzero).most_common(1)[0]
-    notes = []
+    scaling = Counter(nonzero).most_common(1)[0][0]
+    folds = {e: s / scaling for e, s in scalings.items() if s != scaling}
+    steps = []
     if min(ranks.values()) < rank:
-        notes.append(f"ranks {min(ranks.values())} to {rank} of {linear} padded with zeros to {rank}")
-    if agreeing < len(scalings):
-        notes.append(f"scalings of {linear} that differ between experts folded into lora_B")
+        steps.append(Step("experts_padded", (min(ranks.values()), rank, linear)))
+    if folds:
+        steps.append(Step("experts_folded", (linear,)))
     if missing:
-        notes.append(f"zeros for {linear} of experts without LoRA")
+        steps.append(Step("experts_filled", (linear,)))
     numbers = [slot.numbers for slot in experts.values()]
     kept = [one.alpha for one in numbers if (one.rank, one.scaling) == (rank, scaling)]
     alpha = kept[0] if kept else scaling * (rank**0.5 if numbers[0].rslora else rank)
     reads = tuple(name for slot in experts.values() for name in slot.names)
-    folds = {e: s / scaling for e, s in scalings.items() if s != scaling}
     load = partial(_stack, experts, total, rank, scaling, folds)
-    return Part(path, linear, linear_role(linear), alpha, reads, load, tuple(notes))
+    return Part(path, linear, linear_role(linear), alpha, reads, load, tuple(steps))
 
 
 def _stack(

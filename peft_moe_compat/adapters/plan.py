@@ -1,267 +1,118 @@
-"""An experts module's LoRA as another reader takes it: which parts, under which names, in which orientation."""
+"""The whole of a conversion, planned from headers: what to write, the config, the stamp, and the steps it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from ..errors import AdapterError, AmbiguousAdapterError
-from ..families import family
-from ..layout import ExpertLora
-from ..releases import NEWEST_TESTED
-from .base_model import BaseModel
-from .decide import Decision
-from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
-from .outputs import Output, fused, gguf, per_expert
-from .parts import Part, fused_parts, per_expert_parts, stacked_parts
-from .readers import Target
-from .shapes import parameter_order
-from .shaping import alternating, join, part_gate_up, zeros_like
+from ..errors import AdapterError
+from .config import evened_config, target_config, without_the_rest
+from .names import PREFIX, peft_name
+from .outputs import Item, Output, copied, evened, plain
+from .parts import plain_part
+from .readers import KEEP_THE_BASE, NotTakenError
+from .refit import ModuleOutputs, Refit, module_parts
 from .source import AdapterSource
-from .stamp import ModuleStamp, Stamp
+from .stamp import Stamp
+from .steps import Step
 
-__all__ = ["ModuleOutputs", "Refit", "module_parts", "refit"]
-
-
-def module_parts(source: AdapterSource, decision: Decision, base: BaseModel | None, fill_missing: bool) -> list[Part]:
-    """The experts' LoRA of the whole file, part by part, in the order of the file."""
-    found: list[Part] = []
-    total = base.num_experts if base is not None else None
-    for module in source.modules:
-        if module.form == "fused":
-            found += fused_parts(module, decision.readings[module.path], decision.packing_of)
-            continue
-        if module.form == "stacked":
-            parts = stacked_parts(module, total)
-        else:
-            parts = per_expert_parts(module, num_experts=total, fill_missing=fill_missing)
-        if base is not None:
-            for part in parts:  # what is fused was checked by `decide`
-                lora = part.load(source.meta(part.reads))
-                base.require(part.path, part.name, part.role, lora.num_experts, (lora.in_features, lora.out_features))
-            if module.form == "per_expert" and base.interleaved:
-                parts = [alternating(part) for part in parts]
-        found += parts
-    return found
+__all__ = ["Plan", "others", "plan_conversion"]
 
 
 @dataclass(frozen=True)
-class ModuleOutputs:
-    """One experts module as the target has it: what to write, what it took, and for fused ones the stamp."""
-
-    path: str
-    outputs: tuple[Output, ...]
-    steps: tuple[str, ...]
-    stamp: ModuleStamp | None = None
-
-
-@dataclass(frozen=True)
-class Refit:
-    """How this file is to be changed for this target.
+class Plan:
+    """What to write for a reader.
 
     Attributes:
-        source, decision, base: The file, what it holds, and its base model where that is known.
-        target: The reader.
-        form: Of the experts' LoRA there.
-        orientation: For fused ones.
+        items: Everything, in the order of the file.
+        config: adapter_config.json.
+        stamp: For the metadata, of fused experts.
+        steps: What it takes beyond laying out the same numbers anew.
     """
 
-    source: AdapterSource
-    decision: Decision
-    target: Target
-    base: BaseModel | None
-    form: str
-    orientation: str = "linear"
-
-    @property
-    def rslora(self) -> bool:
-        return self.source.config.use_rslora
-
-    @property
-    def model(self) -> BaseModel:
-        if self.base is None:
-            named = self.source.config.base_model_name
-            raise AdapterError(
-                f"The base model's config is needed to convert this adapter for {self.target}: pass --model "
-                f"{named or 'BASE'} (model=...), a folder, config.json or Hub id."
-            )
-        return self.base
-
-    def meta(self, part: Part) -> ExpertLora:
-        return part.load(self.source.meta(part.reads))
-
-    def groups(self, parts: Iterable[Part]) -> list[dict[str, Part]]:
-        """Parts by the module that holds them in the target: role (or name) -> part."""
-        found: dict[str, dict[str, Part]] = {}
-        for part in parts:
-            group = found.setdefault(self._module_key(part), {})
-            role = part.role or part.name
-            if role in group:
-                raise AdapterError(
-                    f"{part.path!r} has two {role} LoRA ({group[role].name}, {part.name}); one was expected."
-                )
-            group[role] = part
-        return list(found.values())
-
-    def _module_key(self, part: Part) -> str:
-        """What parts of one experts module share: its path, except in renamed families, whose parts lie apart."""
-        place = expert_parameter(self.base.model_type, None, part.path, "down") if self.base is not None else None
-        return part.path if place is None else place[0]
-
-    def outputs(self, group: Mapping[str, Part]) -> list[ModuleOutputs]:
-        if self.form == "fused":
-            return self._fused(group)
-        return [self._apart(group)]
-
-    def _fused(self, group: Mapping[str, Part]) -> list[ModuleOutputs]:
-        parts, steps, joined = dict(group), [], None
-        if {"gate", "up"} & parts.keys() and self.model.gated:
-            gate, up = parts.pop("gate", None), parts.pop("up", None)
-            lead = gate or up
-            assert lead is not None  # noqa: S101
-            metas = {role: self.meta(part) for role, part in (("gate", gate), ("up", up)) if part is not None}
-            same = gate is not None and up is not None and self._same_A(gate, up)
-            whole, joined = join(gate, up, metas, same, self.model.interleaved, self.rslora)
-            parts = {"gate_up": whole, **parts}
-        if self.target.name == "vllm":
-            steps += self._fill(parts, ("gate_up", "down"))
-        steps += [note for part in parts.values() for note in part.notes]
-        by_path: dict[str, list[tuple[str, Part]]] = {}
-        for part in parts.values():
-            path, parameter = self._place(part)
-            by_path.setdefault(path, []).append((parameter, part))
-        return [self._nest(path, named, joined, steps) for path, named in by_path.items()]
-
-    def _nest(
-        self, path: str, named: list[tuple[str, Part]], joined: tuple[int, int] | None, steps: Sequence[str]
-    ) -> ModuleOutputs:
-        by_name = dict(named)
-        order = parameter_order(path, by_name)
-        outputs, features, counts = [], [], set()
-        for index, name in enumerate(order):
-            meta = self.meta(by_name[name])
-            depth = len(order) - 1 - index
-            outputs.append(fused(by_name[name], meta, path, name, depth, self.orientation))
-            features.append((meta.in_features, meta.out_features))
-            counts.add(meta.num_experts)
-        stamp = ModuleStamp(max(counts), order, self.orientation, tuple(features), joined)
-        return ModuleOutputs(path, tuple(outputs), tuple(steps), stamp)
-
-    def _place(self, part: Part) -> tuple[str, str]:
-        """(path, parameter) of a part in the target."""
-        if self.base is not None and self.target.transformers and part.role in ("gate_up", "down"):
-            place = expert_parameter(self.base.model_type, self.target.transformers, part.path, part.role)
-            if place is not None:
-                return place
-        if self.source.form == "fused":
-            return part.path, part.name
-        if part.role not in self.model.parameters:
-            raise AdapterError(
-                f"{self.model.name} has no expert parameter for the {part.role or part.name} LoRA of {part.path!r}."
-            )
-        return self.model.fused_path(part.path), self.model.parameters[part.role]
-
-    def _apart(self, group: Mapping[str, Part]) -> ModuleOutputs:
-        """gate, up and down on their own, per expert or stacked."""
-        parts, steps = dict(group), []
-        if "gate_up" in parts:
-            whole = parts.pop("gate_up")
-            stamped = self.source.stamp.modules.get(whole.path) if self.source.stamp else None
-            joined = stamped.joined if stamped else None
-            gate, up = part_gate_up(whole, self.model.interleaved, joined, self.rslora)
-            parts = {"gate": gate, "up": up, **parts}
-        if self.target.complete:
-            steps += self._fill(parts, ("gate", "up", "down") if self.model.gated else ("up", "down"))
-        steps += [note for part in parts.values() for note in part.notes]
-        outputs = []
-        path = ""
-        for role, part in parts.items():
-            if role not in ("gate", "up", "down"):
-                raise AdapterError(f"No per-expert name is known for the LoRA on {part.name} of {part.path!r}.")
-            path, meta = self._module_key(part), self.meta(part)
-            if not path.endswith("experts"):
-                raise AdapterError(f"No per-expert name is known for the LoRA of {path!r} in {self.model.model_type}.")
-            if self.form == "gguf":
-                outputs.append(gguf(part, meta, path))
-            else:
-                outputs.append(per_expert(part, meta, self.model.per_expert_path(path), self._linear(role)))
-        return ModuleOutputs(path, tuple(outputs), tuple(steps))
-
-    def _linear(self, role: str) -> str:
-        """Name of an expert's linear. SGLang has one set of names, and calls an up projection without a gate `gate`."""
-        if self.target.name != "sglang":
-            return self.model.linear(role)
-        return "gate_proj" if role == "up" and not self.model.gated else f"{role}_proj"
-
-    def _fill(self, parts: dict[str, Part], roles: Sequence[str]) -> list[str]:
-        """Adds LoRA of zeros for the roles a reader asks for."""
-        missing = [role for role in roles if role not in parts]
-        if not missing:
-            return []
-        role, part = next(iter(parts.items()))
-        meta = self.meta(part)
-        out = meta.out_features // 2 if role == "gate_up" else meta.out_features
-        hidden, intermediate = (out, meta.in_features) if role == "down" else (meta.in_features, out)
-        hidden, intermediate = self.model.sizes(hidden, intermediate)
-        for absent in missing:
-            rows = 2 * intermediate if absent == "gate_up" else intermediate
-            fan_in, fan_out = (intermediate, hidden) if absent == "down" else (hidden, rows)
-            zeros = zeros_like(part, absent, fan_in, fan_out)
-            parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
-        return [f"LoRA of zeros for {' and '.join(missing)}, which {self.target} asks for"]
-
-    def _same_A(self, gate: Part, up: Part) -> bool:
-        with self.source.tensors.reading([*gate.reads, *up.reads]) as tensors:
-            ours, theirs = gate.load(tensors).A, up.load(tensors).A
-            return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-
-    def keeps_names(self, done: Sequence[ModuleOutputs]) -> bool:
-        """Whether every parameter is called as it was, so that the config's targets stay right."""
-        if self.source.form != "fused":
-            return False
-        before = {f"{path}.{name}" for path, reading in self.decision.readings.items() for name in reading.nesting}
-        return before == {output.key for module in done for output in module.outputs}
-
-    def stamp(self, done: Sequence[ModuleOutputs]) -> Stamp | None:
-        if self.form != "fused":
-            return None
-        peft = self.target.peft or str(NEWEST_TESTED)  # vLLM takes what this one writes
-        modules = {module.path: module.stamp for module in done if module.stamp is not None}
-        return Stamp(peft, self.target.transformers, "rank_major", modules)
+    items: tuple[Item, ...]
+    config: dict[str, Any]
+    stamp: Stamp | None
+    steps: tuple[Step, ...]
 
 
-def refit(source: AdapterSource, decision: Decision, target: Target, base: BaseModel | None) -> Refit:
-    """How a file is to be changed for a target.
+def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
+    """Plans a conversion. Of the tensors' data only gate's and up's lora_A are read, where the two are to be joined.
 
     Raises:
-        AdapterError: The base model's config is needed.
-        AmbiguousAdapterError: Nothing tells how the target's model stores its experts.
+        AdapterFileError: The file does not fit the model.
+        NotTakenError: The reader takes no such adapter.
+        AdapterError: The model's config is needed, or experts are missing.
     """
-    how = Refit(source, decision, target, base, "fused")
-    if target.name == "sglang" and family(how.model.model_type).sglang_refuses:
-        raise AdapterError(f"SGLang takes no LoRA on the experts of {how.model.model_type}.")
-    if target.name != "peft":
-        return replace(how, form=target.form(how.model.model_type))
-    assert target.peft is not None  # noqa: S101
-    if base is not None:
-        if has_separate_experts(base.model_type, target.peft, target.transformers):
-            return replace(how, form="per_expert")
-        possible = orientations(target.peft, target.transformers, base.model_type)
-        flag = f"--to peft=={target.peft},transformers==VERSION"
-    else:
-        written = decision.orientation.value
-        fused_source = source.form == "fused" and decision.peft is not None and written is not None
-        if fused_source:
-            possible = orientations_after(str(decision.peft), str(written), target.peft)
-        else:
-            possible = orientations(target.peft, target.transformers, None)
-        flag = f"--model {source.config.base_model_name or 'BASE'} (the base model's config.json)"
-    if len(possible) > 1:
-        raise AmbiguousAdapterError(
-            f"{target} reads this adapter in one of two orientations, depending on how the model stores its experts. "
-            f"Settle it with {flag}."
+    source, target = how.source, how.target
+    done = _modules(how, fill_missing)
+    outputs = [output for module in done for output in module.outputs]
+    linears, rest, dropped = others(how)
+    steps = list(dict.fromkeys(step for module in done for step in module.steps))
+    loras = [named for output in outputs if (named := output.item().lora) is not None]
+    paths = [output.part.path for output in linears] + _modules_with_lora(source, rest)
+    config = target_config(
+        source.config, target, how.form, loras, paths, was=source.form, keep_targets=how.keeps_names(done)
+    )
+    if not target.reader.everything:
+        config = without_the_rest(config)
+    outputs += linears
+    if target.reader.scaling != "config":
+        outputs, rank, alpha, said = evened(outputs, target.reader.scaling)
+        config = evened_config(config, rank, alpha)
+        steps += said
+    items = (*(output.item() for output in outputs), *rest)
+    return Plan(items, config, how.stamp(done), (*steps, *dropped))
+
+
+def _modules(how: Refit, fill_missing: bool) -> list[ModuleOutputs]:
+    groups = how.groups(module_parts(how.source, how.decision, fill_missing))
+    return [outputs for group in groups for outputs in how.outputs(group)]
+
+
+def others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
+    """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
+    source, target, base = how.source, how.target, how.base
+    rest = source.rest
+    linears = [plain(part, part.load(source.meta(part.reads))) for part in map(plain_part, source.linears)]
+    start = source.config.init_lora_weights
+    if not target.reader.everything and start is not None and start not in KEEP_THE_BASE:
+        raise NotTakenError(
+            "initialised",
+            f"The adapter was made with init_lora_weights={start!r}, which changes the base model, and {target} does "
+            "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
+            "conversion=...).",
         )
-    (orientation,) = possible
-    return replace(how, orientation=orientation)
+    for name in rest:
+        module = _expert_of(source, name)
+        if module is not None and (how.form == "fused" or (base and base.per_expert_path(module) != module)):
+            raise AdapterError(
+                f"{name!r} belongs to the LoRA of one expert, and {target} has {module!r} in another form or under "
+                "another name: DoRA and biases of experts are not moved, and PEFT takes neither on fused ones."
+            )
+    if target.reader.everything or not rest:
+        return linears, [copied(name, new_name) for new_name, name in rest.items()], []
+    if source.config.use_dora:
+        raise NotTakenError(
+            "dora",
+            f"{target.reader.title} does not read DoRA, and without its magnitudes the adapter would be another one.",
+        )
+    shown = ", ".join(list(rest)[:3]) + (", ..." if len(rest) > 3 else "")
+    return linears, [], [Step("dropped", (len(rest), shown))]
+
+
+def _expert_of(source: AdapterSource, name: str) -> str | None:
+    """The module of single experts that a tensor with PEFT's name belongs to."""
+    paths = [module.path for module in source.modules if module.form != "fused"]
+    return next((path for path in paths if name.startswith(f"{PREFIX}{path}.")), None)
+
+
+def _modules_with_lora(source: AdapterSource, rest: Sequence[Item]) -> list[str]:
+    """Paths of modules, linears and experts aside, that have LoRA: embeddings, convolutions."""
+    found = []
+    for name in (peft_name(item.reads[0], source.prefix) for item in rest):
+        path, dot, _ = name.partition(".lora_")
+        if dot and _expert_of(source, name) is None:
+            found.append(path.removeprefix(PREFIX))
+    return list(dict.fromkeys(found))

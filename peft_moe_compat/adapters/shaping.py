@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import AdapterFileError
 from ..layout import ExpertLora
 from .parts import Load, Part
+from .steps import Step
 
 __all__ = ["alternating", "folded", "join", "part_gate_up", "rank_alpha", "zeros_like"]
 
@@ -116,14 +117,14 @@ def join(
             first += ranks[name]
         return ExpertLora(A, whole, loaded[lead_name].scaling)
 
-    notes = tuple(note for part in sides.values() for note in part.notes)
+    steps = tuple(step for part in sides.values() for step in part.steps)
     if not shared:
-        notes += (f"gate and up joined block-diagonally, rank {ranks['gate']} + {ranks['up']}",)
+        steps += (Step("joined", (ranks["gate"], ranks["up"])),)
     if set(ratios.values()) != {1.0}:
-        notes += ("scaling of up folded into lora_B",)
+        steps += (Step("join_folded"),)
     reads = tuple(dict.fromkeys(name for part in sides.values() for name in part.reads))
     alpha = rank_alpha(lead.alpha, ranks[lead_name], rank, rslora)
-    part = Part(lead.path, "gate_up", "gate_up", alpha, reads, load, notes)
+    part = Part(lead.path, "gate_up", "gate_up", alpha, reads, load, steps)
     return part, (ranks["gate"], ranks["up"]) if not shared else None
 
 
@@ -154,4 +155,4 @@ def zeros_like(part: Part, role: str, in_features: int, out_features: int) -> Pa
         A = lora.A.new_zeros(lora.num_experts, lora.rank, in_features)
         return ExpertLora(A, lora.B.new_zeros(lora.num_experts, out_features, lora.rank), lora.scaling)
 
-    return replace(part, name=role, role=role, load=load, notes=())
+    return replace(part, name=role, role=role, load=load, steps=())

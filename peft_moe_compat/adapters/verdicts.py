@@ -1,155 +1,206 @@
-"""What each reader would do with a file as it is. See `targets` for where the rules come from."""
+"""What each reader would do with a file as it is: whether a conversion for it would change anything, and if so, what.
+
+`reads` is said exactly where it would not, in names, tensors, or the config as that reader takes it. What a reader does
+without a step of the conversion is a fact of its row in `readers`, or follows from the shapes.
+"""
 
 from __future__ import annotations
 
-from ..families import family
+import re
+from collections.abc import Iterator, Mapping
+from math import isclose
+from typing import Any
+
+from ..errors import AdapterError, AmbiguousAdapterError
 from ..releases import NEWEST_TESTED, RULES
-from .base_model import BaseModel
 from .conclusions import ReaderVerdict
 from .decide import Decision
-from .names import linear_role
-from .orientations import orientations
+from .files import read_json
+from .names import linear_role, reaches_parameter
+from .outputs import GGUF_PATH
+from .plan import Plan, others, plan_conversion
+from .ranks import lora_alpha, lora_rank
+from .readers import READERS, NotTakenError, Target
+from .refit import Refit, refit
 from .shapes import parameter_order
-from .slots import ExpertsModule
-from .source import AdapterSource
+from .source import CONFIG_NAME, AdapterSource
+from .steps import Step
+from .tensors import SAFETENSORS
 
 __all__ = ["reader_verdicts"]
 
-_CONVERT = "convert it with `peft-moe-compat convert ADAPTER OUT --to {}`"
+_WORDS = {
+    "reads": "as it is written for it",
+    "fails": "it needs {}; convert it with {}",
+    "wrong": "it needs {}, and says nothing where that lacks; convert it with {}",
+    "unknown": "it may read it as it is, but a conversion brings {}; to be sure, convert it with {}",
+}
 
 
-def reader_verdicts(
-    source: AdapterSource, decision: Decision, base: BaseModel | None, transformers: str | None
-) -> dict[str, ReaderVerdict]:
+def reader_verdicts(source: AdapterSource, decision: Decision, transformers: str | None) -> dict[str, ReaderVerdict]:
     """Reader -> what it does with the file: every PEFT layout of the release table, vLLM, SGLang and llama.cpp.
 
     Args:
-        source, decision, base: The file, what it holds, and its base model where that is known.
+        source, decision: The file, and what it holds.
         transformers: The release that stands beside PEFT; None where it is not known.
     """
     starts = [rule.since for rule in RULES]
-    found = {}
+    targets = {}
     for start, end in zip(starts, [*starts[1:], None], strict=True):
-        name = f"PEFT >= {start}" + (f", < {end}" if end else "")
         release = str(start if end else NEWEST_TESTED)
-        found[name] = _by_peft(source, decision, base, release, transformers)
-    found["vLLM"] = _by_vllm(source, decision, base)
-    found["SGLang"] = _by_sglang(source)
-    found["llama.cpp"] = _by_llama_cpp(source)
+        targets[f"PEFT >= {start}" + (f", < {end}" if end else "")] = Target("peft", release, transformers)
+    targets |= {READERS[name].title: Target(name) for name in ("vllm", "sglang", "llama.cpp")}
     if source.form == "none":
-        return dict.fromkeys(found, ReaderVerdict("reads", "there is no LoRA on routed experts"))
-    return found
+        return dict.fromkeys(targets, ReaderVerdict("reads", "there is no LoRA on routed experts"))
+    return {name: _verdict(source, decision, target) for name, target in targets.items()}
 
 
-def _by_peft(
-    source: AdapterSource, decision: Decision, base: BaseModel | None, release: str, transformers: str | None
-) -> ReaderVerdict:
-    if source.form == "stacked":
-        return ReaderVerdict("fails", f"3-D factors are not PEFT's; {_CONVERT.format('peft')}")
-    if source.form == "per_expert":
-        return _per_expert_by_peft(source)
-    orientation, packing = decision.orientation.value, decision.packing.value
-    if orientation is None or packing is None or not decision.readings:
-        return ReaderVerdict("unknown", "the file itself is not settled")
-    possible = orientations(release, transformers, base.model_type if base else None)
-    help_ = _CONVERT.format(f"peft=={release}")
-    if len(possible) > 1:
-        asked = "the base model" if base is None else "the transformers release beside it"
-        return ReaderVerdict("unknown", f"depends on {asked}")
-    swapped = [
-        module
-        for module in source.modules
-        if decision.readings[module.path].nesting
-        != parameter_order(module.path, decision.readings[module.path].nesting)
-    ]
-    if possible != {orientation}:
-        verdict = "wrong" if all(_square(module) for module in source.modules) else "fails"
-        return ReaderVerdict(verdict, f"its layout is the {next(iter(possible))} one, this file's is not; {help_}")
-    if swapped:
-        verdict = "wrong" if all(_same_slots(module) for module in swapped) else "fails"
-        return ReaderVerdict(verdict, f"the wrappers are nested the other way round; {help_}")
-    if packing == "grouped":
-        return ReaderVerdict("wrong", f"it takes lora_B's columns in another order; {help_}")
-    return ReaderVerdict("reads", "its own layout")
+def _verdict(source: AdapterSource, decision: Decision, target: Target) -> ReaderVerdict:
+    try:
+        steps = _steps(source, decision, target)
+    except NotTakenError as error:
+        return ReaderVerdict(target.reader.lacking[error.kind], str(error))
+    except AdapterError as error:
+        return ReaderVerdict("unknown", str(error))
+    found = {_without(step, source, target) for step in steps}
+    verdict = next(v for v in ("fails", "wrong", "unknown", "reads") if v in found or v == "reads")
+    to = f"peft=={target.peft}" if target.peft else target.name
+    needed = " and ".join(dict.fromkeys(map(str, steps)))
+    return ReaderVerdict(verdict, _WORDS[verdict].format(needed, f"`peft-moe-compat convert ADAPTER OUT --to {to}`"))
 
 
-def _square(module: ExpertsModule) -> bool:
-    """Whether the flipped factors would have the same shapes."""
-    return all(slot.lora_A.shape[1] == slot.lora_B.shape[0] for slot in module.slots)
+def _without(step: Step, source: AdapterSource, target: Target) -> str:
+    """What the reader does with the file where the step is not taken."""
+    shapes = [[(slot.lora_A.shape, slot.lora_B.shape) for slot in module.slots] for module in source.modules]
+    if step.kind == "orientation":
+        return "wrong" if all(A[1] == B[0] for slots in shapes for A, B in slots) else "fails"
+    if step.kind == "nesting":
+        return "wrong" if all(len(set(slots)) == 1 for slots in shapes) else "fails"
+    finer = [f"{step.kind}:{detail}" for detail in (source.base.model_type if source.base else "", *step.details)]
+    lacking = target.reader.lacking
+    return next((lacking[kind] for kind in (*finer, step.kind) if kind in lacking), "unknown")
 
 
-def _same_slots(module: ExpertsModule) -> bool:
-    return len({(slot.lora_A.shape, slot.lora_B.shape) for slot in module.slots}) == 1
+def _steps(source: AdapterSource, decision: Decision, target: Target) -> list[Step]:
+    """What a conversion would do, the layout of the same numbers included.
+
+    Raises:
+        NotTakenError: The reader takes no such adapter.
+        AdapterError: It cannot be told.
+    """
+    lead = _form(source)
+    native = target.reader.form == "gguf" and "gguf" in lead.details
+    if source.form == "stacked" and not native and _without(lead, source, target) != "unknown":
+        return [lead]
+    how = refit(source, decision, target)
+    others(how)
+    if how.form == source.form == "fused":
+        if not decision.readings or decision.packing.value is None:
+            raise AmbiguousAdapterError("The file itself is not settled.")
+    elif "fused" in (how.form, source.form):
+        return [lead, *(_upstream(source) if target.peft and source.form == "per_expert" else ())]
+    plan = plan_conversion(how, fill_missing=True)
+    steps = [] if how.form == source.form or native else [lead]
+    steps += [*plan.steps, *_layout(how), *_config(how, plan)]
+    if any(file.suffix == ".safetensors" and file.name != SAFETENSORS for file in source.tensors.files):
+        steps.append(Step("shards"))
+    written = {name for item in plan.items for name, _ in item.emit(source.meta(item.reads))}
+    return steps or ([Step("names")] if written != set(source.tensors.infos) else [])
 
 
-def _per_expert_by_peft(source: AdapterSource) -> ReaderVerdict:
-    """Under transformers 4 these are ordinary linears; under transformers 5 PEFT converts what it knows."""
-    to_peft = _CONVERT.format("peft")
-    old = "transformers 4 holds these experts as linears, and PEFT reads them; under transformers 5 "
-    roles = {linear_role(linear) for module in source.modules for linear in {slot.linear for slot in module.experts}}
-    if source.config.use_rslora:
-        return ReaderVerdict("wrong", f"{old}its own conversion has rsLoRA off by sqrt(2); {to_peft}")
-    if source.config.alpha_pattern or source.config.rank_pattern:
-        return ReaderVerdict("wrong", f"{old}its own conversion drops the patterns of single projections; {to_peft}")
-    if roles != {"gate", "up", "down"}:
-        return ReaderVerdict("wrong", f"{old}its own conversion loses experts without all three projections; {to_peft}")
-    return ReaderVerdict("unknown", f"{old}PEFT >= 0.19 converts some families by itself; {to_peft} to be sure")
-
-
-def _by_vllm(source: AdapterSource, decision: Decision, base: BaseModel | None) -> ReaderVerdict:
-    help_ = _CONVERT.format("vllm")
-    if base is None:
-        return ReaderVerdict("unknown", "depends on the base model")
-    if source.form == "stacked":
-        return ReaderVerdict("fails", f"it takes no 3-D factors; {help_}")
-    native = family(base.model_type).vllm_fused
-    if source.form == "per_expert":
-        if native:
-            return ReaderVerdict("fails", f"it serves {base.model_type} from fused experts; {help_}")
-        return _complete(source, base, "vllm")
-    if not native:
-        return ReaderVerdict("fails", f"it takes adapters for {base.model_type} per expert; {help_}")
-    if decision.orientation.value is None or decision.packing.value is None:
-        return ReaderVerdict("unknown", "the file itself is not settled")
-    if decision.orientation.value == "reversed":
-        return ReaderVerdict("fails", f"it takes linear factors; with several GPUs it may be wrong instead; {help_}")
-    if decision.packing.value == "grouped":
-        return ReaderVerdict("wrong", f"it takes lora_B's columns in another order; {help_}")
-    if any(len(module.slots) < 2 for module in source.modules):
-        return ReaderVerdict("fails", f"it asks for both projections; {help_}")
-    return ReaderVerdict("reads", "its own layout")
-
-
-def _by_sglang(source: AdapterSource) -> ReaderVerdict:
-    help_ = _CONVERT.format("sglang")
+def _form(source: AdapterSource) -> Step:
+    """That the experts' LoRA is in the form it has, with what matters of it to some readers."""
+    base, paths = source.base, [module.path for module in source.modules]
     if source.form == "fused":
-        return ReaderVerdict("fails", f"it takes experts one by one; {help_}")
-    if _ignored(source):
-        return ReaderVerdict("wrong", f"it ignores rsLoRA and patterns; {help_}")
-    return ReaderVerdict("reads", "needs gate_proj, up_proj and down_proj among target_modules")
+        moved = base is not None and any(base.per_expert_path(path) != path for path in paths)
+        return Step("from_fused", ("moved",) if moved else ())
+    if source.form == "stacked" and all(map(GGUF_PATH.fullmatch, paths)):
+        return Step("from_stacked", ("gguf",))
+    roles = {linear_role(slot.parameter) for module in source.modules for slot in module.stacks}
+    found = {"gate_up": "gate_up" in roles, "targeted": bool(source.config.raw.get("target_modules"))}
+    return Step(f"from_{source.form}", tuple(detail for detail, there in found.items() if there))
 
 
-def _by_llama_cpp(source: AdapterSource) -> ReaderVerdict:
-    help_ = _CONVERT.format("llama.cpp")
-    if source.form != "per_expert":
-        return ReaderVerdict("fails", f"its converter takes experts one by one, or under names of its own; {help_}")
-    if source.config.use_rslora or source.config.alpha_pattern:
-        return ReaderVerdict("wrong", f"it ignores rsLoRA and alpha_pattern; {help_}")
-    return _complete(source, None, "llama.cpp")
+def _upstream(source: AdapterSource) -> Iterator[Step]:
+    """What PEFT's own conversion of per-expert adapters under transformers 5 gets wrong."""
+    if source.config.use_rslora:
+        yield Step("upstream_rslora")
+    if source.config.alpha_pattern or source.config.rank_pattern:
+        yield Step("upstream_patterns")
+    roles = {linear_role(linear) for module in source.modules for linear in {slot.linear for slot in module.experts}}
+    if roles != {"gate", "up", "down"}:
+        yield Step("upstream_roles")
 
 
-def _ignored(source: AdapterSource) -> bool:
-    """Whether the file needs more than one rank and one alpha over it."""
-    return source.config.use_rslora or source.config.rank_pattern or source.config.alpha_pattern
+def _layout(how: Refit) -> Iterator[Step]:
+    """How the same numbers are laid out, or called, otherwise."""
+    source, decision, reader = how.source, how.decision, how.target.reader
+    if how.form == "fused":
+        if decision.orientation.value != how.orientation:
+            yield Step("orientation", (how.orientation,))
+        if any(r.nesting != parameter_order(path, r.nesting) for path, r in decision.readings.items()):
+            yield Step("nesting")
+        names = {name for reading in decision.readings.values() for name in reading.nesting}
+        if decision.packing.value != "either" and any(decision.packing_of(name) == "grouped" for name in names):
+            yield Step("packing")
+    elif how.form == source.form:
+        if any(how.model.per_expert_path(module.path) != module.path for module in source.modules):
+            yield Step("path", (how.model.per_expert_path(source.modules[0].path),))
+        linears = {linear for module in source.modules for linear in {slot.linear for slot in module.experts}}
+        wanted = {linear: how.linear(linear) for linear in linears}
+        if any(name != reader.renames.get(linear, linear) for linear, name in wanted.items()):
+            yield Step("linears", (", ".join(sorted(map(str, wanted.values()))),))
 
 
-def _complete(source: AdapterSource, base: BaseModel | None, reader: str) -> ReaderVerdict:
-    """For readers that want every expert and every projection."""
-    for module in source.modules:
-        experts = {slot.expert for slot in module.experts}
-        total = (base.num_experts if base else None) or 1 + max(experts)
-        linears = {slot.linear for slot in module.experts}
-        wanted = {"gate", "up", "down"} if base is None or base.gated else {"up", "down"}
-        if len(module.experts) < total * len(linears) or {linear_role(linear) for linear in linears} != wanted:
-            return ReaderVerdict("fails", f"it wants every expert and projection; {_CONVERT.format(reader)}")
-    return ReaderVerdict("reads", "every expert and projection is there")
+def _config(how: Refit, plan: Plan) -> Iterator[Step]:
+    """What the reader takes from the file's own config, where that differs from the planned one."""
+    source, target, reader = how.source, how.target, how.target.reader
+    given, planned = read_json(source.folder / CONFIG_NAME), plan.config
+    loras = [item.lora for item in plan.items if item.lora is not None]
+    if reader.scaling == "config":
+        if any(lora_rank(given, lora.key) != lora.rank for lora in loras):
+            yield Step("rank")
+        elif any(not isclose(lora_alpha(given, lora.key), lora.alpha, rel_tol=1e-9) for lora in loras):
+            yield Step("scaling")
+    elif not isclose(lora_alpha({"lora_alpha": given.get("lora_alpha")}, "all"), planned["lora_alpha"], rel_tol=1e-9):
+        yield Step("scaling")
+    if reader.scaling == "uniform":
+        ranks = {info.shape[-2] for name, info in source.tensors.infos.items() if ".lora_A" in name}
+        if ranks != {given.get("r")}:
+            yield Step("rank")
+    keys = [lora.key for lora in loras]
+    if reader.targets is not None:
+        yield from _targets(how, given, keys, reader.targets)
+    elif target.peft and any(_reached(planned, key) and not _reached(given, key) for key in keys):
+        yield Step("targets")
+    if heeded := [name for name in reader.heeds if (given.get(name) or None) != (planned.get(name) or None)]:
+        yield Step("heeded", (", ".join(heeded),))
+
+
+def _targets(how: Refit, config: Mapping[str, Any], keys: list[str], same: Mapping[str, str]) -> Iterator[Step]:
+    """For a reader that wants names: those of the file, and those of the projections it lacks."""
+    targets = config.get("target_modules")
+    if targets in ("all", "all-linear"):
+        return
+    names = [target.rpartition(".")[2] for target in targets] if isinstance(targets, list) else []
+    given = {same.get(name, name) for name in names}
+    linears = [
+        name
+        for module in how.source.modules
+        for name in (*(s.linear for s in module.experts), *(s.parameter for s in module.stacks))
+    ]
+    there = [how.target.reader.renames.get(name, name) for name in linears]
+    for kind, wanted in (("targets", there), ("more_targets", [key.rpartition(".")[2] for key in keys])):
+        if not {same.get(name, name) for name in wanted} <= given:
+            yield Step(kind)
+            return
+
+
+def _reached(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the config's targets reach a linear or parameter as PEFT matches them."""
+    targets = config.get("target_modules")
+    if reaches_parameter(config.get("target_parameters") or (), key):
+        return True
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, key) is not None
+    return any(key == target or key.endswith(f".{target}") for target in targets or ())

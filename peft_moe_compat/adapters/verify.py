@@ -17,7 +17,7 @@ from ..layout import ExpertLora, relative
 from .base_model import BaseModel
 from .decide import decide
 from .parts import Part, plain_part
-from .plan import module_parts
+from .refit import module_parts
 from .shaping import part_gate_up
 from .source import AdapterSource, open_adapter
 from .stated import Stated
@@ -80,7 +80,6 @@ class _Side:
     """One of the two adapters, opened and decided."""
 
     source: AdapterSource
-    base: BaseModel | None
     parts: dict[tuple[str, str], Part]
     rest: Mapping[str, str]
 
@@ -111,7 +110,7 @@ def verify_adapters(
         UnsupportedPeftError: `written_by` names no PEFT release with expert LoRA.
     """
     first = _side(adapter, Stated(model, written_by, orientation, packing, nesting))
-    second = _side(other, Stated(model if model is not None else first.base))
+    second = _side(other, Stated(model if model is not None else first.source.base))
     if any(role == "gate_up" for _, role in first.parts) != any(role == "gate_up" for _, role in second.parts):
         first, second = _parted(first), _parted(second)
     keys = list(dict.fromkeys([*first.parts, *second.parts]))
@@ -127,17 +126,14 @@ def verify_adapters(
 
 def _side(adapter: str | Path, stated: Stated) -> _Side:
     source = open_adapter(adapter, stated)
-    base, decision = source.base, decide(source, stated)
+    decision = decide(source, stated)
     decision.require(str(source.folder))
     parts: dict[tuple[str, str], Part] = {}
     paths = [module.path for module in source.modules]
-    for part in module_parts(source, decision, base, fill_missing=True):
-        role = part.role or part.name
-        if base is not None and not base.gated and role == "gate":
-            role = "up"  # SGLang's name for it
-        parts[_place(part.path, paths), role] = part
+    for part in module_parts(source, decision, fill_missing=True):
+        parts[_place(part.path, paths), part.role or part.name] = part
     parts |= {(slot.path, "linear"): plain_part(slot) for slot in source.linears}
-    return _Side(source, base, parts, source.rest)
+    return _Side(source, parts, source.rest)
 
 
 def _place(path: str, paths: Sequence[str]) -> str:
@@ -163,15 +159,15 @@ def _parted(side: _Side) -> _Side:
         if role != "gate_up":
             parts[place, role] = part
             continue
-        if side.base is None:
+        if side.source.base is None:
             raise AdapterError(
                 f"{side.source.folder} has gate and up joined and the other adapter has not; pass --model (model=...) "
                 "to tell their rows apart."
             )
         rslora = side.source.config.use_rslora
-        gate, up = part_gate_up(part, side.base.interleaved, None, rslora)
+        gate, up = part_gate_up(part, side.source.base.interleaved, None, rslora)
         parts[place, "gate"], parts[place, "up"] = gate, up
-    return _Side(side.source, side.base, parts, side.rest)
+    return _Side(side.source, parts, side.rest)
 
 
 def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Comparison:

@@ -31,6 +31,7 @@ from support.adapter_files import (
     read_adapter,
     read_config,
 )
+from support.verdicts import targets_of_verdicts, unchanged
 from torch import Tensor
 
 from peft_moe_compat.adapters.conclusions import Inspection
@@ -177,6 +178,16 @@ def test_inspect_says_the_truth_or_nothing(case):
                 sizes = {projection.in_features, projection.out_features}
                 assert sizes == set(entry["stored_shape"][1:])
                 assert (projection.rank, projection.scaling) == (entry["rank"], pytest.approx(entry["scaling"]))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(THOROUGH)])
+def test_reads_is_said_exactly_where_a_conversion_changes_nothing(case, tmp_path):
+    source, model = ROOT / case, ROOT / case / "base_config.json"
+    how = flags(inspected(case), case)
+    found = inspected(case, **how)
+    for shown, to in targets_of_verdicts(found.readers).items():
+        same = unchanged(source, tmp_path / shown, to, model, how)
+        assert (found.readers[shown].verdict == "reads") is same, (shown, found.readers[shown])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("peft/")])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_moe_compat import AdapterError, convert_adapter
+from peft_moe_compat import AdapterError, convert_adapter, inspect_adapter
 
 from . import llama_cpp_reader, sglang_reader, vllm_reader
 
@@ -73,8 +73,17 @@ def test_the_reader_applies_the_writers_updates(tmp_path: Path, case: str, reade
     config = base_config(folder)
     wanted = expected(folder, config["model_type"])
     assert wanted
+    verdicts = inspect_adapter(folder, model=config).readers
+    verdict = next(verdict.verdict for shown, verdict in verdicts.items() if shown.lower() == reader)
     convert_adapter(folder, tmp_path / "out", to=reader, model=config)
     found = READERS[reader](tmp_path / "out", config)
+    if verdict == "fails":
+        with pytest.raises((AssertionError, KeyError, RuntimeError, ValueError)):
+            READERS[reader](folder, config)
+    elif verdict == "reads":
+        as_it_is = READERS[reader](folder, config)
+        assert as_it_is.keys() == found.keys()
+        assert all(torch.equal(as_it_is[key], found[key]) for key in found)
     assert wanted.keys() <= found.keys()
     for key, update in found.items():
         if key in wanted:

@@ -58,6 +58,10 @@ def mixtral() -> dict[str, Any]:
     return base_config("mixtral", "MixtralForCausalLM", num_local_experts=E, intermediate_size=INTERMEDIATE)
 
 
+def phimoe() -> dict[str, Any]:
+    return base_config("phimoe", "PhiMoEForCausalLM", num_local_experts=E, intermediate_size=INTERMEDIATE)
+
+
 def granitemoe() -> dict[str, Any]:
     return base_config("granitemoe", "GraniteMoeForCausalLM", num_local_experts=E, intermediate_size=INTERMEDIATE)
 
