@@ -34,6 +34,7 @@ SENTENCES = {
     "no_triton": "triton is not installed",
     "not_cuda": "the kernels are for CUDA devices",
     "old_device": "the kernels need compute capability 8.0",
+    "no_memory": "there is no memory for a trial",
     "while_capturing": "they have not been tried yet, and cannot be while a CUDA graph is captured",
     "kernel_failed": "a kernel failed on {0}: {1}: {2}",
     "norm_follows": "a norm follows the experts",

@@ -39,10 +39,11 @@ _ACTIVATIONS = {
     "SiLUActivation": "silu",
     "silu": "silu",
 }
+_TRIED_ON = ("cuda",)  # types of devices; triton's interpreter compiles nothing
 _TRIAL_ERROR = 0.03  # of a tensor's largest entry; bfloat16 rounds each intermediate to 0.004
 
 _given_up: dict[torch.device, Reason] = {}
-_tried: set[tuple[torch.device, torch.dtype]] = set()
+_tried: dict[torch.device, set[tuple[Any, ...]]] = {}
 
 
 @constant_when_compiled
@@ -66,36 +67,36 @@ def _unsupported(device: torch.device) -> Reason | None:
 
 
 @constant_when_compiled
-def _trial_reason(device: torch.device, dtype: torch.dtype) -> Reason | None:
+def _trial_reason(device: torch.device, kind: tuple[Any, ...], rows: int) -> Reason | None:
     """Why a trial of the fused kernels on a device failed, None where it gave the numbers it should.
 
-    The first question about a device and dtype tries them, forward and backward, so that a kernel that cannot be built
-    is found out before a backward needs it.
+    The first question about a kind, of `kernels.trial.kind_of`, tries all kernels that such a layer launches, so that
+    one that cannot be built is found out before a backward needs it.
     """
     if device in _given_up:
         return _given_up[device]
-    if (device, dtype) in _tried:
+    if kind in _tried.get(device, ()):
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return because("while_capturing")
     try:
         # A thread of its own has none of the caller's autocast, grad mode, saved-tensor hooks and dispatch modes.
         with ThreadPoolExecutor(1) as pool:
-            error = pool.submit(_trial, device, dtype).result()
+            error = pool.submit(_trial, device, kind, rows).result()
         if not error <= _TRIAL_ERROR:
-            raise ArithmeticError(f"{dtype} results of a trial are off by {error:.2g}")  # noqa: TRY301
+            raise ArithmeticError(f"{kind[0][-1]} results of a trial are off by {error:.2g}")  # noqa: TRY301
+    except torch.OutOfMemoryError:
+        return because("no_memory")
     except Exception as error:  # noqa: BLE001 (whatever it is, torch computes the same)
         _give_up(device, error)
         return _given_up[device]
-    _tried.add((device, dtype))
+    _tried.setdefault(device, set()).add(kind)
     return None
 
 
-def _trial(device: torch.device, dtype: torch.dtype) -> float:
-    from .kernels.trial import worst_error  # with triton, which comes only where the kernels run
-
+def _trial(device: torch.device, kind: tuple[Any, ...], rows: int) -> float:
     with on_device(device):
-        return worst_error(device, dtype)
+        return float(_kernels().trial.worst_error(device, kind, rows))
 
 
 def _give_up(device: torch.device, error: Exception) -> None:
@@ -117,7 +118,8 @@ def fastest(device: torch.device) -> str:
 
 
 def fused_reason(module: Any, device: torch.device) -> Reason | None:
-    """Why a module's forward does not run in the fused kernels, None where it does; sizes of batches aside."""
+    """Why a module's forward does not run in the fused kernels, None where it does; sizes of batches and what a trial
+    will say aside."""
     choice = chosen()
     if choice not in ("auto", "triton"):
         return because("backend_set", choice)
@@ -141,8 +143,6 @@ def fused_reason(module: Any, device: torch.device) -> Reason | None:
         return because("float32")
     if math.gcd(*[width for name in names for width in module._parameters[name].shape[1:]]) % 8:
         return because("width")
-    if device.type == "cuda" and weight.dtype.itemsize == 2 and (r := _trial_reason(device, weight.dtype)):
-        return r
     return None
 
 
@@ -198,33 +198,73 @@ def runs_fused(module: Any, hidden_states: Tensor, index: Tensor) -> bool:
 
 
 @cache  # the import statement would ask again at every forward
-def _layer() -> Any:
-    from .kernels import layer  # with triton
+def _kernels() -> Any:
+    from . import kernels  # their modules import triton
+    from .kernels import layer, trial  # noqa: F401
 
-    return layer
+    return kernels
+
+
+def _trial_fails(
+    device: torch.device,
+    nonlinearity: Nonlinearity | Callable[[Tensor], Tensor],
+    routed: tuple[Tensor, Tensor, Tensor],
+    up: HeldProjection,
+    down: HeldProjection,
+) -> bool:
+    """Whether the kernels of this layer and batch, or of any batch that a graph may get, are not to be trusted."""
+    if device.type not in _TRIED_ON:
+        return False
+    trial = _kernels().trial
+    if torch.compiler.is_compiling():
+        sizes = trial.rows_of_every_kind(up[0].shape[0], routed[1].shape[1])
+    else:
+        sizes = [routed[1].numel()]
+    kinds = {trial.kind_of(nonlinearity, routed, up, down, rows): rows for rows in sizes}
+    return any(_trial_reason(device, kind, rows) is not None for kind, rows in kinds.items())
+
+
+class _TrialFailedError(Exception):
+    pass
 
 
 def run_fused(
     module: Any, routed: tuple[Tensor, Tensor, Tensor], up: HeldProjection, read_down: Callable[[], HeldProjection]
 ) -> Tensor | None:
-    """The layer's output from the fused kernels, or None where one of them does not compile for the device.
+    """The layer's output from the fused kernels, or None where they fail: to compile for the device, or their trial.
 
     Args:
         routed: hidden_states "T H", top_k_index and top_k_weights "T k".
         up: Of the up projection.
         read_down: Gives that of the down projection, once the device is busy with the other.
     """
-    nonlinearity = _nonlinearity(module)
+    nonlinearity, device = _nonlinearity(module), routed[0].device
     if torch.compiler.is_compiling() and isinstance(nonlinearity, Nonlinearity):
+        down = read_down()
+        if _trial_fails(device, nonlinearity, routed, up, down):
+            return None
         from .fused_ops import experts  # with triton
 
-        return experts(nonlinearity, routed, up, read_down())
-    layer, device = _layer(), routed[0].device
+        return experts(nonlinearity, routed, up, down)
+    if device.type in _TRIED_ON and device not in _tried:
+        # Before anything is launched, since it may be that nothing can be. Later trials come while the device is busy.
+        read_down = cache(read_down)
+        if _trial_fails(device, nonlinearity, routed, up, read_down()):
+            return None
+    layer = _kernels().layer
+
+    def tried_down() -> Any:
+        down = read_down()
+        if _trial_fails(device, nonlinearity, routed, up, down):
+            raise _TrialFailedError
+        return layer.Projection.of(*down)
+
     try:
         with on_device(device):
-            of = layer.Projection.of
-            out: Tensor = layer.fused_experts(nonlinearity, *routed, of(*up), lambda: of(*read_down()))
+            out: Tensor = layer.fused_experts(nonlinearity, *routed, layer.Projection.of(*up), tried_down)
             return out
+    except _TrialFailedError:
+        return None
     except layer.LAUNCH_ERRORS as error:
         _give_up(device, error)
         return None

@@ -28,9 +28,10 @@ import peft_moe_compat
 from peft_moe_compat import CompatWarning, ExpertLora
 from peft_moe_compat.forward import fused
 from peft_moe_compat.forward import fused_ops as operators
-from peft_moe_compat.forward.kernels import gemm, layer
+from peft_moe_compat.forward.kernels import gemm, layer, trial
 from peft_moe_compat.forward.kernels.common import Config, Factor
 from peft_moe_compat.forward.kernels.factors import packed, unpacked
+from peft_moe_compat.forward.kernels.launch import Kernel
 from peft_moe_compat.forward.kernels.routing import route
 from peft_moe_compat.forward.layer import experts_forward
 from peft_moe_compat.layout import flat
@@ -218,7 +219,7 @@ def test_a_base_parameter_that_trains_gets_its_gradient(name):
 def test_the_tiled_product(monkeypatch, transposed, ranks):
     """Its tiles are too large for the cases above, so here they are made small."""
     if INTERPRETED:
-        monkeypatch.setattr(layer, "_tile_sizes", lambda S, E: (16, 64))
+        monkeypatch.setattr(layer, "tile_sizes", lambda S, E: (16, 64))
         monkeypatch.setattr(gemm, "PRODUCT", Config(32, 4, 2))
         monkeypatch.setattr(gemm, "BLOCK_K", 32)
     torch.manual_seed(0)
@@ -301,8 +302,11 @@ def test_gradients_are_taken_over_without_a_copy(monkeypatch, seed):
 
 
 @pytest.mark.parametrize("ranks", [(4, 5), (None, 4)], ids=str)
-def test_one_graph_trains_as_eager_does(ranks):
-    """With other numbers of tokens from step to step, and without keeping a row that was gathered."""
+def test_one_graph_trains_as_eager_does(ranks, tried):
+    """With other numbers of tokens from step to step, and without keeping a row that was gathered.
+
+    All sizes of tiles are tried when it is traced.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     flags = {"transposed": False, "biased": True}
@@ -340,6 +344,8 @@ def test_one_graph_trains_as_eager_does(ranks):
         assert (2 * T, 32) in {t.shape for t in kept}
         assert (2 * T, 48) not in {t.shape for t in kept}
     assert frames == 2  # forward and backward, once for all three
+    assert {kind[8] for kinds in fused._tried.values() for kind in kinds} == {(16, 16), (64, 64), (64, 128)}
+    assert tried["layer"] <= tried["trial"]
     with torch.no_grad():
         compare(compiled(hidden, index, weights), forward(hidden, index, weights), 1e-6)
     torch._dynamo.reset()
@@ -434,27 +440,113 @@ def test_a_kernel_that_does_not_compile_is_given_up_once(monkeypatch):
     experts_forward(experts, loras, *arguments)  # no second warning: it would be an error
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16], ids=str)
-def test_the_kernels_are_tried_once(monkeypatch, dtype):
-    tries = []
-    monkeypatch.setattr(fused, "_tried", set())
-    monkeypatch.setattr(fused, "_trial", lambda *key, trial=fused._trial: tries.append(trial(*key)) or tries[-1])
-    device = torch.zeros(0, device=DEVICE).device
-    with torch.no_grad(), torch.autocast(DEVICE.type, dtype):  # of no effect on the trial
-        assert fused._trial_reason(device, dtype) is None
-        assert fused._trial_reason(device, dtype) is None
-    assert len(tries) == 1
-    assert tries[0] < 0.015
+# A layer's (E, H, I, tokens), its gate and flags, ranks, and seed, odd for factors in the reversed orientation.
+KINDS = {
+    "large tiles": ((5, 640, 640, 200), "default", {"transposed": False, "biased": False}, (8, 40), 0),
+    "medium tiles": ((5, 640, 648, 50), "clamped", {"transposed": True, "biased": True}, (16, 4), 1),
+    "small tiles": ((5, 648, 640, 8), "none", {"transposed": False, "biased": False}, (70, 16), 0),
+    "fewer rows than experts": ((20, 640, 640, 2), "default", {"transposed": False, "biased": False}, (8, 8), 0),
+    "a gate of its own": ((3, 656, 640, 100), "own", {"transposed": True, "biased": False}, (None, 9), 0),
+    "small sizes": ((2, 64, 24, 130), "default", {"transposed": False, "biased": True}, (4, None), 0),
+}
 
 
-@pytest.mark.parametrize("wrong", [1.0, float("nan")])
-def test_kernels_that_give_other_numbers_are_given_up(monkeypatch, wrong):
-    monkeypatch.setattr(fused, "_tried", set())
+@pytest.fixture
+def tried(monkeypatch):
+    """The device's kernels are tried as on a new one; what is launched in a trial, and what beside it."""
+    launched = {"trial": set(), "layer": set()}
+    place = "layer"
+
+    def call(self, grid, *arguments, run=Kernel.__call__, **meta):
+        launched[place].add((self.jit.__name__, *sorted(meta.items())))
+        run(self, grid, *arguments, **meta)
+
+    def trial(*arguments, run=fused._trial):
+        nonlocal place
+        place = "trial"
+        launched["errors"].append(run(*arguments))
+        place = "layer"
+        return launched["errors"][-1]
+
+    launched["errors"] = []
+    monkeypatch.setattr(Kernel, "__call__", call)
+    monkeypatch.setattr(fused, "_trial", trial)
+    monkeypatch.setattr(fused, "_tried", {})
     monkeypatch.setattr(fused, "_given_up", {})
-    monkeypatch.setattr(fused, "_trial", lambda *_: wrong)
-    with pytest.warns(CompatWarning, match="are off by"):
-        assert "are off by" in fused._trial_reason(DEVICE, torch.float16)
-    assert "are off by" in fused._trial_reason(DEVICE, torch.float16)  # no second warning: it would be an error
+    monkeypatch.setattr(fused, "_TRIED_ON", (DEVICE.type,))
+    return launched
+
+
+def layer_of(kind, dtype=torch.float16):
+    """(experts, LoRA, routed) on the device, every expert with a row where there are enough."""
+    (E, H, I, T), gate, flags, ranks, seed = KINDS[kind]
+    index = torch.arange(T * 2).view(T, 2) % E
+    experts, loras, *routed = build((E, H, I, index, flags, gate, "silu", ranks, seed), dtype)
+    return *moved(experts, loras), [t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in routed]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trial_launches_what_the_layer_launches(tried, kind):
+    experts, loras, routed = layer_of(kind)
+    with torch.autocast(DEVICE.type, torch.float16):  # of no effect on the trial
+        experts_forward(experts, loras, *routed).sum().backward()
+    assert {"_product" if kind == "large tiles" else "_add"} <= {name for name, *_ in tried["layer"]}
+    assert tried["trial"] == tried["layer"]
+    assert len(tried["errors"]) == 1
+    assert 0 < tried["errors"][0] < 0.015
+
+
+def test_the_trial_of_few_rows_launches_what_they_launch(tried):
+    experts, loras, routed = layer_of("small tiles")
+    with torch.no_grad():
+        experts_forward(experts, loras, *routed)
+        experts_forward(experts, loras, *(t[:3] for t in routed))
+    assert {name for name, *_ in tried["layer"]} == {"_low", "_up", "_down"}
+    assert tried["trial"] == tried["layer"]
+    assert len(tried["errors"]) == 1
+    assert 0 < tried["errors"][0] < 0.015
+
+
+def test_where_nothing_can_be_built_nothing_is_launched(tried, monkeypatch):
+    def call(*_args, **_kwargs):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(Kernel, "__call__", call)
+    experts, loras, routed = layer_of("small sizes")
+    with pytest.warns(CompatWarning, match="Failed to find C compiler"):
+        found = experts_forward(experts, loras, *routed)
+    with peft_moe_compat.set_backend("torch"):
+        assert torch.equal(found, experts_forward(experts, loras, *routed))
+
+
+@pytest.mark.parametrize("wrong", ["large tiles", "sorting", "not a number"])
+def test_wrong_numbers_of_large_tiles_alone_are_found_before_they_are_used(tried, monkeypatch, wrong):
+    def tiled(x, weight, where, *rest, run=gemm._tiled):
+        y = run(x, weight, where, *rest)
+        if wrong != "sorting" and where.large.block == 128:
+            y[:, 256:] += 1 if wrong == "large tiles" else torch.nan
+        return y
+
+    def wrongly(index, E, small, large, run=trial.route):
+        found = run(index, E, small, large)
+        if wrong == "sorting" and large == 128:
+            found.position.copy_(found.position.flip(0))
+        return found
+
+    monkeypatch.setattr(gemm, "_tiled", tiled)
+    monkeypatch.setattr(trial, "route", wrongly)
+    experts, loras, routed = layer_of("large tiles")
+    few = [t.detach()[:8] for t in routed]
+    experts_forward(experts, loras, *few)
+    assert len(tried["errors"]) == 1  # and no warning, which would be an error
+    with pytest.warns(CompatWarning, match="are off by|sorted wrongly"):
+        found = experts_forward(experts, loras, *routed)
+    again = experts_forward(experts, loras, *routed)  # no second warning
+    with peft_moe_compat.set_backend("torch"):
+        expected = experts_forward(experts, loras, *routed)
+    assert torch.equal(found, expected)
+    assert torch.equal(again, expected)
+    assert "a kernel failed" in fused.fused_reason(experts, routed[0].device)
 
 
 @pytest.mark.parametrize(("rows", "E"), [(6, 5), (40, 2), (300, 2)], ids=str)

@@ -31,10 +31,12 @@ __all__ = [
     "LAUNCH_ERRORS",
     "Passed",
     "Projection",
+    "any_trains",
     "backward_pass",
     "forward_pass",
     "fused_experts",
     "routing",
+    "tile_sizes",
 ]
 
 
@@ -70,7 +72,7 @@ def _kernels(function: ActivationOf) -> Any:
     return activation if isinstance(function, Nonlinearity) else custom_activation
 
 
-def _tile_sizes(S: int, E: int) -> tuple[int, int]:
+def tile_sizes(S: int, E: int) -> tuple[int, int]:
     """Rows of a tile for the kernels bound by memory and for the products, by the rows an expert gets on average."""
     rows = S // E
     if rows >= 64:
@@ -93,7 +95,7 @@ class Passed(NamedTuple):
 
 def routing(index: Tensor, num_experts: int) -> Route:
     """The routed rows sorted by their experts, for `forward_pass` and `backward_pass`."""
-    return route(index, num_experts, *_tile_sizes(index.numel(), num_experts))
+    return route(index, num_experts, *tile_sizes(index.numel(), num_experts))
 
 
 def forward_pass(
@@ -202,7 +204,7 @@ def _leaves(hidden: Tensor, weights: Tensor, up: Projection, down: Projection) -
     return hidden, weights, *[factor and factor.tensor for factor in (*up[2:4], *down[2:4])]
 
 
-def _any_trains(leaves: Sequence[Tensor | None]) -> bool:
+def any_trains(leaves: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
 
 
@@ -230,9 +232,9 @@ def fused_experts(
     if top_k_index.numel() <= MOST_ROWS and isinstance(function, Nonlinearity):
         read_down = cache(read_down)  # read once, also where it turns out that something trains
         down = read_down()
-        if not _any_trains(_leaves(hidden, top_k_weights, up, down)):
+        if not any_trains(_leaves(hidden, top_k_weights, up, down)):
             return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
     where = routing(top_k_index, up.weight.shape[0])
     ran = forward_pass(function, hidden, top_k_weights, where, up, read_down)
     leaves = _leaves(hidden, top_k_weights, *ran[2:])
-    return _FusedExperts.apply(function, where, ran, *leaves) if _any_trains(leaves) else ran[0]
+    return _FusedExperts.apply(function, where, ran, *leaves) if any_trains(leaves) else ran[0]

@@ -13,7 +13,7 @@ from .common import cdiv
 from .interface import next_power
 from .launch import kernel
 
-__all__ = ["Route", "Tiles", "route"]
+__all__ = ["Route", "Tiles", "route", "steps"]
 
 _STEP = 64  # rows one program of the sort compares with each other
 
@@ -120,6 +120,13 @@ def _place(
         _write_tiles(large, num_large, total, ends - total, t, LARGE, E)
 
 
+def steps(S: int, num_experts: int) -> tuple[int, int, int]:
+    """Rows compared with each other at once, rows of a program, and programs whose counts are added up at once."""
+    step = min(_STEP, next_power(S, 16))
+    chunk = step * min(16, next_power(cdiv(S, 256 * step)))  # few enough that each program can add up all counts
+    return step, chunk, min(4096 // next_power(num_experts, 16), next_power(cdiv(S, chunk)))
+
+
 def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Route:
     """Sorts the routed rows by expert.
 
@@ -129,8 +136,7 @@ def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Rout
         small, large: Rows of the two kinds of tiles.
     """
     S, E = top_k_index.numel(), next_power(num_experts, 16)
-    step = min(_STEP, next_power(S, 16))
-    chunk = step * min(16, next_power(cdiv(S, 256 * step)))  # few enough that each program can add up all counts
+    step, chunk, together = steps(S, num_experts)
     chunks = cdiv(S, chunk)
     few, many = min(S, S // large + num_experts), min(S, S // small + num_experts)
     # One allocation, every part on 16 bytes, so that a kernel is compiled once. Parts may be longer than they need be.
@@ -142,7 +148,7 @@ def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Rout
     _place(
         (chunks, 1, 1), index, counts, order, position, offs, small_table, large_table,
         S, num_experts, chunks, many, few, cdiv(many, chunks),
-        SMALL=small, LARGE=large, E=E, CHUNK=chunk, STEP=step, MANY=min(4096 // E, next_power(chunks)), TABLE=16,
+        SMALL=small, LARGE=large, E=E, CHUNK=chunk, STEP=step, MANY=together, TABLE=16,
         num_warps=8,
     )  # fmt: skip
     if offs.shape[0] != num_experts:
