@@ -24,7 +24,7 @@ from .routing import Route, Tiles, route, steps
 __all__ = ["Kind", "kind_of", "rows_of_every_kind", "worst_error"]
 
 _DECODED_ROWS = 8
-_SCALING = 0.25
+_SCALING = 0.15
 # What the up projection gives lies around these, away from where a slope jumps (0, and the limit): rounding would put
 # some elements on the other side.
 _CENTRES, _LIMIT = (-4.0, 1.3, 4.0), 2.6
@@ -195,7 +195,7 @@ def _dense(
         return y if bias is None else y + bias[e].float()
 
     out = torch.zeros_like(hidden, dtype=torch.float32)
-    for e in range(up[0].shape[0]):
+    for e in (each for each in index.unique().tolist() if each < up[0].shape[0]):
         token, place = (index == e).nonzero(as_tuple=True)
         h = function(project(hidden[token].float(), e, up))
         out = out.index_add(0, token, project(h, e, down) * weights[token, place, None].float())
@@ -297,7 +297,11 @@ def _pairs(
         out, passed, of_up, of_down = forward_pass(function, hidden, weights, where, of_up, lambda: of_down)
     if not kind.trains:
         return [(out, expected)]
-    wanted, gradient = (*of_up[2:4], *of_down[2:4]), drawn.floats(*hidden.shape, dtype=hidden.dtype)
+    wanted = *of_up[2:4], *of_down[2:4]
+    # Along the output, so that no router's gradient is what is left of terms that cancel.
+    gradient = (expected.detach() / expected.detach().std() + hidden.shape[1] ** 0.5 * drawn.floats(*hidden.shape)).to(
+        hidden
+    )
     leaves = [hidden, weights, *(factor.tensor for factor in wanted if factor)]
     exact = torch.autograd.grad(expected, leaves, gradient.float())
     with torch.no_grad():
