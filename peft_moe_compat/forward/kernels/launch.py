@@ -7,7 +7,6 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton.compiler.errors import CompilationError
-from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -16,15 +15,11 @@ __all__ = ["LAUNCH_ERRORS", "Kernel", "kernel"]
 # What triton raises where a kernel cannot be compiled for a device or does not fit it.
 LAUNCH_ERRORS = CompilationError, OutOfResources, PTXASError
 
-# How triton 3.6 is launched without two calls back into Python; any other goes the public way.
-_DIRECT = triton.__version__.startswith("3.6.")
-_RUNTIME: Any = triton.knobs.runtime if _DIRECT else None
-
 
 class Kernel:
     """A jitted function whose compiled form is found by a short key.
 
-    triton's own launch binds, hashes and formats every argument, about 30 us; this takes a third of that. An integer
+    triton's own launch binds, hashes and formats every argument, about 30 us; this takes half of that. An integer
     counts by its value, so those that change from step to step belong among `do_not_specialize`.
     """
 
@@ -67,12 +62,7 @@ class Kernel:
             found = self._compiled.get(key)
             if found is not None:
                 compiled, constants = found
-                if not _DIRECT or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls:
-                    compiled[grid](*arguments, *constants)
-                else:
-                    stream = driver.active.get_current_stream(key[0])
-                    how = stream, compiled.function, compiled.packed_metadata, None, None, None
-                    compiled.run(*grid, *how, *arguments, *constants)
+                compiled[grid](*arguments, *constants)
                 return
         # Fusion by name, since triton 3.10 changes its default.
         compiled = self.jit[grid](*arguments, enable_fp_fusion=True, **meta)
