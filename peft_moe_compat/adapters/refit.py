@@ -175,14 +175,18 @@ class Refit:
         """gate, up and down on their own, per expert or stacked."""
         parts = dict(group)
         steps: list[Step] = []
+        one_lora_A = self.model.model_type in self.target.reader.one_lora_A
         if "gate_up" in parts:
             whole = parts.pop("gate_up")
             stamped = self.source.stamp.modules.get(whole.path) if self.source.stamp else None
-            joined = stamped.joined if stamped else None
+            joined = stamped.joined if stamped and not one_lora_A else None
             gate, up = part_gate_up(whole, self.model.interleaved, joined, self.rslora)
             parts = {"gate": gate, "up": up, **parts}
-        if self.model.model_type in self.target.reader.one_lora_A and {"gate", "up"} <= parts.keys():
-            parts = {**parts, **self._sharing(parts["gate"], parts["up"])}
+        elif one_lora_A and {"gate", "up"} <= parts.keys() and not self._same_A(parts["gate"], parts["up"]):
+            metas = {role: self.meta(parts[role]) for role in ("gate", "up")}
+            whole, _ = join(parts["gate"], parts["up"], metas, False, self.model.interleaved, self.rslora)
+            gate, up = part_gate_up(whole, self.model.interleaved, None, self.rslora)
+            parts = {**parts, "gate": gate, "up": up}
         if self.target.reader.complete:
             steps += self._fill(parts, ("gate", "up", "down") if self.model.gated else ("up", "down"))
         steps += [step for part in parts.values() for step in part.steps]
@@ -230,14 +234,6 @@ class Refit:
             parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
         return [Step("filled", (" and ".join(missing), self.target.reader.title))]
 
-    def _sharing(self, gate: Part, up: Part) -> dict[str, Part]:
-        """gate and up with one lora_A, that of both joined unless theirs is the same."""
-        metas = {"gate": self.meta(gate), "up": self.meta(up)}
-        if gate.reads == up.reads or self._same_A(gate, up):
-            return {}
-        whole, _ = join(gate, up, metas, same_A=False, interleaved=False, rslora=self.rslora)
-        return dict(zip(("gate", "up"), part_gate_up(whole, False, None, self.rslora), strict=True))
-
     def _same_A(self, gate: Part, up: Part) -> bool:
         with self.source.tensors.reading([*gate.reads, *up.reads]) as tensors:
             ours, theirs = gate.load(tensors).A, up.load(tensors).A
@@ -271,6 +267,11 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
     how = Refit(source, decision, target, reader.form)
     if base is not None and base.model_type in reader.refuses:
         raise NotTakenError("no_experts", f"{reader.title} takes no LoRA on the experts of {base.model_type}.")
+    if reader.form != "gguf" and any(GGUF_PATH.fullmatch(module.path) for module in source.modules):
+        raise AdapterError(
+            f"{source.folder} has the experts' LoRA under llama.cpp's names, which do not say what the model calls "
+            "them. Convert the adapter that it was made from."
+        )
     if target.peft is None:
         return replace(how, form="fused") if reader.fused and how.model.model_type in reader.fused else how
     if base is not None:

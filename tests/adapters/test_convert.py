@@ -133,6 +133,33 @@ def test_gate_and_up_joined(tmp_path, family, rslora, same, more):
         assert torch.equal(found.factors[0, "gate_up"][0], factors[0, "gate"][0])
 
 
+@pytest.mark.parametrize("through", [None, NEW])
+def test_gate_and_up_of_gpt_oss_share_a_lora_a_in_sglang(tmp_path, through):
+    """It multiplies both with that of gate."""
+    spec = Spec(GPT_OSS)
+    factors = spec.factors(("gate", "up", "down"))
+    source = save_per_expert(tmp_path / "in", spec, factors)
+    if through:
+        source = convert_adapter(source, tmp_path / "through", to=through, model=spec.model()).out
+    convert_adapter(source, tmp_path / "out", to="sglang", model=spec.model())
+    tensors = load(tmp_path / "out")
+    gates = [name for name in tensors if "gate_proj.lora_A" in name]
+    assert gates
+    assert all(torch.equal(tensors[name], tensors[name.replace("gate_proj", "up_proj")]) for name in gates)
+    assert_updates(read_adapter(tmp_path / "out", GPT_OSS, 4).experts, spec.updates(factors))
+
+
+def test_llama_cpps_names_are_for_llama_cpp_alone(tmp_path):
+    spec = Spec()
+    source = save_per_expert(tmp_path / "in", spec, spec.factors(("gate", "up", "down")))
+    once = convert_adapter(source, tmp_path / "once", to="llama.cpp", model=spec.model()).out
+    twice = convert_adapter(once, tmp_path / "twice", to="llama.cpp", model=spec.model()).out
+    assert_identical(load(twice), load(once))
+    for to in (NEW, "per-expert", "vllm", "sglang"):
+        with pytest.raises(AdapterError, match="under llama.cpp's names"):
+            convert_adapter(once, tmp_path / "out", to=to, model=spec.model())
+
+
 @pytest.mark.parametrize("role", ["gate", "up"])
 def test_a_missing_branch_stays_zero(tmp_path, role):
     spec = Spec()
