@@ -76,6 +76,8 @@ READERS = {
             "from_stacked:targeted": "wrong",  # it wraps what else the targets name, and leaves the stacks out
             "packing": "wrong",
             "rank": "fails",
+            "targets": "fails",
+            "targets:some": "wrong",
             "shards": "fails",
             "upstream_rslora": "wrong",
             "upstream_patterns": "wrong",

@@ -171,8 +171,8 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     keys = [lora.key for lora in loras]
     if reader.targets is not None:
         yield from _targets(how, given, keys, reader.targets)
-    elif target.peft and any(_reached(planned, key) and not _reached(given, key) for key in keys):
-        yield Step("targets")
+    elif target.peft and (missed := [k for k in keys if _reached(planned, k) and not _reached(given, k)]):
+        yield Step("targets", ("some",) if len(missed) < len(keys) else ())
     if heeded := [name for name in reader.heeds if (given.get(name) or None) != (planned.get(name) or None)]:
         yield Step("heeded", (", ".join(heeded),))
 

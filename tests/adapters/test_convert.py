@@ -207,6 +207,9 @@ def test_sglang_gets_one_rank_and_one_alpha(tmp_path, rslora):
     how = {"model": spec.model(), "packing": "rank_major"}
     done = convert_adapter(source, tmp_path / "out", to="sglang", **how)
     assert done.exactness == "round-off"
+    assert {step.kind for step in done.steps} == {"folded", "padded"}
+    assert done.to_dict()["steps"] == [str(step) for step in done.steps]
+    assert "6 of 8 LoRA padded with zeros to 4" in " ".join(done.to_dict()["steps"])
     config, tensors = read_config(tmp_path / "out"), load(tmp_path / "out")
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {config["r"]} == {4}
     assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
