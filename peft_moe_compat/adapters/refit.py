@@ -12,7 +12,7 @@ from ..layout import ExpertLora
 from ..releases import NEWEST_TESTED
 from .base_model import BaseModel
 from .decide import Decision
-from .names import linear_role, reaches_parameter
+from .names import reaches_parameter
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
 from .outputs import GGUF_PATH, Output, fused, gguf, per_expert
 from .parts import Part, fused_parts, per_expert_parts, stacked_parts
@@ -201,21 +201,15 @@ class Refit:
             if self.form == "gguf":
                 outputs.append(gguf(part, meta, path))
             else:
-                outputs.append(per_expert(part, meta, self.model.per_expert_path(path), self._linear(role)))
+                outputs.append(per_expert(part, meta, self.model.per_expert_path(path), self.linear(role)))
         return ModuleOutputs(path, tuple(outputs), tuple(steps))
 
-    def linear(self, name: str) -> str | None:
-        """What the reader calls an expert's linear of that name; None where it takes it apart."""
-        role = linear_role(name)
-        if role == "gate" and not self.model.gated:
-            role = "up"
-        return None if role in (None, "gate_up") else self._linear(role)
-
-    def _linear(self, role: str) -> str:
-        linears = self.target.reader.linears
-        if linears is None:
-            return self.model.linear(role)
-        return linears["gate" if role == "up" and not self.model.gated else role]
+    def linear(self, role: str) -> str:
+        """Name of an expert's linear there; without a gate, "gate" is the up projection too, as SGLang calls it."""
+        model, linears = self.model, self.target.reader.linears
+        if not model.gated and role in ("gate", "up"):
+            return linears["gate"] if linears else model.linear("up")
+        return linears[role] if linears else model.linear(role)
 
     def _fill(self, parts: dict[str, Part], roles: Sequence[str]) -> list[Step]:
         """Adds LoRA of zeros for the roles a reader asks for."""

@@ -135,7 +135,7 @@ def test_gate_and_up_joined(tmp_path, family, rslora, same, more):
 
 @pytest.mark.parametrize("through", [None, NEW])
 def test_gate_and_up_of_gpt_oss_share_a_lora_a_in_sglang(tmp_path, through):
-    """It multiplies both with that of gate."""
+    """Where theirs differ, its kernel mixes them up."""
     spec = Spec(GPT_OSS)
     factors = spec.factors(("gate", "up", "down"))
     source = save_per_expert(tmp_path / "in", spec, factors)
