@@ -84,7 +84,7 @@ def test_stock_peft_merges_what_was_converted_for_it(tmp_path, stock, family, or
         torch.testing.assert_close(found[key], update, rtol=1e-4, atol=1e-5)
 
 
-def test_stock_peft_leaves_stacks_out_without_a_word(tmp_path, stock):
+def test_stock_peft_leaves_stacks_out_without_an_error(tmp_path, stock):
     model = zoo.tiny_model("qwen3_moe")
     config = model.config
     spec = Spec(E=config.num_experts, H=config.hidden_size, I=config.moe_intermediate_size, attention=True)
