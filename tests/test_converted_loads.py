@@ -8,12 +8,14 @@ import re
 import pytest
 import torch
 from peft import PeftModel
+from peft import __version__ as installed
 from safetensors.torch import save_file
 from support import zoo
 from support.adapter_files import Spec, save_stacked
 
 from peft_moe_compat import convert_adapter, inspect_adapter
 from peft_moe_compat.layout import ExpertLora, to_flat
+from peft_moe_compat.releases import release_for
 
 E, H, I, R, ALPHA = 6, 32, 24, 2, 3
 LINEARS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
@@ -82,7 +84,7 @@ def test_stock_peft_merges_what_was_converted_for_it(tmp_path, stock, family, or
         torch.testing.assert_close(found[key], update, rtol=1e-4, atol=1e-5)
 
 
-def test_stock_peft_leaves_stacks_out_without_a_word(tmp_path, stock):
+def test_stock_peft_leaves_stacks_out_without_an_error(tmp_path, stock):
     model = zoo.tiny_model("qwen3_moe")
     config = model.config
     spec = Spec(E=config.num_experts, H=config.hidden_size, I=config.moe_intermediate_size, attention=True)
@@ -95,3 +97,16 @@ def test_stock_peft_leaves_stacks_out_without_a_word(tmp_path, stock):
     changed = [name for name in before if not torch.equal(merged[name], before[name])]
     assert changed
     assert all("q_proj" in name for name in changed)
+
+
+def test_stock_peft_refuses_targets_that_reach_nothing(tmp_path, stock):
+    write_fused(tmp_path / "in", "linear")
+    model = zoo.tiny_model("qwen3_moe")
+    out = convert_adapter(tmp_path / "in", tmp_path / "out", to="peft", model=model.config.to_dict()).out
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": None, "target_modules": []}))
+    found = inspect_adapter(out, model=model.config.to_dict()).readers
+    since = str(release_for(installed).since)
+    assert {v.verdict for reader, v in found.items() if f">= {since}" in reader} == {"fails"}
+    with pytest.raises(ValueError, match="target_modules"):
+        stock(lambda: PeftModel.from_pretrained(model, str(out)))

@@ -199,8 +199,10 @@ class ReaderVerdict:
     """What a reader does with the file as it is.
 
     Attributes:
-        verdict: `"reads"`, `"wrong"` (without an error), `"fails"` or `"unknown"`.
-        why: The reason, and for anything but `"reads"` what helps.
+        verdict: `"reads"` where a conversion for it would change nothing, in names, tensors, or the config as it takes
+            that; else what it is known to do without the change, `"fails"` or `"wrong"` (without an error), or
+            `"unknown"`.
+        why: What a conversion would change, or what stands in its way.
     """
 
     verdict: str

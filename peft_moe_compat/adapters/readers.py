@@ -36,7 +36,7 @@ class Reader:
             gives its own tensors.
         fused: Families that it takes fused all the same, as the newest PEFT writes them.
         refuses: Families whose experts it takes no LoRA on.
-        one_lora_A: Families whose gate and up it multiplies with one lora_A, that of gate.
+        one_lora_A: Families whose gate and up have to share one lora_A.
         complete: Whether every projection of an adapted experts module has to be there.
         scaling: How it scales an update. "config": alpha / r or rsLoRA's, with patterns. "uniform": `lora_alpha / r`
             for all, and every rank is `r`. "alpha": `lora_alpha` over the rank of the tensor at hand.
@@ -76,6 +76,8 @@ READERS = {
             "from_stacked:targeted": "wrong",  # it wraps what else the targets name, and leaves the stacks out
             "packing": "wrong",
             "rank": "fails",
+            "targets": "fails",
+            "targets:some": "wrong",
             "shards": "fails",
             "upstream_rslora": "wrong",
             "upstream_patterns": "wrong",

@@ -12,7 +12,7 @@ from ..layout import ExpertLora
 from ..releases import NEWEST_TESTED
 from .base_model import BaseModel
 from .decide import Decision
-from .names import linear_role, reaches_parameter
+from .names import reaches_parameter
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
 from .outputs import GGUF_PATH, Output, fused, gguf, per_expert
 from .parts import Part, fused_parts, per_expert_parts, stacked_parts
@@ -175,14 +175,18 @@ class Refit:
         """gate, up and down on their own, per expert or stacked."""
         parts = dict(group)
         steps: list[Step] = []
+        one_lora_A = self.model.model_type in self.target.reader.one_lora_A
         if "gate_up" in parts:
             whole = parts.pop("gate_up")
             stamped = self.source.stamp.modules.get(whole.path) if self.source.stamp else None
-            joined = stamped.joined if stamped else None
+            joined = stamped.joined if stamped and not one_lora_A else None
             gate, up = part_gate_up(whole, self.model.interleaved, joined, self.rslora)
             parts = {"gate": gate, "up": up, **parts}
-        if self.model.model_type in self.target.reader.one_lora_A and {"gate", "up"} <= parts.keys():
-            parts = {**parts, **self._sharing(parts["gate"], parts["up"])}
+        elif one_lora_A and {"gate", "up"} <= parts.keys() and not self._same_A(parts["gate"], parts["up"]):
+            metas = {role: self.meta(parts[role]) for role in ("gate", "up")}
+            whole, _ = join(parts["gate"], parts["up"], metas, False, self.model.interleaved, self.rslora)
+            gate, up = part_gate_up(whole, self.model.interleaved, None, self.rslora)
+            parts = {**parts, "gate": gate, "up": up}
         if self.target.reader.complete:
             steps += self._fill(parts, ("gate", "up", "down") if self.model.gated else ("up", "down"))
         steps += [step for part in parts.values() for step in part.steps]
@@ -197,21 +201,15 @@ class Refit:
             if self.form == "gguf":
                 outputs.append(gguf(part, meta, path))
             else:
-                outputs.append(per_expert(part, meta, self.model.per_expert_path(path), self._linear(role)))
+                outputs.append(per_expert(part, meta, self.model.per_expert_path(path), self.linear(role)))
         return ModuleOutputs(path, tuple(outputs), tuple(steps))
 
-    def linear(self, name: str) -> str | None:
-        """What the reader calls an expert's linear of that name; None where it takes it apart."""
-        role = linear_role(name)
-        if role == "gate" and not self.model.gated:
-            role = "up"
-        return None if role in (None, "gate_up") else self._linear(role)
-
-    def _linear(self, role: str) -> str:
-        linears = self.target.reader.linears
-        if linears is None:
-            return self.model.linear(role)
-        return linears["gate" if role == "up" and not self.model.gated else role]
+    def linear(self, role: str) -> str:
+        """Name of an expert's linear there; without a gate, "gate" is the up projection too, as SGLang calls it."""
+        model, linears = self.model, self.target.reader.linears
+        if not model.gated and role in ("gate", "up"):
+            return linears["gate"] if linears else model.linear("up")
+        return linears[role] if linears else model.linear(role)
 
     def _fill(self, parts: dict[str, Part], roles: Sequence[str]) -> list[Step]:
         """Adds LoRA of zeros for the roles a reader asks for."""
@@ -229,14 +227,6 @@ class Refit:
             zeros = zeros_like(part, absent, fan_in, fan_out)
             parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
         return [Step("filled", (" and ".join(missing), self.target.reader.title))]
-
-    def _sharing(self, gate: Part, up: Part) -> dict[str, Part]:
-        """gate and up with one lora_A, that of both joined unless theirs is the same."""
-        metas = {"gate": self.meta(gate), "up": self.meta(up)}
-        if gate.reads == up.reads or self._same_A(gate, up):
-            return {}
-        whole, _ = join(gate, up, metas, same_A=False, interleaved=False, rslora=self.rslora)
-        return dict(zip(("gate", "up"), part_gate_up(whole, False, None, self.rslora), strict=True))
 
     def _same_A(self, gate: Part, up: Part) -> bool:
         with self.source.tensors.reading([*gate.reads, *up.reads]) as tensors:
@@ -271,6 +261,11 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
     how = Refit(source, decision, target, reader.form)
     if base is not None and base.model_type in reader.refuses:
         raise NotTakenError("no_experts", f"{reader.title} takes no LoRA on the experts of {base.model_type}.")
+    if reader.form != "gguf" and any(GGUF_PATH.fullmatch(module.path) for module in source.modules):
+        raise AdapterError(
+            f"{source.folder} has the experts' LoRA under llama.cpp's names, which do not say what the model calls "
+            "them. Convert the adapter that it was made from."
+        )
     if target.peft is None:
         return replace(how, form="fused") if reader.fused and how.model.model_type in reader.fused else how
     if base is not None:

@@ -22,7 +22,7 @@ _SENTENCES = {
     "from_fused": "the experts' LoRA in another form than PEFT's fused one",
     "from_per_expert": "the experts' LoRA in another form than expert by expert",
     "from_stacked": "the experts' LoRA in another form than these 3-D factors",
-    "orientation": "its factors {}",
+    "orientation": "{} factors",
     "nesting": "the wrappers nested the other way round",
     "packing": "lora_B's columns in another order",
     "path": "the experts under another path ({})",

@@ -59,7 +59,7 @@ def _verdict(source: AdapterSource, decision: Decision, target: Target) -> Reade
     try:
         steps = _steps(source, decision, target)
     except NotTakenError as error:
-        return ReaderVerdict(target.reader.lacking[error.kind], str(error))
+        return ReaderVerdict(target.reader.lacking.get(error.kind, "fails"), str(error))
     except AdapterError as error:
         return ReaderVerdict("unknown", str(error))
     found = {_without(step, source, target) for step in steps}
@@ -127,7 +127,7 @@ def _upstream(source: AdapterSource) -> Iterator[Step]:
         yield Step("upstream_rslora")
     if source.config.alpha_pattern or source.config.rank_pattern:
         yield Step("upstream_patterns")
-    roles = {linear_role(linear) for module in source.modules for linear in {slot.linear for slot in module.experts}}
+    roles = {linear_role(slot.linear) for module in source.modules for slot in module.experts}
     if roles != {"gate", "up", "down"}:
         yield Step("upstream_roles")
 
@@ -146,10 +146,11 @@ def _layout(how: Refit) -> Iterator[Step]:
     elif how.form == source.form:
         if any(how.model.per_expert_path(module.path) != module.path for module in source.modules):
             yield Step("path", (how.model.per_expert_path(source.modules[0].path),))
-        linears = {linear for module in source.modules for linear in {slot.linear for slot in module.experts}}
-        wanted = {linear: how.linear(linear) for linear in linears}
-        if any(name != reader.renames.get(linear, linear) for linear, name in wanted.items()):
-            yield Step("linears", (", ".join(sorted(map(str, wanted.values()))),))
+        linears = {slot.linear for module in source.modules for slot in module.experts}
+        roles = {linear: linear_role(linear) for linear in linears}
+        wanted = {linear: how.linear(role) for linear, role in roles.items() if role in ("gate", "up", "down")}
+        if wanted != {linear: reader.renames.get(linear, linear) for linear in linears}:
+            yield Step("linears", (", ".join(sorted(wanted.values())) or "gate_proj, up_proj",))
 
 
 def _config(how: Refit, plan: Plan) -> Iterator[Step]:
@@ -171,8 +172,8 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     keys = [lora.key for lora in loras]
     if reader.targets is not None:
         yield from _targets(how, given, keys, reader.targets)
-    elif target.peft and any(_reached(planned, key) and not _reached(given, key) for key in keys):
-        yield Step("targets")
+    elif target.peft and (missed := [k for k in keys if _reached(planned, k) and not _reached(given, k)]):
+        yield Step("targets", ("some",) if len(missed) < len(keys) else ())
     if heeded := [name for name in reader.heeds if (given.get(name) or None) != (planned.get(name) or None)]:
         yield Step("heeded", (", ".join(heeded),))
 

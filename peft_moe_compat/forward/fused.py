@@ -215,11 +215,10 @@ def _trial_fails(
     """Whether the kernels of this layer and batch, or of any batch that a graph may get, are not to be trusted."""
     if device.type not in _TRIED_ON:
         return False
-    trial = _kernels().trial
-    if torch.compiler.is_compiling():
-        sizes = trial.rows_of_every_kind(up[0].shape[0], routed[1].shape[1])
-    else:
-        sizes = [routed[1].numel()]
+    compiling = torch.compiler.is_compiling()
+    trial = (_kernels.__wrapped__ if compiling else _kernels)().trial  # dynamo warns of a cache
+    E, k, S = up[0].shape[0], routed[1].shape[1], routed[1].numel()
+    sizes = trial.rows_of_every_kind(E, k) if compiling else [S]
     kinds = {trial.kind_of(nonlinearity, routed, up, down, rows): rows for rows in sizes}
     return any(_trial_reason(device, kind, rows) is not None for kind, rows in kinds.items())
 

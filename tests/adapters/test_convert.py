@@ -149,6 +149,33 @@ def test_gate_and_up_of_two_precisions_are_joined_in_the_higher(tmp_path, low, s
     assert found.factors[0, "gate_up"][0].shape[1] == (2 if same else 4)
 
 
+@pytest.mark.parametrize("through", [None, NEW])
+def test_gate_and_up_of_gpt_oss_share_a_lora_a_in_sglang(tmp_path, through):
+    """Where theirs differ, its kernel mixes them up."""
+    spec = Spec(GPT_OSS)
+    factors = spec.factors(("gate", "up", "down"))
+    source = save_per_expert(tmp_path / "in", spec, factors)
+    if through:
+        source = convert_adapter(source, tmp_path / "through", to=through, model=spec.model()).out
+    convert_adapter(source, tmp_path / "out", to="sglang", model=spec.model())
+    tensors = load(tmp_path / "out")
+    gates = [name for name in tensors if "gate_proj.lora_A" in name]
+    assert gates
+    assert all(torch.equal(tensors[name], tensors[name.replace("gate_proj", "up_proj")]) for name in gates)
+    assert_updates(read_adapter(tmp_path / "out", GPT_OSS, 4).experts, spec.updates(factors))
+
+
+def test_llama_cpps_names_are_for_llama_cpp_alone(tmp_path):
+    spec = Spec()
+    source = save_per_expert(tmp_path / "in", spec, spec.factors(("gate", "up", "down")))
+    once = convert_adapter(source, tmp_path / "once", to="llama.cpp", model=spec.model()).out
+    twice = convert_adapter(once, tmp_path / "twice", to="llama.cpp", model=spec.model()).out
+    assert_identical(load(twice), load(once))
+    for to in (NEW, "per-expert", "vllm", "sglang"):
+        with pytest.raises(AdapterError, match="under llama.cpp's names"):
+            convert_adapter(once, tmp_path / "out", to=to, model=spec.model())
+
+
 @pytest.mark.parametrize("role", ["gate", "up"])
 def test_a_missing_branch_stays_zero(tmp_path, role):
     spec = Spec()
@@ -196,6 +223,9 @@ def test_sglang_gets_one_rank_and_one_alpha(tmp_path, rslora):
     how = {"model": spec.model(), "packing": "rank_major"}
     done = convert_adapter(source, tmp_path / "out", to="sglang", **how)
     assert done.exactness == "round-off"
+    assert {step.kind for step in done.steps} == {"folded", "padded"}
+    assert done.to_dict()["steps"] == [str(step) for step in done.steps]
+    assert "6 of 8 LoRA padded with zeros to 4" in " ".join(done.to_dict()["steps"])
     config, tensors = read_config(tmp_path / "out"), load(tmp_path / "out")
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {config["r"]} == {4}
     assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)

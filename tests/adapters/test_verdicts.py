@@ -24,6 +24,8 @@ from support.adapter_files import (
 from support.verdicts import targets_of_verdicts, unchanged
 
 from peft_moe_compat.adapters.inspect import inspect_adapter
+from peft_moe_compat.adapters.readers import READERS
+from peft_moe_compat.adapters.steps import Step
 
 FLAGS = {"packing": "rank_major"}
 HEAD = {f"{PREFIX}lm_head.weight": torch.ones(16, 8)}
@@ -123,3 +125,11 @@ def test_reads_is_said_exactly_where_nothing_would_change(tmp_path, case):
         same = "sharded" not in case and unchanged(source, tmp_path / shown, to, spec.model(), FLAGS)
         assert (verdict.verdict == "reads") is same, (shown, verdict)
         assert same or verdict.why
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_known_of_a_reader_is_of_a_step(reader):
+    for key, verdict in READERS[reader].lacking.items():
+        kind = key.partition(":")[0]
+        assert kind in ("dora", "initialised", "no_experts") or str(Step(kind, ("a", "b", "c")))
+        assert verdict in ("fails", "wrong", "unknown")

@@ -298,7 +298,7 @@ def test_gradients_are_taken_over_without_a_copy(monkeypatch, seed):
 
     monkeypatch.setattr(layer, "factor_gradient", noted)
     experts_forward(experts, leaves, *(t.to(DEVICE) for t in inputs)).sum().backward()
-    assert {leaf.grad.data_ptr() for leaf in parameters(leaves)} == set(made)
+    assert {leaf.grad.data_ptr() for leaf in parameters(leaves)} == set(made[-4:])  # a trial may have come first
 
 
 @pytest.mark.parametrize("ranks", [(4, 5), (None, 4)], ids=str)
@@ -359,7 +359,7 @@ def test_the_operators_leave_their_inputs_as_they_are():
     experts, there = moved(experts, loras)
     held = [(experts.get_parameter(name), None, there[name]) for name in ("gate_up_proj", "down_proj")]
     routed = tuple(t.to(DEVICE) for t in inputs)
-    out = operators.experts(fused._activation(experts), routed, *held)
+    out = operators.experts(fused._nonlinearity(experts), routed, *held)
     leaves = [inputs[0], inputs[2], *parameters(loras)]
     first, second = (torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for _ in range(2))
     for a, b in zip(first, second, strict=True):
