@@ -188,21 +188,30 @@ def test_paths_that_are_none(tmp_path, path):
         assert_refused(run_convert(*arguments), tmp_path, {"in", "config.json"})
 
 
-def try_all(source: Path, folder: Path) -> None:
-    """Whatever happens, happens as an error of this package; and after one there is no output."""
-    model = SPEC.model()
+def try_all(source: Path, folder: Path) -> int:
+    """Whatever happens, happens as an error of this package; and after one there is no output. How much went well."""
+    model, well = SPEC.model(), 0
     for call in (lambda: inspect_adapter(source), lambda: inspect_adapter(source, model=model)):
         try:
             call()
+            well += 1
         except PeftMoeCompatError as error:
             assert str(error)  # noqa: PT017
     for number, to in enumerate((TO, "per-expert", "sglang", "vllm", "llama.cpp")):
         out = folder / f"out{number}"
         try:
             convert_adapter(source, out, to=to, model=model)
+            well += 1
+            assert out.exists()
         except PeftMoeCompatError as error:
             assert str(error)  # noqa: PT017
             assert not out.exists()
+    return well
+
+
+def test_all_that_is_tried_goes_well_where_nothing_is_wrong(tmp_path):
+    assert try_all(adapter(tmp_path), tmp_path) == 7
+    assert len(list(tmp_path.glob("out*"))) == 5
 
 
 @settings(max_examples=60, deadline=None)

@@ -99,7 +99,8 @@ def test_after_load_adapter_the_numbers_are_pefts_or_refused(family):
     found = json.loads(line.removeprefix("RESULT"))
     if family == "mixtral":  # has a conversion mapping, which is what sets the patch off
         assert found["patched"] == found["patches"], found
-    refused = ("both refuse: LayoutError", "both refuse: RuntimeError")
+    # Only where PEFT has been rewritten can its own forward fail.
+    refused = ("both refuse: LayoutError", "both refuse: RuntimeError") if found["patches"] else ()
     for which, outcome in found["outcomes"].items():
         # A fresh model always has wrappers; one that load_adapter gave up on may have none.
         allowed = ("same numbers", *refused) if which.startswith("fresh") else ("same numbers", "no wrapper", *refused)
