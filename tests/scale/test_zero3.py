@@ -17,7 +17,7 @@ from torch import nn
 
 import peft_moe_compat
 from peft_moe_compat import ParallelismError
-from peft_moe_compat.model.sharding import get_in_out_features
+from peft_moe_compat.patching.sharding import get_in_out_features
 
 from .ranks import run
 
