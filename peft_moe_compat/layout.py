@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class FlatLora(NamedTuple):
     reads factors by address pays for none.
 
     Attributes:
-        lora_A, lora_B, num_experts, orientation, packing, scaling: As `from_flat` takes them.
+        lora_A, lora_B, num_experts, orientation, packing, scaling: As `flat` takes them.
         rank: r.
     """
 
@@ -175,8 +175,36 @@ class FlatLora(NamedTuple):
         return Factor(*of_B), Factor(*of_A, scaling)
 
 
-def _check_flat(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> int:
-    """Rank of one expert, once the flat pair is known to be possible."""
+def _check_names(orientation: str, packing: str) -> None:
+    if orientation not in ORIENTATIONS:
+        raise LayoutError(f"orientation is {orientation!r}; one of {ORIENTATIONS} was expected.")
+    if packing not in PACKINGS:
+        raise LayoutError(f"packing is {packing!r}; one of {PACKINGS} was expected.")
+
+
+def flat(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    num_experts: int,
+    *,
+    orientation: str,
+    packing: str = "rank_major",
+    scaling: float = 1.0,
+) -> FlatLora:
+    """PEFT's flat pair, once its shapes are known to be possible.
+
+    Args:
+        lora_A: "(E r) in", or "(E r) out" where reversed.
+        lora_B: "out (r E)", or "in (r E)" where reversed; "(E r)" instead of "(r E)" where grouped.
+        num_experts: E. 1 for a 2-D parameter.
+        orientation: `"linear"` or `"reversed"`.
+        packing: `"rank_major"` or `"grouped"`.
+        scaling: As PEFT's `scaling[adapter_name]`.
+
+    Raises:
+        LayoutError: The shapes cannot be such a pair.
+    """
+    _check_names(orientation, packing)
     if num_experts < 1:
         raise LayoutError(f"num_experts is {num_experts}; an expert stack has at least 1.")
     if lora_A.ndim != 2 or lora_B.ndim != 2:
@@ -195,54 +223,12 @@ def _check_flat(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> int:
             f"lora_A has {rows} rows ('(E r) p'), which {num_experts} experts cannot share evenly. "
             "Was the adapter trained with another num_experts?"
         )
-    return rows // num_experts
+    return FlatLora(lora_A, lora_B, num_experts, rows // num_experts, orientation, packing, scaling)
 
 
-def _check_names(orientation: str, packing: str) -> None:
-    if orientation not in ORIENTATIONS:
-        raise LayoutError(f"orientation is {orientation!r}; one of {ORIENTATIONS} was expected.")
-    if packing not in PACKINGS:
-        raise LayoutError(f"packing is {packing!r}; one of {PACKINGS} was expected.")
-
-
-def flat(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    num_experts: int,
-    *,
-    orientation: str,
-    packing: str = "rank_major",
-    scaling: float = 1.0,
-) -> FlatLora:
-    """PEFT's flat pair, once its shapes are known to be possible. Arguments and errors are those of `from_flat`."""
-    _check_names(orientation, packing)
-    r = _check_flat(lora_A, lora_B, num_experts)
-    return FlatLora(lora_A, lora_B, num_experts, r, orientation, packing, scaling)
-
-
-def from_flat(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    num_experts: int,
-    *,
-    orientation: str,
-    packing: str = "rank_major",
-    scaling: float = 1.0,
-) -> ExpertLora:
-    """PEFT's flat pair as an `ExpertLora`, by views alone: no copy, and gradients flow back to the flat tensors.
-
-    Args:
-        lora_A: "(E r) in", or "(E r) out" where reversed.
-        lora_B: "out (r E)", or "in (r E)" where reversed; "(E r)" instead of "(r E)" where grouped.
-        num_experts: E. 1 for a 2-D parameter.
-        orientation: `"linear"` or `"reversed"`.
-        packing: `"rank_major"` or `"grouped"`.
-        scaling: As PEFT's `scaling[adapter_name]`.
-
-    Raises:
-        LayoutError: The shapes cannot be such a pair.
-    """
-    return flat(lora_A, lora_B, num_experts, orientation=orientation, packing=packing, scaling=scaling).canonical()
+def from_flat(lora_A: Tensor, lora_B: Tensor, num_experts: int, **how: Any) -> ExpertLora:
+    """The same as an `ExpertLora`, by views alone: no copy, and gradients flow back to the flat tensors."""
+    return flat(lora_A, lora_B, num_experts, **how).canonical()
 
 
 def to_flat(lora: ExpertLora, *, orientation: str, packing: str = "rank_major") -> tuple[Tensor, Tensor]:
@@ -274,13 +260,12 @@ def concat(loras: Sequence[ExpertLora]) -> ExpertLora:
     """
     if not loras:
         raise LayoutError("concat needs at least one ExpertLora.")
-    first = loras[0]
-    if len(loras) == 1:
+    first, *others = loras
+    if not others:
         return first
-    for other in loras[1:]:
-        other.check(first.num_experts, first.out_features, first.in_features, "the stack of the first adapter")
     dtype = first.A.dtype
-    for other in loras[1:]:
+    for other in others:
+        other.check(first.num_experts, first.out_features, first.in_features, "the stack of the first adapter")
         dtype = torch.promote_types(dtype, other.A.dtype)
     A = torch.cat([lora.A.to(dtype) for lora in loras], dim=1)
     B = torch.cat([lora.B.to(dtype) * lora.scaling for lora in loras], dim=2)

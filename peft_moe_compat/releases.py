@@ -235,7 +235,7 @@ def release_for(version: str | Version) -> LayoutRule:
     Raises:
         UnsupportedPeftError: Releases before 0.17.0 have no `ParamWrapper`.
     """
-    parsed = parse_version(version) if isinstance(version, str) else version
+    parsed = parse_version(str(version))
     for rule in reversed(RULES):
         if base_release(parsed) >= rule.since:
             return rule
@@ -259,14 +259,12 @@ def verified_rule(version: str | Version, measured: LayoutRule) -> LayoutRule:
     Raises:
         UnsupportedPeftError: The probe contradicts the table.
     """
-    parsed = parse_version(version) if isinstance(version, str) else version
+    parsed = parse_version(str(version))
     rule = release_for(parsed)
     if rule.agrees_with(measured):
         return rule
-    if parsed.is_prerelease:
-        for other in RULES:
-            if other.agrees_with(measured):
-                return other
+    if parsed.is_prerelease and (others := [other for other in RULES if other.agrees_with(measured)]):
+        return others[0]
     newer = " (newer than any tested release)" if parsed > NEWEST_TESTED else ""
     raise UnsupportedPeftError(
         f"PEFT {parsed}{newer} does not lay out its expert LoRA as expected. Expected: {rule}. Measured: {measured}. "
@@ -286,14 +284,10 @@ def known_issues(peft: str, transformers: str) -> list[KnownIssue]:
     for issue in KNOWN_ISSUES:
         ranges = tuple(zip(pair, (issue.peft, issue.transformers), (NEWEST_TESTED, NEWEST_TRANSFORMERS), strict=True))
         if all(version in known for version, known, _ in ranges):
-            open_end = any(version > newest and _is_open(known) for version, known, newest in ranges)
+            # A range with a beginning and no end, of which nobody knows whether it goes on.
+            open_end = any(v > newest and {one.operator for one in known} == {">="} for v, known, newest in ranges)
             found.append(replace(issue, certain=not open_end))
     return found
-
-
-def _is_open(known: SpecifierSet) -> bool:
-    """Whether a range has a beginning and no end."""
-    return any(one.operator == ">=" for one in known) and all(one.operator == ">=" for one in known)
 
 
 def newer_than_tested(peft: str, transformers: str) -> dict[str, str]:

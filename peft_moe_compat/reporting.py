@@ -158,28 +158,29 @@ def _adapter_row(wrapper: Any, name: str) -> AdapterRow:
 
 
 def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> ParameterRow:
-    shape = stored_shape(experts, name) or ()
+    path, reasons, backend = _path(experts, name, wrapper)
+    adapters = () if wrapper is None else tuple(_adapter_row(wrapper, adapter) for adapter in wrapper.lora_A)
+    shape, stored = stored_shape(experts, name) or (), stored_format(experts, name)
+    return ParameterRow(name, shape, wrapper is not None, path, reasons, adapters, backend, stored)
+
+
+def _path(experts: nn.Module, name: str, wrapper: Any | None) -> tuple[str, tuple[Reason, ...], str]:
+    """Path, reasons and backend, see `ParameterRow`."""
     row = format_of(experts, name)
-    stored = stored_format(experts, name)
     if wrapper is None:
         packed = unreadable_reason(experts, name) if type(experts).__name__ in PACKED_CLASSES else None
-        return ParameterRow(name, shape, False, "base", (packed or because("not_wrapped"),), format=stored)
-    adapters = tuple(_adapter_row(wrapper, adapter) for adapter in wrapper.lora_A)
-    idle = None
+        return "base", (packed or because("not_wrapped"),), ""
     if wrapper.disable_adapters:
-        idle = because("disabled")
-    elif wrapper.merged:
-        idle = because("merge_lost" if stored else "merged")
-    elif not active_adapters(wrapper):
-        idle = because("none_active")
-    if idle is not None:
-        return ParameterRow(name, shape, True, "base", (idle,), adapters, format=stored)
+        return "base", (because("disabled"),), ""
+    if wrapper.merged:
+        return "base", (because("merge_lost" if row else "merged"),), ""
+    if not active_adapters(wrapper):
+        return "base", (because("none_active"),), ""
     if reason := inactive_reason() or native_reason(wrapper):
         refused = because("refused_spread") if exchanges_tokens(experts) else None
-        reasons = tuple(each for each in (reason, refused, row.caveat if row else None) if each is not None)
-        return ParameterRow(name, shape, True, "peft", reasons, adapters, format=stored)
+        return "peft", tuple(filter(None, (reason, refused, row.caveat if row else None))), ""
     backend, reason = backend_of(experts, name)
-    return ParameterRow(name, shape, True, "grouped_mm", (reason,) if reason else (), adapters, backend, stored)
+    return "grouped_mm", (reason,) if reason else (), backend
 
 
 def report(model: nn.Module) -> Report:
@@ -212,7 +213,7 @@ def report(model: nn.Module) -> Report:
         extra = tuple(sorted(set(chain) - set(names)))
         parameters = tuple(_parameter_row(module, n, chain.get(n)) for n in names + extra)
         rows.append(ExpertsRow(name, type(module).__name__, is_transposed(module), parameters))
-    found = list(_complaints(rows, any(hasattr(m, "lora_A") for m in model.modules())))
+    found = list(_complaints(rows)) if any(hasattr(m, "lora_A") for m in model.modules()) else []
     if twice:
         found.append(
             f"PEFT wrapped {len(twice)} expert parameters twice, {twice[0]} among them: get_peft_model ran twice on "
@@ -231,19 +232,17 @@ def report(model: nn.Module) -> Report:
     return Report(inactive_reason() is None, tuple(rows), tuple(found), untested)
 
 
-def _complaints(rows: Iterable[ExpertsRow], adapted: bool) -> Iterable[str]:
+def _complaints(rows: Iterable[ExpertsRow]) -> Iterable[str]:
+    """Of a model that PEFT has adapted."""
     parameters = [(f"{row.module}.{p.name}", p) for row in rows for p in row.parameters]
     wrapped = [(name, p) for name, p in parameters if p.wrapped]
-    if not adapted:
-        return
     bare = [name for name, p in parameters if not p.wrapped]
     if bare:
         yield (
             f"{len(bare)} of {len(parameters)} expert parameters are not adapted, {bare[0]} among them. Unless you "
             "chose so, pass target_parameters=peft_moe_compat.expert_parameters(model), which reaches them all."
         )
-    adapters = sorted({a.name for _, p in wrapped for a in p.adapters})
-    for adapter in adapters:
+    for adapter in sorted({a.name for _, p in wrapped for a in p.adapters}):
         lacking = [name for name, p in wrapped if adapter not in {a.name for a in p.adapters}]
         if lacking:
             yield (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,17 +26,24 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _Adapter = Annotated[str, typer.Argument(help="Folder of an adapter, or a Hub id.", show_default=False)]
-_Model = Annotated[
-    str | None, typer.Option("--model", help="The base model's config: a folder, a config.json or a Hub id.")
-]
-_WrittenBy = Annotated[
-    str | None, typer.Option("--written-by", help="peft==VERSION[,transformers==VERSION], where the file is silent.")
-]
-_Orientation = Annotated[str | None, typer.Option(help="linear or reversed, where neither shapes nor writer tell.")]
-_Packing = Annotated[str | None, typer.Option(help="rank_major or grouped, where the file does not show it.")]
-_Nesting = Annotated[
-    str | None, typer.Option(help="Parameters, innermost wrapper first, with commas; where the shapes do not tell.")
-]
+# What the caller knows of an adapter, beside it: an option of every command.
+_STATED = {
+    "model": Annotated[
+        str | None, typer.Option("--model", help="The base model's config: a folder, a config.json or a Hub id.")
+    ],
+    "written_by": Annotated[
+        str | None,
+        typer.Option("--written-by", help="peft==VERSION[,transformers==VERSION], where the file is silent."),
+    ],
+    "orientation": Annotated[
+        str | None, typer.Option(help="linear or reversed, where neither shapes nor writer tell.")
+    ],
+    "packing": Annotated[str | None, typer.Option(help="rank_major or grouped, where the file does not show it.")],
+    "nesting": Annotated[
+        str | None,
+        typer.Option(help="Parameters, innermost wrapper first, with commas; where the shapes do not tell."),
+    ],
+}
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 _MARKS = {"reads": "[green]reads it[/]", "wrong": "[red]wrong, silently[/]", "fails": "fails", "unknown": "?"}
@@ -42,129 +51,91 @@ _MARKS = {"reads": "[green]reads it[/]", "wrong": "[red]wrong, silently[/]", "fa
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    app.command()(inspect)
-    app.command()(convert)
-    app.command()(verify)
+    for command in (inspect, convert, verify):
+        app.command()(_with_stated(command))
 
 
-def inspect(
-    adapter: _Adapter,
-    model: _Model = None,
-    written_by: _WrittenBy = None,
-    orientation: _Orientation = None,
-    packing: _Packing = None,
-    nesting: _Nesting = None,
-    as_json: _Json = False,
-) -> None:
+def _with_stated(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `_STATED` for its parameter `stated`, and with exit code 2 for this package's
+    errors, which become a message or a JSON object.
+    """
+    own = list(signature(command, eval_str=True).parameters.values())
+    at = [parameter.name for parameter in own].index("stated")
+    options = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=a) for name, a in _STATED.items()]
+    parameters = [*own[:at], *options, *own[at + 1 :]]
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        stated = {name: given.pop(name) for name in _STATED}
+        if stated["nesting"] is not None:
+            stated["nesting"] = [name.strip() for name in stated["nesting"].split(",")]
+        try:
+            command(**given, stated=stated)
+        except PeftMoeCompatError as error:
+            if given["as_json"]:
+                typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}, indent=2))
+            else:
+                Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(2) from None
+
+    with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
+
+
+def inspect(adapter: _Adapter, *, stated: dict[str, Any], as_json: _Json = False) -> None:
     """Says who wrote an adapter, how its experts' LoRA is laid out, how sure that is, and who can read it."""
-    with _errors(as_json):
-        from ..adapters.inspect import inspect_adapter
+    from ..adapters.inspect import inspect_adapter
 
-        found = inspect_adapter(
-            adapter,
-            model=model,
-            written_by=written_by,
-            orientation=orientation,
-            packing=packing,
-            nesting=_names(nesting),
-        )
-        if as_json:
-            typer.echo(found.to_json())
-        else:
-            _show_inspection(found, Console())
+    _answer(inspect_adapter(adapter, **stated), _show_inspection, as_json)
 
 
 def convert(
     adapter: _Adapter,
     out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.", show_default=False)],
+    *,
     to: Annotated[
         str,
         typer.Option(
             help="peft (the one installed), peft==VERSION[,transformers==VERSION], per-expert, vllm, sglang, llama.cpp."
         ),
     ] = "peft",
-    model: _Model = None,
-    written_by: _WrittenBy = None,
-    orientation: _Orientation = None,
-    packing: _Packing = None,
-    nesting: _Nesting = None,
+    stated: dict[str, Any],
     fill_missing: Annotated[bool, typer.Option(help="Give experts without LoRA one of zeros.")] = False,
     allow_lossy: Annotated[bool, typer.Option(help="Leave out what the reader cannot take.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Writes an adapter in the form a reader takes. The input is never changed, and nothing is overwritten."""
-    with _errors(as_json):
-        from ..adapters.convert import convert_adapter
+    from ..adapters.convert import convert_adapter
 
-        with _progress("converting") as advance:
-            done = convert_adapter(
-                adapter,
-                out,
-                to=to,
-                model=model,
-                written_by=written_by,
-                orientation=orientation,
-                packing=packing,
-                nesting=_names(nesting),
-                fill_missing=fill_missing,
-                allow_lossy=allow_lossy,
-                progress=advance,
-            )
-        if as_json:
-            typer.echo(json.dumps(done.to_dict(), indent=2))
-        else:
-            _show_conversion(done, Console())
+    stated |= {"fill_missing": fill_missing, "allow_lossy": allow_lossy}
+    with _progress("converting") as advance:
+        done = convert_adapter(adapter, out, to=to, **stated, progress=advance)
+    _answer(done, _show_conversion, as_json)
 
 
 def verify(
     adapter: _Adapter,
     other: Annotated[str, typer.Argument(help="What became of it: a folder or a Hub id.", show_default=False)],
-    model: _Model = None,
-    written_by: _WrittenBy = None,
-    orientation: _Orientation = None,
-    packing: _Packing = None,
-    nesting: _Nesting = None,
+    *,
+    stated: dict[str, Any],
     tolerance: Annotated[float, typer.Option(help="Largest relative difference that counts as the same.")] = 1e-6,
     as_json: _Json = False,
 ) -> None:
     """Compares two adapters by the updates they make to each expert. Exit code 1 where they differ."""
-    with _errors(as_json):
-        from ..adapters.verify import verify_adapters
+    from ..adapters.verify import verify_adapters
 
-        with _progress("comparing") as advance:
-            found = verify_adapters(
-                adapter,
-                other,
-                model=model,
-                written_by=written_by,
-                orientation=orientation,
-                packing=packing,
-                nesting=_names(nesting),
-                tolerance=tolerance,
-                progress=advance,
-            )
-        if as_json:
-            typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
-        else:
-            _show_verification(found, Console())
-        raise typer.Exit(0 if found.same else 1)
+    with _progress("comparing") as advance:
+        found = verify_adapters(adapter, other, **stated, tolerance=tolerance, progress=advance)
+    _answer(found, _show_verification, as_json)
+    raise typer.Exit(0 if found.same else 1)
 
 
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",")]
-
-
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """Turns this package's errors into a message, or a JSON object, and exit code 2."""
-    try:
-        yield
-    except PeftMoeCompatError as error:
-        if as_json:
-            typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}, indent=2))
-        else:
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
+def _answer(found: Any, show: Callable[[Any, Console], None], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+    else:
+        show(found, Console())
 
 
 @contextmanager
@@ -254,13 +225,8 @@ def _show_verification(found: Verification, console: Console) -> None:
         table.add_column(column, overflow="fold")
     rows = sorted(found.rows, key=lambda row: -row.relative_difference)
     for row in rows[:20]:
-        table.add_row(
-            escape(row.name),
-            escape(row.projection),
-            f"{row.max_difference:.2g}",
-            f"{row.relative_difference:.2g}",
-            escape(row.note),
-        )
+        numbers = f"{row.max_difference:.2g}", f"{row.relative_difference:.2g}"
+        table.add_row(escape(row.name), escape(row.projection), *numbers, escape(row.note))
     console.print(table)
     if len(rows) > 20:
         console.print(f"and {len(rows) - 20} more with smaller differences")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import platform
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -53,36 +53,13 @@ class Findings:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: versions and version ranges as text."""
-        rule = self.rule and {
-            "since": str(self.rule.since),
-            "axis_plain": self.rule.axis_plain,
-            "axis_transposed": self.rule.axis_transposed,
-            "reads_swap_flag": self.rule.reads_swap_flag,
-        }
+        rule = self.rule and asdict(self.rule) | {"since": str(self.rule.since)}
         issues = [
-            {
-                "code": issue.code,
-                "peft": str(issue.peft),
-                "transformers": str(issue.transformers),
-                "symptom": issue.symptom,
-                "remedy": issue.remedy,
-                "certain": issue.certain,
-            }
+            asdict(issue) | {"peft": str(issue.peft), "transformers": str(issue.transformers)}
             for issue in self.known_issues
         ]
-        return {
-            "ok": self.ok,
-            "reason": self.reason,
-            "switched_off": self.switched_off,
-            "versions": self.versions,
-            "rule": rule,
-            "probe": self.probe,
-            "experts_registry": self.ok and self.taken is not None,
-            "taken": self.taken or [],
-            "backends": self.backends,
-            "known_issues": issues,
-            "untested": self.untested,
-        }
+        registry = {"experts_registry": self.ok and self.taken is not None, "taken": self.taken or []}
+        return {"ok": self.ok} | asdict(self) | registry | {"rule": rule, "known_issues": issues}
 
 
 def examine() -> Findings:

@@ -25,6 +25,8 @@ __all__ = [
     "bare",
     "declare_layout",
     "dispatching_registry",
+    "features",
+    "held_parameters",
     "is_transposed",
     "projections",
     "routed_experts",
@@ -125,7 +127,15 @@ def stored_transposed(module: nn.Module, name: str) -> bool:
     return bool(is_transposed(module)) and not (shape is not None and len(shape) == 2)
 
 
-def _held_parameters(module: nn.Module) -> list[str]:
+def features(module: nn.Module, name: str) -> tuple[int, int]:
+    """(in, out) of an expert parameter, read as `stored_transposed` says."""
+    shape = stored_shape(module, name)
+    if shape is None:
+        raise LayoutError(f"{type(module).__name__} has no weight {name!r}, which is targeted.")
+    return (shape[-2], shape[-1]) if stored_transposed(module, name) else (shape[-1], shape[-2])
+
+
+def held_parameters(module: nn.Module) -> list[str]:
     """Names of the parameters a module holds itself, those under `torch.nn.utils.parametrize` included."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
     return names + list(getattr(module, "parametrizations", ()))
@@ -145,10 +155,10 @@ def projections(module: nn.Module) -> tuple[str, ...]:
     if cls.__name__ in PACKED_CLASSES:
         return PACKED_CLASSES[cls.__name__]
     decorated = hasattr(cls, "_apply_gate") and hasattr(module, "is_transposed")
-    names = ("gate_up_proj", "up_proj", "down_proj") if decorated else tuple(_held_parameters(module))
+    held = held_parameters(module)
+    names = ("gate_up_proj", "up_proj", "down_proj") if decorated else held
     if not decorated and is_transposed(module) is None and not re.search(r"Experts?(Gemm)?$", cls.__name__):
         return ()
-    held = set(_held_parameters(module))
     return tuple(n for n in names if n in held and len(stored_shape(module, n) or ()) == 3)
 
 

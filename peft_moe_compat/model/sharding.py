@@ -31,16 +31,13 @@ __all__ = [
     "refuse_quantised",
 ]
 
-# Where transformers' replacement of an experts module's forward is written.
-_HOME = "transformers.distributed."
-
 
 def exchanges_tokens(experts: Any) -> bool:
     """Whether a module's forward is transformers' exchange of tokens around the class's own."""
     if "forward" not in experts.__dict__:
         return False
     name: str = getattr(experts.__dict__["forward"], "__globals__", {}).get("__name__", "")
-    return name.startswith(_HOME)
+    return name.startswith("transformers.distributed.")
 
 
 def expert_mesh(experts: Any, name: str) -> Any:

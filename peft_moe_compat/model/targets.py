@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -37,28 +37,24 @@ def expert_parameters(
             for; the message lists what was found instead.
     """
     model = bare(model)
-    found = [(f"{name}.{parameter}", m) for name, m, names in _runnable(model) for parameter in names]
+    found = []
+    for name, module, names in routed_experts(model):
+        _refuse_unrunnable(name, module)
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        found += [(f"{name}.{parameter}", module, parameter, layer) for parameter in names]
     if not found:
         raise NoExpertParametersError(_nothing_found(model))
-    projections = _chosen("projections", projections, {_projection(full) for full, _ in found})
-    layers = _chosen("layers", layers, {_layer(full) for full, _ in found})
-    others = [tuple(strip_base_layer(name).split(".")) for name, _ in model.named_parameters()]
-    wanted = {full: m for full, m in found if _projection(full) in projections and _layer(full) in layers}
-    others = [parts for parts in others if ".".join(parts) not in wanted]
+    projections = _chosen("projections", projections, {parameter for _, _, parameter, _ in found})
+    layers = _chosen("layers", layers, {layer for *_, layer in found})
+    wanted = {full: m for full, m, parameter, layer in found if parameter in projections and layer in layers}
+    names_of_all = (strip_base_layer(name) for name, _ in model.named_parameters())
+    others = [tuple(name.split(".")) for name in names_of_all if name not in wanted]
     # PEFT finds an already parametrised weight by its full name only.
     targets = {
         full if getattr(module, "parametrizations", None) else _shortest_ending(full, others): None
         for full, module in wanted.items()
     }
     return list(targets)
-
-
-def _projection(full: str) -> str:
-    return full.rpartition(".")[2]
-
-
-def _layer(full: str) -> int | None:
-    return next((int(part) for part in full.split(".") if part.isdigit()), None)
 
 
 def _chosen(what: str, asked: Any, there: set[Any]) -> Collection[Any]:
@@ -85,12 +81,6 @@ def _shortest_ending(full: str, others: list[tuple[str, ...]]) -> str:
         if not ending[0].isdigit() and not any(other[-length:] == ending for other in others):
             return ".".join(ending)
     return full
-
-
-def _runnable(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    for name, module, names in routed_experts(model):
-        _refuse_unrunnable(name, module)
-        yield name, module, names
 
 
 def _refuse_unrunnable(name: str, module: nn.Module) -> None:

@@ -36,9 +36,13 @@ class Format:
     """A stored format. What each method is asked of a parameter holds for one that the format `holds`.
 
     Attributes:
+        name: What `report` calls it, where it has one name.
+        refused: Why this library can read none of it.
         caveat: What is wrong with PEFT's own forward on it, as measured on PEFT 0.20.0 and 0.21.2.
     """
 
+    name = ""
+    refused: Reason | None = None
     caveat: Reason | None = None
 
     def holds(self, module: nn.Module, name: str) -> bool:
@@ -47,11 +51,11 @@ class Format:
 
     def label(self, module: nn.Module, name: str) -> str:
         """What `report` calls it."""
-        raise NotImplementedError
+        return self.name
 
     def unreadable(self, module: nn.Module, name: str) -> Reason | None:
         """Why this library cannot read it."""
-        return None
+        return self.refused
 
     def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
         """The weight as stored, dequantised. See `read`."""
@@ -65,14 +69,11 @@ class Format:
 class Packed(Format):
     """MXFP4 (gpt-oss): objects of a kernel library in the place of the parameters."""
 
+    name = "mxfp4"
+    refused = because("mxfp4")
+
     def holds(self, module: nn.Module, name: str) -> bool:
         return type(module).__name__ in PACKED_CLASSES
-
-    def label(self, module: nn.Module, name: str) -> str:
-        return "mxfp4"
-
-    def unreadable(self, module: nn.Module, name: str) -> Reason | None:
-        return because("mxfp4")
 
 
 class Parametrised(Format):
@@ -115,6 +116,7 @@ class TorchAO(Format):
 class FineGrained(Format):
     """transformers' fine-grained FP8: float8 "E out in", and a `_scale_inv` for each block or expert."""
 
+    name = "fp8 (fine-grained)"
     caveat = because("peft_and_fp8")
 
     def holds(self, module: nn.Module, name: str) -> bool:
@@ -122,9 +124,6 @@ class FineGrained(Format):
         return (
             weight is not None and _is_fp8_experts(module) and weight.dtype.itemsize == 1 and weight.is_floating_point()
         )
-
-    def label(self, module: nn.Module, name: str) -> str:
-        return "fp8 (fine-grained)"
 
     def unreadable(self, module: nn.Module, name: str) -> Reason | None:
         expected = _scale_shape(module._parameters[name], module.block_size)  # type: ignore[arg-type]
@@ -141,15 +140,12 @@ class FineGrained(Format):
 class FineGrainedFP4(Format):
     """The same classes of transformers with two 4-bit numbers to a byte."""
 
+    name = "fp4 (fine-grained)"
+    refused = because("fp4_packed")
+
     def holds(self, module: nn.Module, name: str) -> bool:
         weight = module._parameters.get(name)
         return weight is not None and _is_fp8_experts(module) and weight.dtype.itemsize == 1
-
-    def label(self, module: nn.Module, name: str) -> str:
-        return "fp4 (fine-grained)"
-
-    def unreadable(self, module: nn.Module, name: str) -> Reason | None:
-        return because("fp4_packed")
 
 
 class OtherDtype(Format):

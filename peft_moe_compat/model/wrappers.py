@@ -19,7 +19,7 @@ from ..errors import LayoutError, PeftMoeCompatError
 from ..layout import ExpertLora, FlatLora
 from ..reasons import Reason, because
 from ..releases import LayoutRule
-from .experts import REGISTRIES, dispatching_registry, is_transposed, stored_shape
+from .experts import REGISTRIES, dispatching_registry, features, is_transposed, stored_shape, stored_transposed
 from .probe import installed_rule
 from .sharding import exchanges_tokens, local_experts, local_factors
 from .weights import unreadable_reason
@@ -60,21 +60,15 @@ def wrapper_chain(module: nn.Module) -> Iterator[Any]:
         module = module.base_layer  # type: ignore[assignment]
 
 
-def _spans_last_axis(wrapper: Any, rule: LayoutRule) -> bool:
-    """Whether lora_A's columns span the last stored axis, as `get_delta_weight` of the installed PEFT has it.
-
-    "e o i" where PEFT obeys the wrapper's swap flag and it is set, else "e i o". One expert, or a 2-D parameter, goes
-    through `Linear.get_delta_weight`, which is B @ A on the stored axes whatever the flag says.
-    """
-    if wrapper.num_experts == 1:
-        return True
-    return rule.reads_swap_flag and bool(wrapper._did_swap_in_out_features)
-
-
 def live_orientation(wrapper: Any, transposed: bool, rule: LayoutRule) -> str:
-    """The orientation that a live wrapper's lora_A and lora_B have: `"linear"` or `"reversed"`."""
-    in_is_last = not transposed
-    return "linear" if _spans_last_axis(wrapper, rule) == in_is_last else "reversed"
+    """`"linear"` or `"reversed"`, as `get_delta_weight` of the installed PEFT reads a live wrapper's lora_A and lora_B.
+
+    lora_A's columns span the last stored axis ("e o i") where PEFT obeys the wrapper's swap flag and it is set, else
+    the other ("e i o"). One expert, or a 2-D parameter, goes through `Linear.get_delta_weight`, which is B @ A on the
+    stored axes whatever the flag says.
+    """
+    spans_last = wrapper.num_experts == 1 or (rule.reads_swap_flag and bool(wrapper._did_swap_in_out_features))
+    return "linear" if spans_last != transposed else "reversed"
 
 
 def held_weight(linear: Any) -> torch.Tensor:
@@ -144,13 +138,8 @@ def read_adapter(
     if held is not None:
         num_experts = held[1] - held[0]
         lora_A, lora_B = local_factors(lora_A), local_factors(lora_B)
-    lora = layout.flat(
-        lora_A,
-        lora_B,
-        num_experts,
-        orientation=live_orientation(wrapper, transposed, rule),
-        scaling=wrapper.scaling[adapter_name],
-    )
+    orientation, scaling = live_orientation(wrapper, transposed, rule), wrapper.scaling[adapter_name]
+    lora = layout.flat(lora_A, lora_B, num_experts, orientation=orientation, scaling=scaling)
     if lora.rank != wrapper.r[adapter_name]:
         raise LayoutError(
             f"lora_A of {wrapper.parameter_name!r}, adapter {adapter_name!r}, has {lora_A.shape[0]} rows; "
@@ -200,28 +189,26 @@ def expert_loras(module: nn.Module, adapter_names: Collection[str] | None = None
         raise LayoutError(f"No adapter {sorted(unknown)} on this module; it has {sorted(known)}.")
     found: dict[str, ExpertLora] = {}
     for wrapper in chain:
-        names = list(wrapper.active_adapters if adapter_names is None else adapter_names)
-        names = [name for name in names if name in wrapper.lora_A]
+        asked = wrapper.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in asked if name in wrapper.lora_A]
         if not names:
             continue
         experts, parameter = wrapper.get_base_layer(), wrapper.parameter_name
-        shape = stored_shape(experts, parameter)
-        if shape is None:
-            raise LayoutError(f"{type(experts).__name__} has no weight {parameter!r}, which a ParamWrapper targets.")
-        transposed = False if len(shape) == 2 else is_transposed(experts)
-        if transposed is None:
+        in_features, out_features = features(experts, parameter)
+        shape = stored_shape(experts, parameter) or ()
+        if len(shape) == 3 and is_transposed(experts) is None:
             raise LayoutError(
                 f"{type(experts).__name__} does not say whether its weights are stored '(E, out, in)' or "
                 f"'(E, in, out)'; {parameter!r} is {shape}. Say it once with "
                 f"peft_moe_compat.declare_layout({type(experts).__name__}, is_transposed=...)."
             )
         held = local_experts(experts, parameter)
+        transposed = stored_transposed(experts, parameter)
         lora = layout.concat([read_adapter(wrapper, name, transposed, rule, held).canonical() for name in names])
-        E, d1, d2 = (1, *shape) if len(shape) == 2 else shape
+        num_experts = shape[0] if len(shape) == 3 else 1
         if held is not None:
-            E = held[1] - held[0]
-        out_features, in_features = (d2, d1) if transposed else (d1, d2)
-        lora.check(E, out_features, in_features, f"{type(experts).__name__}.{parameter}, stored as {shape}")
+            num_experts = held[1] - held[0]
+        lora.check(num_experts, out_features, in_features, f"{type(experts).__name__}.{parameter}, stored as {shape}")
         found[parameter] = layout.concat([found[parameter], lora]) if parameter in found else lora
     return found
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
 from ..reasons import Reason, because
-from ..releases import parse_version, release_for
+from ..releases import release_for
 
 if TYPE_CHECKING:
     from ..releases import LayoutRule
@@ -52,19 +52,16 @@ class Activation:
         with _lock:
             if not self.active:
                 return
-            if displaced := self._displaced(self._done):
+            if displaced := self.displaced(anywhere=True):
                 raise PatchConflictError(f"{displaced}, so it cannot be put back. Undo that patch first.")
             for replacement, stock, _ in self._done:
                 replacement.put(stock)
             _current = None
 
-    def displaced(self) -> Reason | None:
-        """Which function of the forward is no longer the one put in place, and whose is; None while all are there."""
-        return self._displaced([done for done in self._done if done[0].of_forward])
-
-    def _displaced(self, done: list[tuple[Replacement, Any, Any]]) -> Reason | None:
-        for replacement, _, ours in done:
-            if (there := replacement.there()) is not ours:
+    def displaced(self, *, anywhere: bool = False) -> Reason | None:
+        """Which function of the forward, or of all, is no longer the one put in place, and whose is; None if none."""
+        for replacement, _, ours in self._done:
+            if (anywhere or replacement.of_forward) and (there := replacement.there()) is not ours:
                 return because("displaced", replacement.what, _owner(there))
         return None
 
@@ -75,7 +72,12 @@ class Activation:
 
         found = [(replacement, replacement.there()) for replacement in replacements()]
         for replacement, stock in found:
-            _refuse_foreign(replacement.what, stock, replacement.home)
+            if not (owner := _owner(stock)).startswith(replacement.home):
+                raise PatchConflictError(
+                    f"{replacement.what} is already patched by {owner}, so peft_moe_compat stays inactive. Use one of "
+                    "the two: drop that patch, or set PEFT_MOE_COMPAT=0 in the environment, which keeps the import "
+                    "from activating."
+                )
         self.rule = installed_rule()  # after the foreign functions, which could make its probe fail in any way
         self._done = [(replacement, stock, replacement.make(stock)) for replacement, stock in found]
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
@@ -102,15 +104,6 @@ def _owner(function: Any) -> str:
     return str(code_globals.get("__name__") or getattr(function, "__module__", None) or repr(function))
 
 
-def _refuse_foreign(what: str, function: Any, home: str) -> None:
-    owner = _owner(function)
-    if not owner.startswith(home):
-        raise PatchConflictError(
-            f"{what} is already patched by {owner}, so peft_moe_compat stays inactive. Use one of the two: drop that "
-            "patch, or set PEFT_MOE_COMPAT=0 in the environment, which keeps the import from activating."
-        )
-
-
 def is_active() -> bool:
     """Whether the library is active in this process."""
     return _current is not None
@@ -118,9 +111,7 @@ def is_active() -> bool:
 
 def inactive_reason() -> Reason | None:
     """Why a forward that could run fast would not: nobody activated, or somebody replaced what activation put there."""
-    if _current is None:
-        return because("not_active")
-    return _current.displaced()
+    return because("not_active") if _current is None else _current.displaced()
 
 
 def activate() -> Activation:
@@ -134,7 +125,7 @@ def activate() -> Activation:
     # Before the lock: importing peft may activate by itself, and another thread may be in the middle of that.
     import peft
 
-    release_for(parse_version(peft.__version__))  # before anything that only a PEFT with ParamWrapper has
+    release_for(peft.__version__)  # before anything that only a PEFT with ParamWrapper has
     with _lock:
         if _current is None:
             handle = Activation()

@@ -35,16 +35,14 @@ def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
     """
     around = chains(model)
     for module in file.source.modules:
-        chain = around.get(file.paths[module.path], [])
-        held, shares = _held(chain, adapter_name), _shares(chain)
+        held = _held(around.get(file.paths[module.path], []), adapter_name)
         for part in fused_parts(module, file.decision.readings[module.path], file.decision.packing_of):
-            lora = held.get(part.name)
+            lora, share = held.get(part.name, _NOTHING)
             if lora is not None and _elsewhere(lora):
                 continue
             with file.source.tensors.reading(part.reads) as tensors:
-                expected = _applied(replace(part.load(tensors), scaling=1.0))[shares.get(part.name, slice(None))]
-            found = torch.zeros_like(expected) if lora is None else _applied(replace(lora, scaling=1.0))
-            if _distance(found, expected) > _TOLERANCE:
+                expected = _applied(replace(part.load(tensors), scaling=1.0))
+            if _distance(lora and replace(lora, scaling=1.0), expected[share]) > _TOLERANCE:
                 raise LayoutError(
                     f"The LoRA on {module.path}.{part.name} in {file.source.folder} did not reach the model: upstream "
                     f"lost it, or gave it another name.{known_of_this_pair('load_adapter_swaps', 'load_adapter_fails')}"
@@ -63,21 +61,17 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
         path = paths.get(facts.fused_path(module.path))
         if path is None:
             continue
-        chain = around.get(path, [])
-        held, shares = _held(chain, adapter_name), _shares(chain)
+        held = _held(around.get(path, []), adapter_name)
         for role, parameter in facts.parameters.items():
             E, _, fan_out = facts.stacks.get((path, parameter), (0, 0, 0))
             branches = ("gate", "up") if role == "gate_up" else (role,)
             parts = {p.role: p for p in per_expert_parts(module, num_experts=E, fill_missing=True)} if E else {}
-            if not parts.keys() & set(branches):
+            lora, share = held.get(parameter, _NOTHING)
+            if not parts.keys() & set(branches) or (lora is not None and _elsewhere(lora)):
                 continue
             rows = [_rows(source, parts.get(branch), (E, fan_out // len(branches))) for branch in branches]
             expected = torch.stack(rows, dim=2).flatten(1) if facts.interleaved else torch.cat(rows, dim=1)
-            if parameter in held and _elsewhere(held[parameter]):
-                continue
-            expected = expected[shares.get(parameter, slice(None))]
-            found = _applied(held[parameter]) if parameter in held else torch.zeros_like(expected)
-            distance = _distance(found, expected)
+            distance = _distance(lora, expected[share])
             if distance > _TOLERANCE:
                 raise LayoutError(
                     f"The file has LoRA on every expert by itself; what upstream made of it for {path}.{parameter} is "
@@ -86,27 +80,28 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
                 )
 
 
-def _held(chain: list[Any], adapter_name: str) -> dict[str, ExpertLora]:
-    """Parameter -> the adapter's LoRA in a chain of live wrappers; empty where it is on none of them."""
-    found = {}
+# Of a parameter that no wrapper of the adapter is on: no LoRA, to be held against that of all experts.
+_NOTHING: tuple[ExpertLora | None, slice] = None, slice(None)
+
+
+def _held(chain: list[Any], adapter_name: str) -> dict[str, tuple[ExpertLora | None, slice]]:
+    """Parameter -> the adapter's LoRA in a chain of live wrappers, and which of the experts it is for.
+
+    Expert parallelism gives other experts to other ranks.
+    """
+    found: dict[str, tuple[ExpertLora | None, slice]] = {}
     for w in chain:
         if adapter_name in w.lora_A:
-            experts, rule = w.get_base_layer(), installed_rule()
-            held = local_experts(experts, w.parameter_name)
-            lora = read_adapter(w, adapter_name, stored_transposed(experts, w.parameter_name), rule, held)
-            found[w.parameter_name] = lora.canonical()
+            experts, name = w.get_base_layer(), w.parameter_name
+            share = local_experts(experts, name)
+            lora = read_adapter(w, adapter_name, stored_transposed(experts, name), installed_rule(), share)
+            found[name] = lora.canonical(), slice(*share or (None,))
     return found
 
 
 def _elsewhere(lora: ExpertLora) -> bool:
     """Whether the values are not to be had in this process alone: offloaded, or partitioned or sharded over several."""
     return any(t.is_meta or t.numel() == 0 or is_dtensor(t) for t in (lora.A, lora.B))
-
-
-def _shares(chain: list[Any]) -> dict[str, slice]:
-    """Parameter -> which of its experts this rank holds; expert parallelism gives others to other ranks."""
-    held = {w.parameter_name: local_experts(w.get_base_layer(), w.parameter_name) for w in chain}
-    return {name: slice(*experts) for name, experts in held.items() if experts is not None}
 
 
 def _rows(source: AdapterSource, part: Part | None, shape: tuple[int, int]) -> Tensor:
@@ -123,7 +118,9 @@ def _applied(lora: ExpertLora) -> Tensor:
     return (B @ (A @ x).unsqueeze(2)).squeeze(2) * lora.scaling
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _distance(lora: ExpertLora | None, expected: Tensor) -> float:
+    """From what should have arrived to what has, None for nothing; relative."""
+    found = torch.zeros_like(expected) if lora is None else _applied(lora)
     if found.shape != expected.shape:
         return float("inf")
     return relative(float((found - expected).norm()), float(expected.norm()))

@@ -6,8 +6,6 @@ What cannot run fast goes to PEFT's own forward. No state is kept on any module.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,10 +13,9 @@ from .. import layout
 from ..errors import PeftMoeCompatError
 from ..forward.layer import experts_forward
 from ..layout import ExpertLora, FlatLora
-from ..model.experts import REGISTRY_MODULE, is_transposed
+from ..model.experts import REGISTRIES, REGISTRY_MODULE, is_transposed
 from ..model.probe import installed_rule
 from ..model.sharding import check_zero3, exchanges_tokens, local_experts, refuse_native, refuse_quantised
-from ..model.weights import FP8_MODULE
 from ..model.wrappers import (
     TAKES_LORA,
     active_adapters,
@@ -30,12 +27,14 @@ from ..model.wrappers import (
 )
 from ..releases import LayoutRule
 
-__all__ = ["KEYWORD", "experts_registry", "fp8_experts_registry", "registered_forward", "wrapper_forward"]
+__all__ = ["KEYWORD", "experts_registry", "registered_forward", "wrapper_forward"]
 
 KEYWORD = "expert_lora"
 # Other names the experts classes' own forwards use for their arguments (gpt_oss, openai_privacy_filter).
 _ARGUMENT_ALIASES = {"router_indices": "top_k_index", "routing_weights": "top_k_weights"}
 
+# What the registered experts function looks for where the exchange of tokens takes no keyword arguments. Set for one
+# call within one thread; a recomputation sets it again.
 _carried: ContextVar[Any] = ContextVar("peft_moe_compat_carried", default=None)
 
 
@@ -54,16 +53,6 @@ class Handover:
         self.wrappers: list[tuple[Any, list[str], tuple[int, int] | None]] = []
         self.arrived = False
 
-    def add(self, wrapper: Any, adapter_names: list[str]) -> None:
-        """Hands down the update of a wrapper's adapters of those names.
-
-        Raises:
-            ParallelismError: The weight is quantised, and its experts are spread over ranks or cut by ZeRO-3.
-        """
-        refuse_quantised(self.experts, wrapper.parameter_name)
-        # Asked here, since the exchange of tokens has the experts module hold its local tensors.
-        self.wrappers.append((wrapper, adapter_names, local_experts(self.experts, wrapper.parameter_name)))
-
     def get(self, name: str) -> ExpertLora | FlatLora | None:
         """The update of a parameter, read when it is asked for: a device has something to do by then.
 
@@ -71,58 +60,32 @@ class Handover:
             LayoutError: See `read_adapter`.
             PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
         """
-        loras = [
-            self._read(wrapper, adapter_name, held)
-            for wrapper, adapter_names, held in self.wrappers
-            if wrapper.parameter_name == name
-            for adapter_name in adapter_names
-        ]
+        loras = []
+        for wrapper, adapter_names, held in self.wrappers:
+            for adapter_name in adapter_names if wrapper.parameter_name == name else ():
+                lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
+                if is_dtensor(lora.lora_A) or is_dtensor(lora.lora_B):
+                    raise PeftMoeCompatError(
+                        f"lora_A or lora_B of {name!r}, adapter {adapter_name!r}, is a DTensor in the forward: it is "
+                        "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
+                        "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
+                    )
+                loras.append(lora)
         if len(loras) < 2:
             return loras[0] if loras else None
         # Of several adapters, or of a parameter that PEFT up to 0.19 has wrapped twice: they add up, as when merged.
         return layout.concat([lora.canonical() for lora in loras])
 
-    def _read(self, wrapper: Any, adapter_name: str, held: tuple[int, int] | None) -> FlatLora:
-        lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
-        if is_dtensor(lora.lora_A) or is_dtensor(lora.lora_B):
-            raise PeftMoeCompatError(
-                f"lora_A or lora_B of {wrapper.parameter_name!r}, adapter {adapter_name!r}, is a DTensor in the "
-                "forward: it is read without calling the module that holds it, so its own fully_shard never gathers "
-                "it. Give fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
-            )
-        return lora
 
-
-@contextmanager
-def _carry(handover: Any) -> Iterator[None]:
-    """Sets what the registered experts function looks for where the exchange of tokens takes no keyword arguments.
-
-    A context variable, set for one call within one thread; a recomputation sets it again.
-    """
-    token = _carried.set(handover)
+def experts_registry(module: str = REGISTRY_MODULE) -> Any:
+    """transformers' `ALL_EXPERTS_FUNCTIONS`, or that of FP8 experts; None where there is none (transformers 4)."""
     try:
-        yield
-    finally:
-        _carried.reset(token)
-
-
-def experts_registry() -> Any:
-    """transformers' `ALL_EXPERTS_FUNCTIONS`, or None where the installed transformers has none (before 5.0)."""
-    try:
-        return importlib.import_module(REGISTRY_MODULE).ALL_EXPERTS_FUNCTIONS
-    except ModuleNotFoundError as error:
-        if error.name != REGISTRY_MODULE:
+        found = importlib.import_module(module)
+    except ImportError as error:  # that of FP8 experts also lacks triton, which it needed up to transformers 5.5
+        if module == REGISTRY_MODULE and error.name != module:
             raise
         return None
-
-
-def fp8_experts_registry() -> Any:
-    """transformers' `ALL_FP8_EXPERTS_FUNCTIONS`, or None where there can be no FP8 experts."""
-    try:
-        module = importlib.import_module(FP8_MODULE)
-    except ImportError:  # no such module, or no triton, which it needed up to transformers 5.5
-        return None
-    return getattr(module, "ALL_FP8_EXPERTS_FUNCTIONS", None)
+    return getattr(found, REGISTRIES[module], None)
 
 
 def wrapper_forward(peft_forward: Any) -> Any:
@@ -147,14 +110,19 @@ def wrapper_forward(peft_forward: Any) -> Any:
         names = active_adapters(self)
         if not names:
             return peft_forward(self, x, *args, **kwargs)
-        handover.add(self, names)
+        refuse_quantised(experts, self.parameter_name)
+        # Asked here, since the exchange of tokens has the experts module hold its local tensors.
+        handover.wrappers.append((self, names, local_experts(experts, self.parameter_name)))
         kwargs.pop("adapter_names", None)
         kwargs[KEYWORD] = handover
         base_layer = self._modules["base_layer"]
         if handover.exchanges and base_layer is experts:
             del kwargs[KEYWORD]
-            with _carry(handover):
+            token = _carried.set(handover)
+            try:
                 result = base_layer(x, *args, **kwargs)
+            finally:
+                _carried.reset(token)
         else:
             result = base_layer(x, *args, **kwargs)
         if outermost and not handover.arrived:

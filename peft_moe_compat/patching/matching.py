@@ -17,7 +17,7 @@ from ..adapters.parts import fused_parts
 from ..adapters.slots import ExpertsModule
 from ..adapters.source import AdapterSource
 from ..errors import AdapterError, LayoutError
-from ..model.experts import bare, is_transposed, routed_experts, stored_shape, stored_transposed
+from ..model.experts import bare, features, held_parameters, routed_experts, stored_shape, stored_transposed
 from ..model.probe import installed_rule
 from ..model.wrappers import is_param_wrapper, live_orientation, wrapper_chain
 from ..releases import known_issues
@@ -29,7 +29,6 @@ __all__ = [
     "counterparts",
     "differences",
     "facts_of",
-    "features_of",
     "known_of_this_pair",
     "live_namer",
     "live_path",
@@ -76,16 +75,14 @@ def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
     endings = tuple(f".{target}" for target in target_parameters)
     for name, module in inner.named_modules() if endings else ():
         if not hasattr(module, "get_base_layer"):
-            path, held = live_path(name), [*module._parameters, *getattr(module, "parametrizations", ())]
-            found |= {(path, p): module for p in held if f".{path}.{p}".endswith(endings)}
+            path = live_path(name)
+            found |= {(path, p): module for p in held_parameters(module) if f".{path}.{p}".endswith(endings)}
     stacks = {}
     shapes = {key: stored_shape(module, key[1]) for key, module in found.items()}
     for (path, parameter), shape in shapes.items():
         # One expert, or a 2-D parameter, is laid out alike by every release: nothing there is to be converted.
         if shape is not None and len(shape) == 3 and shape[0] > 1:
-            E, d1, d2 = shape
-            transposed = is_transposed(found[path, parameter])
-            stacks[path, parameter] = (E, d1, d2) if transposed else (E, d2, d1)
+            stacks[path, parameter] = (shape[0], *features(found[path, parameter], parameter))
     holders = {path for path, _ in stacks}
     for (path, parameter), shape in shapes.items():
         if path in holders and shape is not None and len(shape) == 2:  # but its LoRA is nested among that of stacks
@@ -131,21 +128,8 @@ def chains(model: Any) -> dict[str, list[Any]]:
 
 def orientation_of(wrapper: Any) -> str:
     """Orientation of a live wrapper's factors, `"linear"` or `"reversed"`, as its own `get_delta_weight` has it."""
-    return live_orientation(wrapper, stored_transposed(*_parameter(wrapper)), installed_rule())
-
-
-def features_of(wrapper: Any) -> tuple[int, int]:
-    """(in, out) of the parameter a wrapper is on."""
-    experts, name = _parameter(wrapper)
-    shape = stored_shape(experts, name)
-    if shape is None:
-        raise LayoutError(f"{type(experts).__name__} has no weight {name!r}, which is targeted.")
-    return (shape[-2], shape[-1]) if stored_transposed(experts, name) else (shape[-1], shape[-2])
-
-
-def _parameter(wrapper: Any) -> tuple[Any, str]:
-    """The module and the name of the parameter a wrapper is on."""
-    return wrapper.get_base_layer(), wrapper.parameter_name
+    transposed = stored_transposed(wrapper.get_base_layer(), wrapper.parameter_name)
+    return live_orientation(wrapper, transposed, installed_rule())
 
 
 @dataclass(frozen=True)
@@ -192,7 +176,7 @@ def live_wrappers(file: UnderstoodFile, model: Any, adapter_name: str) -> list[t
 def _check_usable(what: str, wrapper: Any, adapter_name: str) -> None:
     weights = (wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight)
     A, B = (tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
-    fan_in, fan_out = features_of(wrapper)
+    fan_in, fan_out = features(wrapper.get_base_layer(), wrapper.parameter_name)
     p, q = (fan_in, fan_out) if orientation_of(wrapper) == "linear" else (fan_out, fan_in)
     if (A[1], B[0]) != (p, q):
         raise LayoutError(

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..model.experts import REGISTRY_MODULE
+from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS
 from . import hotswap, loading, saving, sharding
-from .forward import experts_registry, fp8_experts_registry, registered_forward, wrapper_forward
+from .forward import experts_registry, registered_forward, wrapper_forward
 
 __all__ = ["Replacement", "replacements"]
 
@@ -85,7 +87,8 @@ def _registry_entries() -> list[Replacement]:
     So whoever registers another one later is heard.
     """
     found = []
-    for whose, registry in (("", experts_registry()), ("FP8 ", fp8_experts_registry())):
+    for whose, module in (("", REGISTRY_MODULE), ("FP8 ", FP8_MODULE)):
+        registry = experts_registry(module)
         for key in TAKEN_IMPLEMENTATIONS if registry is not None else ():
             if key in registry:
                 mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..adapters.names import PREFIX, unwrapped
 from ..adapters.stamp import ModuleStamp, Stamp
 from ..errors import AdapterError
-from ..model.experts import bare, is_transposed
+from ..model.experts import bare, features, is_transposed
 from ..model.wrappers import is_param_wrapper
-from .matching import chains, features_of, live_path, orientation_of
+from .matching import chains, live_path, orientation_of
 from .sharding import refuse_partitioned
 
 __all__ = ["safe_save_file", "save_pretrained", "stamp_of"]
@@ -108,10 +108,10 @@ def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
             continue
         orientations = {orientation_of(wrapper) for wrapper, _, _ in slots}
         orientation = orientations.pop()
-        features = tuple(features_of(wrapper) for wrapper, _, _ in reversed(slots))
+        sizes = tuple(features(chain[0].get_base_layer(), wrapper.parameter_name) for wrapper, _, _ in reversed(slots))
         written = tuple((A[1], B[0]) if orientation == "linear" else (B[0], A[1]) for _, A, B in reversed(slots))
-        if orientations or features != written or is_transposed(chain[0].get_base_layer()) is None:
+        if orientations or sizes != written or is_transposed(chain[0].get_base_layer()) is None:
             return None
         nesting = tuple(wrapper.parameter_name for wrapper, _, _ in reversed(slots))
-        modules[path] = ModuleStamp(num_experts, nesting, orientation, features)
+        modules[path] = ModuleStamp(num_experts, nesting, orientation, sizes)
     return Stamp(peft.__version__, transformers.__version__, "rank_major", modules) if modules else None
