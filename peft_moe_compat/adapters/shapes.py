@@ -14,7 +14,7 @@ from ..errors import AdapterError, AdapterFileError
 from ..families import ROLE_ORDER
 from ..layout import ORIENTATIONS
 from .base_model import BaseModel
-from .conclusions import Reason
+from .conclusions import Evidence
 from .names import role_of
 from .slots import ExpertsModule
 from .source import AdapterSource
@@ -55,7 +55,7 @@ class Readings:
     """
 
     by_path: Mapping[str, tuple[Reading, ...]]
-    evidence: Reason
+    evidence: Evidence
     likely: bool = False
 
     @property
@@ -113,12 +113,12 @@ def readings_by_shape(source: AdapterSource, nesting: Sequence[str] | None) -> R
         return {p: tuple(r for r in by_path[p] if r in shared[tuple(candidates[p])]) for p in by_path}
 
     count = len(source.modules)
-    shapes = Reason("one_shape") if count == 1 else Reason("shapes", {"count": count})
+    shapes = Evidence("one_shape") if count == 1 else Evidence("shapes", {"count": count})
     found = Readings(possible(None), shapes)
     if not found.orientations:
         raise AdapterFileError(_no_reading(source, candidates))
     if source.base is None and len(found.orientations) > 1 and (hidden := _hidden_size(source)) is not None:
-        evidence = Reason("shapes_and_hidden", {"shapes": shapes, "hidden": hidden})
+        evidence = Evidence("shapes_and_hidden", {"shapes": shapes, "hidden": hidden})
         narrowed = Readings(possible(hidden), evidence, likely=True)
         if narrowed.orientations:
             return narrowed
@@ -268,4 +268,4 @@ def readings_by_stamp(source: AdapterSource, nesting: Sequence[str] | None) -> R
             raise AdapterError(f"nesting is {','.join(nesting)}; the stamp has {there} at {module.path!r}.")
         in_order = said.nesting == parameter_order(module.path, said.nesting)
         readings[module.path] = (Reading(said.orientation, said.nesting, in_order, counts),)
-    return Readings(readings, Reason("stamp"))
+    return Readings(readings, Evidence("stamp"))

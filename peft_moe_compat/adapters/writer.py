@@ -10,7 +10,7 @@ from ..families import family
 from ..releases import AUTOMODEL_LAYOUTS, RULES, release_for
 from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig, AutomodelMarks, UnslothMarks
 from .base_model import BaseModel
-from .conclusions import Conclusion, Reason, Settle
+from .conclusions import Conclusion, Evidence, Settle
 from .files import show
 from .source import AdapterSource
 from .stated import Stated
@@ -20,7 +20,7 @@ __all__ = ["Writer", "find_writer"]
 # Unsloth's words for the packings. Source: unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
 _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
 
-_UNSAID = Reason("packing_unsaid")
+_UNSAID = Evidence("packing_unsaid")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Writer:
     peft: str | None = None
     transformers: str | None = None
     packings: Mapping[str | None, str] = field(default_factory=dict)
-    packing_evidence: Reason = _UNSAID
+    packing_evidence: Evidence = _UNSAID
     marked: bool = False
     by_caller: bool = False
 
@@ -55,7 +55,7 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
     stamp = source.stamp
     if stamp is not None:
         beside = stamp.transformers or "of any release"
-        reason = Reason("stamped", {"peft": stamp.peft, "transformers": beside})
+        reason = Evidence("stamped", {"peft": stamp.peft, "transformers": beside})
         conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (reason,))
         return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
     by_caller = stated.written_by is not None
@@ -69,7 +69,7 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
         return Writer(named, peft, transformers, unsloth.packings, unsloth.evidence, unsloth.marked, by_caller)
     if peft is None:
         return Writer(conclusion)
-    packs = Reason("peft_packs", {"peft": peft})
+    packs = Evidence("peft_packs", {"peft": peft})
     return Writer(conclusion, peft, transformers, {None: "rank_major"}, packs, by_caller=by_caller)
 
 
@@ -78,19 +78,19 @@ def _release(config: AdapterConfig, stated: Stated) -> tuple[str | None, str | N
     peft, transformers = stated.releases
     if peft is not None:
         beside = f", transformers {transformers}" if transformers else ""
-        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (Reason("said"),))
+        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (Evidence("said"),))
     version = config.peft_version
     if version is not None:
         try:
             release_for(version)
         except UnsupportedPeftError as error:
             raise AdapterFileError(f"adapter_config.json has peft_version {show(version)}: {error}") from None
-        reason = Reason("peft_version", {"version": version})
+        reason = Evidence("peft_version", {"version": version})
         return version, None, Conclusion(f"PEFT {version}", "stated", (reason,))
     if config.has_peft_0_17_fields:
-        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (Reason("peft_0_17_fields"),))
+        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (Evidence("peft_0_17_fields"),))
     settle = (Settle("written_by", "peft==VERSION"),)
-    return None, None, Conclusion(None, "none", (Reason("no_version"),), settle)
+    return None, None, Conclusion(None, "none", (Evidence("no_version"),), settle)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _Unsloth:
     """What Unsloth left in a config."""
 
     packings: Mapping[str | None, str]
-    evidence: Reason
+    evidence: Evidence
     marked: bool
 
 
@@ -119,17 +119,17 @@ def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> _Unsloth | None:
             raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} is {marks.layouts}.")
     if found:
         said = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
-        return _Unsloth(found, Reason("unsloth_layout", {"said": said}), marked=True)
+        return _Unsloth(found, Evidence("unsloth_layout", {"said": said}), marked=True)
     if not marks.fixed:
         return None
-    before = Reason("unsloth")
+    before = Evidence("unsloth")
     model_type = model.model_type if model is not None else marks.family
     if model_type is None:
-        return _Unsloth({}, Reason("unsloth_unknown", {"unsloth": before}), marked=False)
+        return _Unsloth({}, Evidence("unsloth_unknown", {"unsloth": before}), marked=False)
     if family(model_type).unsloth_grouped:
-        reason = Reason("unsloth_groups", {"unsloth": before, "family": model_type})
+        reason = Evidence("unsloth_groups", {"unsloth": before, "family": model_type})
         return _Unsloth({None: "grouped"}, reason, marked=False)
-    reason = Reason("unsloth_left", {"unsloth": before, "family": model_type})
+    reason = Evidence("unsloth_left", {"unsloth": before, "family": model_type})
     return _Unsloth({None: "rank_major"}, reason, marked=False)
 
 
@@ -142,9 +142,9 @@ def _automodel(marks: AutomodelMarks) -> Writer:
             "damaged, or its writer newer than this package?"
         )
     if layout is None:
-        name, reason = "NeMo Automodel 0.4 to 0.6", Reason("automodel_no_layout")
+        name, reason = "NeMo Automodel 0.4 to 0.6", Evidence("automodel_no_layout")
     else:
-        name, reason = "NeMo Automodel >= 0.7", Reason("automodel_layout", {"layout": layout})
+        name, reason = "NeMo Automodel >= 0.7", Evidence("automodel_layout", {"layout": layout})
     peft = AUTOMODEL_LAYOUTS[layout]
-    packs = Reason("automodel_packs", {"name": name, "peft": peft})
+    packs = Evidence("automodel_packs", {"name": name, "peft": peft})
     return Writer(Conclusion(name, "stated", (reason,)), peft, None, {None: "rank_major"}, packs)
