@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import AdapterFileError
 from .files import show
-from .ranks import Numbers, lora_numbers, lora_rank
 
 __all__ = [
     "AUTOMODEL_NAME",
@@ -17,9 +16,7 @@ __all__ = [
     "UNSLOTH_DETAIL",
     "UNSLOTH_LAYOUT",
     "AdapterConfig",
-    "AutomodelMarks",
     "UnslothMarks",
-    "automodel_marks",
     "parse_config",
 ]
 
@@ -66,19 +63,6 @@ class UnslothMarks:
 
 
 @dataclass(frozen=True)
-class AutomodelMarks:
-    """What NeMo Automodel's own file beside the adapter says.
-
-    Attributes:
-        layout: A key of `releases.AUTOMODEL_LAYOUTS`, not checked yet; None where the file has none.
-        scaled_ranks: Whether the experts have a rank of their own, which adapter_config.json does not say.
-    """
-
-    layout: Any
-    scaled_ranks: bool
-
-
-@dataclass(frozen=True)
 class AdapterConfig:
     """What an adapter's config says.
 
@@ -105,14 +89,6 @@ class AdapterConfig:
     peft_version: str | None
     has_peft_0_17_fields: bool
     unsloth: UnslothMarks
-
-    def rank(self, key: str) -> int:
-        """Of the LoRA on `key`, a parameter's or linear's full name."""
-        return lora_rank(self.raw, key)
-
-    def numbers(self, key: str, rank: int | None = None) -> Numbers:
-        """Likewise; `rank` where its tensors show it."""
-        return lora_numbers(self.raw, key, rank)
 
 
 def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
@@ -148,11 +124,6 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
             family=library[1] if library else None,
         ),
     )
-
-
-def automodel_marks(content: Mapping[str, Any]) -> AutomodelMarks:
-    """Of the file `AUTOMODEL_NAME`. Source: nemo_automodel 0.7, components/_peft/lora.py."""
-    return AutomodelMarks(content.get("paramwrapper_layout"), bool(content.get("moe_rank_scaling")))
 
 
 def _layouts(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:

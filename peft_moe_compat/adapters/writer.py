@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
 from ..families import family
 from ..releases import AUTOMODEL_LAYOUTS, RULES, release_for
-from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig, AutomodelMarks, UnslothMarks
+from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig, UnslothMarks
 from .base_model import BaseModel
 from .conclusions import Conclusion, Evidence, Settle
 from .files import show
@@ -58,27 +59,28 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
         reason = Evidence("stamped", {"peft": stamp.peft, "transformers": beside})
         conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (reason,))
         return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
-    by_caller = stated.written_by is not None
-    if not by_caller and source.automodel is not None:
+    if stated.written_by is None and source.automodel is not None:
         return _automodel(source.automodel)
     unsloth = _unsloth(source.config.unsloth, source.base)
-    peft, transformers, conclusion = _release(source.config, stated)
+    writer = _release(source.config, stated)
     if unsloth is not None:
-        name = f"Unsloth, {conclusion.value}" if conclusion.value else "Unsloth"
-        named = Conclusion(name, "stated", (*conclusion.evidence, unsloth.evidence))
-        return Writer(named, peft, transformers, unsloth.packings, unsloth.evidence, unsloth.marked, by_caller)
-    if peft is None:
-        return Writer(conclusion)
-    packs = Evidence("peft_packs", {"peft": peft})
-    return Writer(conclusion, peft, transformers, {None: "rank_major"}, packs, by_caller=by_caller)
+        packings, evidence, marked = unsloth
+        name = f"Unsloth, {writer.conclusion.value}" if writer.conclusion.value else "Unsloth"
+        named = Conclusion(name, "stated", (*writer.conclusion.evidence, evidence))
+        return replace(writer, conclusion=named, packings=packings, packing_evidence=evidence, marked=marked)
+    if writer.peft is None:
+        return writer
+    packs = Evidence("peft_packs", {"peft": writer.peft})
+    return replace(writer, packings={None: "rank_major"}, packing_evidence=packs)
 
 
-def _release(config: AdapterConfig, stated: Stated) -> tuple[str | None, str | None, Conclusion]:
-    """(PEFT, transformers, conclusion), from what the caller says or the config."""
+def _release(config: AdapterConfig, stated: Stated) -> Writer:
+    """The release alone, from what the caller says or the config."""
     peft, transformers = stated.releases
     if peft is not None:
         beside = f", transformers {transformers}" if transformers else ""
-        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (Evidence("said"),))
+        conclusion = Conclusion(f"PEFT {peft}{beside}", "stated", (Evidence("said"),))
+        return Writer(conclusion, peft, transformers, by_caller=True)
     version = config.peft_version
     if version is not None:
         try:
@@ -86,24 +88,15 @@ def _release(config: AdapterConfig, stated: Stated) -> tuple[str | None, str | N
         except UnsupportedPeftError as error:
             raise AdapterFileError(f"adapter_config.json has peft_version {show(version)}: {error}") from None
         reason = Evidence("peft_version", {"version": version})
-        return version, None, Conclusion(f"PEFT {version}", "stated", (reason,))
+        return Writer(Conclusion(f"PEFT {version}", "stated", (reason,)), version)
     if config.has_peft_0_17_fields:
-        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (Evidence("peft_0_17_fields"),))
+        return Writer(Conclusion("PEFT 0.17", "likely", (Evidence("peft_0_17_fields"),)), str(RULES[0].since))
     settle = (Settle("written_by", "peft==VERSION"),)
-    return None, None, Conclusion(None, "none", (Evidence("no_version"),), settle)
+    return Writer(Conclusion(None, "none", (Evidence("no_version"),), settle))
 
 
-@dataclass(frozen=True)
-class _Unsloth:
-    """What Unsloth left in a config."""
-
-    packings: Mapping[str | None, str]
-    evidence: Evidence
-    marked: bool
-
-
-def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> _Unsloth | None:
-    """What Unsloth left in the config, None where it left nothing.
+def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> tuple[Mapping[str | None, str], Evidence, bool] | None:
+    """(packings, evidence, whether marked) as `Writer` has them, from what Unsloth left; None where it left nothing.
 
     Raises:
         AdapterFileError: Its markers contradict each other or are unknown words.
@@ -119,22 +112,20 @@ def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> _Unsloth | None:
             raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} is {marks.layouts}.")
     if found:
         said = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
-        return _Unsloth(found, Evidence("unsloth_layout", {"said": said}), marked=True)
+        return found, Evidence("unsloth_layout", {"said": said}), True
     if not marks.fixed:
         return None
     before = Evidence("unsloth")
     model_type = model.model_type if model is not None else marks.family
     if model_type is None:
-        return _Unsloth({}, Evidence("unsloth_unknown", {"unsloth": before}), marked=False)
+        return {}, Evidence("unsloth_unknown", {"unsloth": before}), False
     if family(model_type).unsloth_grouped:
-        reason = Evidence("unsloth_groups", {"unsloth": before, "family": model_type})
-        return _Unsloth({None: "grouped"}, reason, marked=False)
-    reason = Evidence("unsloth_left", {"unsloth": before, "family": model_type})
-    return _Unsloth({None: "rank_major"}, reason, marked=False)
+        return {None: "grouped"}, Evidence("unsloth_groups", {"unsloth": before, "family": model_type}), False
+    return {None: "rank_major"}, Evidence("unsloth_left", {"unsloth": before, "family": model_type}), False
 
 
-def _automodel(marks: AutomodelMarks) -> Writer:
-    layout = marks.layout
+def _automodel(content: Mapping[str, Any]) -> Writer:
+    layout = content.get("paramwrapper_layout")
     if not isinstance(layout, str | None) or layout not in AUTOMODEL_LAYOUTS:
         known = ", ".join(str(name) for name in AUTOMODEL_LAYOUTS if name)
         raise AdapterFileError(
