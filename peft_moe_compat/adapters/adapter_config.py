@@ -16,7 +16,6 @@ __all__ = [
     "UNSLOTH_DETAIL",
     "UNSLOTH_LAYOUT",
     "AdapterConfig",
-    "UnslothMarks",
     "parse_config",
 ]
 
@@ -48,21 +47,6 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 @dataclass(frozen=True)
-class UnslothMarks:
-    """What Unsloth left in a config, not judged yet.
-
-    Attributes:
-        layouts: (parameter, or None for all; word) of every marker of lora_B's packing.
-        fixed: Whether it left its older sign, and there is LoRA on parameters.
-        family: model_type that the module named under auto_mapping is of; None where there is none.
-    """
-
-    layouts: tuple[tuple[str | None, Any], ...]
-    fixed: bool
-    family: str | None
-
-
-@dataclass(frozen=True)
 class AdapterConfig:
     """What an adapter's config says.
 
@@ -75,7 +59,9 @@ class AdapterConfig:
         init_lora_weights: How the factors began, where that has a name.
         peft_version: The release that says it saved the adapter.
         has_peft_0_17_fields: Whether every field is there that PEFT 0.17 dumps.
-        unsloth: Unsloth's marks.
+        unsloth_layouts: (parameter, or None for all; word) of every marker of lora_B's packing, not judged yet.
+        unsloth_fixed: Whether Unsloth left its older sign, and there is LoRA on parameters.
+        unsloth_family: model_type that the module named under auto_mapping is of; None where there is none.
     """
 
     raw: Mapping[str, Any]
@@ -88,7 +74,9 @@ class AdapterConfig:
     init_lora_weights: str | None
     peft_version: str | None
     has_peft_0_17_fields: bool
-    unsloth: UnslothMarks
+    unsloth_layouts: tuple[tuple[str | None, Any], ...]
+    unsloth_fixed: bool
+    unsloth_family: str | None
 
 
 def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
@@ -118,11 +106,9 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
         init_lora_weights=start if isinstance(start, str) else None,
         peft_version=None if version is None else str(version),
         has_peft_0_17_fields=raw.keys() >= _PEFT_0_17_FIELDS,
-        unsloth=UnslothMarks(
-            layouts=(*_layouts(raw), *_layouts(auto_mapping)),
-            fixed=bool(auto_mapping.get(_UNSLOTH_FINGERPRINT) and targets),
-            family=library[1] if library else None,
-        ),
+        unsloth_layouts=(*_layouts(raw), *_layouts(auto_mapping)),
+        unsloth_fixed=bool(auto_mapping.get(_UNSLOTH_FINGERPRINT) and targets),
+        unsloth_family=library[1] if library else None,
     )
 
 

@@ -181,15 +181,10 @@ def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
 
 def _check_apart(out: Path, source: Path) -> None:
     target, origin = out.resolve(), source.resolve()
-    if target == origin:
-        relation = "is"
-    elif origin in target.parents:
-        relation = "lies inside"
-    elif target in origin.parents:
-        relation = "contains"
-    else:
-        return
-    raise AdapterError(f"The output {out} {relation} the input {source}. Choose a folder apart from the input.")
+    relations = {"is": target == origin, "lies inside": origin in target.parents, "contains": target in origin.parents}
+    for relation, holds in relations.items():
+        if holds:
+            raise AdapterError(f"The output {out} {relation} the input {source}. Choose a folder apart from the input.")
 
 
 def _check_absent(out: Path) -> None:

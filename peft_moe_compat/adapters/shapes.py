@@ -13,7 +13,7 @@ from itertools import permutations
 from ..errors import AdapterError, AdapterFileError
 from ..families import ROLE_ORDER
 from ..layout import ORIENTATIONS
-from .base_model import BaseModel
+from .base_model import BaseModel, role_sizes
 from .conclusions import Evidence
 from .names import role_of
 from .slots import ExpertsModule
@@ -83,9 +83,8 @@ def slot_orientations(orientation: str, counts: Sequence[int]) -> list[str]:
 
 def slot_counts(module: ExpertsModule, nesting: Sequence[str]) -> tuple[int, ...] | None:
     """E of every slot, None where a slot's rows are no multiple of its rank."""
-    counts = [slot.num_experts(name) for name, slot in zip(nesting, module.slots, strict=True)]
-    known = tuple(count for count in counts if count is not None)
-    return known if len(known) == len(counts) else None
+    counts = tuple(slot.num_experts(name) or 0 for name, slot in zip(nesting, module.slots, strict=True))
+    return counts if all(counts) else None
 
 
 def readings_by_shape(source: AdapterSource, nesting: Sequence[str] | None) -> Readings:
@@ -148,14 +147,7 @@ def _possible(
     model: BaseModel | None,
     hidden_size: int | None = None,
 ) -> tuple[Reading, ...]:
-    """The readings of one module that its shapes allow.
-
-    Args:
-        module: A fused module.
-        candidates: Nestings to try.
-        model: The base model, if known.
-        hidden_size: Of the base model, if known from elsewhere in the file.
-    """
+    """The readings of a fused module, of those nestings, that its shapes and what is known of the model allow."""
     found = []
     for nesting in candidates:
         counts = slot_counts(module, nesting)
@@ -175,18 +167,10 @@ def _possible(
 
 def _sizes_fit(roles: Sequence[str | None], sizes: Sequence[tuple[int, int]], hidden_size: int | None) -> bool:
     """Whether the slots agree on the hidden and the intermediate size that their roles imply."""
-    hidden = set() if hidden_size is None else {hidden_size}
-    intermediate = set()
-    for role, (fan_in, fan_out) in zip(roles, sizes, strict=True):
-        if role == "down":
-            hidden.add(fan_out)
-            intermediate.add(fan_in)
-        elif role is not None:
-            hidden.add(fan_in)
-            if role == "gate_up" and fan_out % 2:
-                return False
-            intermediate.add(fan_out // 2 if role == "gate_up" else fan_out)
-    return len(hidden) <= 1 and len(intermediate) <= 1
+    shown = [role_sizes(role, features) for role, features in zip(roles, sizes, strict=True) if role is not None]
+    hidden = {size for size, _ in shown} | (set() if hidden_size is None else {hidden_size})
+    intermediate = {size for _, size in shown}
+    return len(hidden) <= 1 and len(intermediate) <= 1 and 0 not in intermediate
 
 
 def _no_reading(source: AdapterSource, candidates: Mapping[str, list[tuple[str, ...]]]) -> str:

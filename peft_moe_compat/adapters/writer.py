@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import AdapterFileError, UnsupportedPeftError
 from ..families import family
 from ..releases import AUTOMODEL_LAYOUTS, RULES, release_for
-from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig, UnslothMarks
+from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig
 from .base_model import BaseModel
 from .conclusions import Conclusion, Evidence, Settle
 from .files import show
@@ -61,7 +61,7 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
         return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
     if stated.written_by is None and source.automodel is not None:
         return _automodel(source.automodel)
-    unsloth = _unsloth(source.config.unsloth, source.base)
+    unsloth = _unsloth(source.config, source.base)
     writer = _release(source.config, stated)
     if unsloth is not None:
         packings, evidence, marked = unsloth
@@ -95,28 +95,29 @@ def _release(config: AdapterConfig, stated: Stated) -> Writer:
     return Writer(Conclusion(None, "none", (Evidence("no_version"),), settle))
 
 
-def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> tuple[Mapping[str | None, str], Evidence, bool] | None:
+def _unsloth(config: AdapterConfig, model: BaseModel | None) -> tuple[Mapping[str | None, str], Evidence, bool] | None:
     """(packings, evidence, whether marked) as `Writer` has them, from what Unsloth left; None where it left nothing.
 
     Raises:
         AdapterFileError: Its markers contradict each other or are unknown words.
     """
     found: dict[str | None, str] = {}
-    for parameter, value in marks.layouts:
+    for parameter, value in config.unsloth_layouts:
         if not isinstance(value, str) or value not in _UNSLOTH_PACKINGS:
             raise AdapterFileError(
                 f"Unsloth's {UNSLOTH_LAYOUT} is {show(value)}; one of {', '.join(_UNSLOTH_PACKINGS)} was expected. "
                 "Was the file written by a newer Unsloth?"
             )
         if found.setdefault(parameter, _UNSLOTH_PACKINGS[value]) != _UNSLOTH_PACKINGS[value]:
-            raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} is {marks.layouts}.")
+            said = config.unsloth_layouts
+            raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} is {said}.")
     if found:
-        said = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
-        return found, Evidence("unsloth_layout", {"said": said}), True
-    if not marks.fixed:
+        words = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
+        return found, Evidence("unsloth_layout", {"said": words}), True
+    if not config.unsloth_fixed:
         return None
     before = Evidence("unsloth")
-    model_type = model.model_type if model is not None else marks.family
+    model_type = model.model_type if model is not None else config.unsloth_family
     if model_type is None:
         return {}, Evidence("unsloth_unknown", {"unsloth": before}), False
     if family(model_type).unsloth_grouped:
