@@ -97,13 +97,12 @@ def download(repo_id: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of at most 64 MiB: see `parse_json`.
 
     Raises:
         AdapterFileError: No such file, too large, or not one JSON object.
     """
-    path = Path(path)
     try:
         if not path.is_file():
             raise AdapterFileError(f"{path} was needed, but there is no such file. Is the folder complete?")

@@ -8,7 +8,7 @@ a SIGBUS.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -27,7 +27,7 @@ SAFETENSORS, INDEX, BIN = "adapter_model.safetensors", "adapter_model.safetensor
 
 
 @dataclass
-class AdapterTensors(Mapping[str, TensorInfo]):
+class AdapterTensors:
     """The tensors of one adapter, known by name, shape and dtype; their bytes are read in `reading` alone.
 
     Attributes:
@@ -41,15 +41,6 @@ class AdapterTensors(Mapping[str, TensorInfo]):
     metadata: dict[str, str] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self.infos[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.infos)
-
-    def __len__(self) -> int:
-        return len(self.infos)
 
     @property
     def total_bytes(self) -> int:
@@ -101,7 +92,6 @@ def open_tensors(folder: Path) -> AdapterTensors:
     Raises:
         AdapterFileError: Neither of them, both, or a damaged or unsafe file.
     """
-    folder = Path(folder)
     single, index, old = (folder / name for name in (SAFETENSORS, INDEX, BIN))
     if single.is_file() and index.is_file():
         raise AdapterFileError(f"{folder} holds both {SAFETENSORS} and {INDEX}; remove the one that is out of date.")
@@ -176,11 +166,8 @@ def _shard(index: Path, value: str) -> Path:
     if not shard.is_file():
         raise AdapterFileError(f"{index} lists {value}, but there is no such file. Is the download complete?")
     folder, target = index.parent.resolve(), shard.resolve()
-    allowed = [
-        folder,
-        *(path.parent.parent / "blobs" for path in (folder, *folder.parents) if path.parent.name == "snapshots"),
-    ]
-    if not any(target.is_relative_to(root) for root in allowed):
+    snapshots = [path for path in (folder, *folder.parents) if path.parent.name == "snapshots"]
+    if not any(target.is_relative_to(root) for root in (folder, *(p.parent.parent / "blobs" for p in snapshots))):
         raise AdapterFileError(
             f"{shard} is a link to {target}, outside of {folder}. Copy the file there if you trust it."
         )
