@@ -114,26 +114,6 @@ class BaseModel:
         shown = ", ".join(f"{letter} {' or '.join(map(str, sorted(values)))}" for letter, values in sizes)
         return f"{self.name} ({shown})"
 
-    def sizes(self, hidden: int | None = None, intermediate: int | None = None) -> tuple[int, int]:
-        """(H, I) of the experts, given what an adapter shows of them.
-
-        Raises:
-            AdapterError: The config allows several.
-        """
-        found = {
-            (h, i)
-            for scope in self.scopes
-            for h in scope.hidden
-            for i in scope.intermediate
-            if hidden in (None, h) and intermediate in (None, i)
-        }
-        if len(found) != 1:
-            raise AdapterError(
-                f"{self.name} allows the expert sizes (hidden, intermediate) {sorted(found)}; one pair was needed to "
-                "fill in the projections this adapter lacks."
-            )
-        return found.pop()
-
     @property
     def num_experts(self) -> int | None:
         """E, where the config allows only one."""

@@ -96,7 +96,10 @@ def decide(source: AdapterSource, stated: Stated) -> Decision:
     oriented = _orientation(source, possible, writer, stated)
     nested, readings = _nesting(source, possible, oriented, stated)
     packed = _packing(source, possible.counts, writer, stated)
-    named = _with_remark(writer, oriented, source.base)
+    named = writer.conclusion
+    if writer.peft and oriented.decided and oriented.value not in _orientations_of(writer, source.base, patched=False):
+        remark = Evidence("not_its_own", {"orientation": oriented.value, "name": named.value})
+        named = replace(named, evidence=(*named.evidence, remark))
     return Decision(named, oriented, packed, nested, readings, possible.counts, writer.packings, writer.peft)
 
 
@@ -208,16 +211,3 @@ def _read(source: AdapterSource, pairs: Sequence[tuple[str, int]]) -> Iterator[t
     for name, count in pairs:
         with source.tensors.reading([name]) as get:
             yield get[name], count
-
-
-def _with_remark(writer: Writer, orientation: Conclusion, model: BaseModel | None) -> Conclusion:
-    """The writer's conclusion; with a remark where the shapes show what its release does not write on its own."""
-    conclusion = writer.conclusion
-    if (
-        writer.peft is None
-        or orientation.value is None
-        or orientation.value in _orientations_of(writer, model, patched=False)
-    ):
-        return conclusion
-    remark = Evidence("not_its_own", {"orientation": orientation.value, "name": conclusion.value})
-    return replace(conclusion, evidence=(*conclusion.evidence, remark))

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from .. import families
 from ..errors import AdapterFileError
+from .adapter_config import AdapterConfig
+from .ranks import lora_rank
 from .safetensors_io import TensorInfo
 
 __all__ = [
@@ -76,7 +78,7 @@ class Names:
 
     Attributes:
         prefix: What precedes the module paths, PEFT's `base_model.model.` or nothing.
-        pairs: Path of an experts module -> its places, all of one form -> lora_A and lora_B.
+        pairs: Path of an experts module -> its places -> lora_A and lora_B.
         other: Names of all further tensors, in the order of the file.
     """
 
@@ -97,12 +99,8 @@ def linear_role(name: str) -> str | None:
 
 def targeted_parameters(target_parameters: Iterable[str], path: str) -> tuple[str, ...]:
     """Names of the module's parameters that `target_parameters` reach, matched as PEFT does, by suffix."""
-    found = []
-    for target in target_parameters:
-        module, _, parameter = target.rpartition(".")
-        if not module or _reaches(module, path):
-            found.append(parameter)
-    return tuple(dict.fromkeys(found))
+    parted = (target.rpartition(".") for target in target_parameters)
+    return tuple(dict.fromkeys(name for module, _, name in parted if not module or _reaches(module, path)))
 
 
 def reaches_parameter(target_parameters: Iterable[str], key: str) -> bool:
@@ -115,11 +113,8 @@ def targeted_matrix(target_parameters: Iterable[str], path: str) -> str | None:
 
     PEFT matches its patterns with the name of that parameter, and those of a linear with the linear's own.
     """
-    for target in target_parameters:
-        module = target.rpartition(".")[0]
-        if module and _reaches(module, path):
-            return target
-    return None
+    modules = {target: target.rpartition(".")[0] for target in target_parameters}
+    return next((target for target, module in modules.items() if module and _reaches(module, path)), None)
 
 
 def peft_name(name: str, prefix: str) -> str:
@@ -153,23 +148,21 @@ def _reaches(target: str, path: str) -> bool:
     return path == target or path.endswith(f".{target}") or target.endswith(f".{path}")
 
 
-def sort_names(infos: Mapping[str, TensorInfo], target_parameters: Sequence[str]) -> Names:
+def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     """Sorts the tensors of an adapter.
 
     Args:
         infos: The tensors by name, in the order of the file.
-        target_parameters: Of its config.
+        config: The adapter's.
 
     Raises:
         AdapterFileError: One half of a pair or a nesting level is missing, or two names mean the same tensor.
     """
     prefix = PREFIX if any(name.startswith(PREFIX) for name in infos) else ""
     halves: dict[Place, dict[str, TensorInfo]] = {}
-    other: list[str] = []
     for name, info in infos.items():
-        found = _place(unwrapped(name.removeprefix(prefix)), len(info.shape), target_parameters)
+        found = _place(unwrapped(name.removeprefix(prefix)), len(info.shape), config.target_parameters)
         if found is None:
-            other.append(name)
             continue
         place, factor = found
         pair = halves.setdefault(place, {})
@@ -192,7 +185,21 @@ def sort_names(infos: Mapping[str, TensorInfo], target_parameters: Sequence[str]
                 f"{path!r} has LoRA at nesting levels {depths}; 0 to {len(depths) - 1} were expected. Is the file "
                 "complete?"
             )
-    return Names(prefix, by_path, tuple(other))
+    pairs = {path: places for path, places in by_path.items() if not _is_matrix(path, places, config)}
+    experts = {factor.name for places in pairs.values() for pair in places.values() for factor in pair}
+    return Names(prefix, pairs, tuple(name for name in infos if name not in experts))
+
+
+def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig) -> bool:
+    """Whether a module's LoRA is that of a 2-D parameter, such as a router's weight, or of one expert on its own.
+
+    PEFT of every release lays those out like the LoRA of a linear, so there is nothing to convert.
+    """
+    (place, (lora_A, _)), *more = places.items()
+    if more or place.form != "fused":
+        return False
+    parameters = targeted_parameters(config.target_parameters, path) or ("",)
+    return all(lora_rank(config.raw, f"{path}.{name}") == lora_A.shape[0] for name in parameters)
 
 
 def _place(name: str, ndim: int, target_parameters: Sequence[str]) -> tuple[Place, str] | None:

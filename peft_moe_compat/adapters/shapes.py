@@ -178,13 +178,12 @@ def _no_reading(source: AdapterSource, candidates: Mapping[str, list[tuple[str, 
     alone = {module.path: _possible(module, candidates[module.path], source.base) for module in source.modules}
     stuck = next((module for module in source.modules if not alone[module.path]), None)
     if stuck is None:
+        fits = {path: " or ".join(sorted({one.orientation for one in readings})) for path, readings in alone.items()}
         first, *others = alone
-        apart = next(
-            (path for path in others if not set(alone[first]) & set(alone[path])), others[-1] if others else first
-        )
+        apart = next((path for path in others if not set(alone[first]) & set(alone[path])), [*alone][-1])
         return (
-            f"The layers of {source.folder} disagree: the shapes of {first!r} fit {_names(alone[first])}, those of "
-            f"{apart!r} {_names(alone[apart])}. Was the file put together from two adapters?"
+            f"The layers of {source.folder} disagree: the shapes of {first!r} fit {fits[first]}, those of {apart!r} "
+            f"{fits[apart]}. Was the file put together from two adapters?"
         )
     pairs = [(slot.lora_A.shape, slot.lora_B.shape) for slot in stuck.slots]
     sizes = ", ".join(f"lora_A {A[0]} x {A[1]} and lora_B {B[0]} x {B[1]}" for A, B in pairs)
@@ -194,10 +193,6 @@ def _no_reading(source: AdapterSource, candidates: Mapping[str, list[tuple[str, 
         f"The LoRA of {stuck.path!r} ({sizes}, rank {', '.join(map(str, ranks))}) fits {expected} in any orientation "
         "or nesting. Was the adapter trained with another num_experts or rank, or for another model?"
     )
-
-
-def _names(readings: Sequence[Reading]) -> str:
-    return " or ".join(sorted({reading.orientation for reading in readings}))
 
 
 def _hidden_size(source: AdapterSource) -> int | None:

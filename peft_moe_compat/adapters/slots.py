@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
@@ -22,7 +22,6 @@ __all__ = [
     "StackSlot",
     "experts_modules",
     "linear_slots",
-    "without_matrices",
 ]
 
 
@@ -120,23 +119,6 @@ class ExpertsModule:
 
     def every_slot(self) -> tuple[Slot, ...]:
         return (*self.slots, *self.experts, *self.stacks)
-
-
-def without_matrices(names: Names, infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
-    """The same, fused pairs of 2-D parameters, such as a router's weight, or of one lone expert among the others.
-
-    PEFT of every release lays those out like the LoRA of a linear, so there is nothing to convert.
-    """
-    left, routed = set(names.other), dict(names.pairs)
-    for path, places in names.pairs.items():
-        (place, pair), *more = places.items()
-        if more or place.form != "fused":
-            continue
-        parameters = targeted_parameters(config.target_parameters, path) or ("",)
-        if all(lora_rank(config.raw, f"{path}.{name}") == pair[0].shape[0] for name in parameters):
-            left.update(factor.name for factor in pair)
-            del routed[path]
-    return replace(names, pairs=routed, other=tuple(name for name in infos if name in left))
 
 
 def experts_modules(

@@ -15,7 +15,7 @@ from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_co
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, read_json
 from .names import Names, sort_names
-from .slots import ExpertsModule, LinearSlot, experts_modules, linear_slots, without_matrices
+from .slots import ExpertsModule, LinearSlot, experts_modules, linear_slots
 from .stamp import Stamp, read_stamp
 from .stated import Stated
 from .tensors import AdapterTensors, open_tensors
@@ -76,7 +76,7 @@ def open_adapter(adapter: str | Path, stated: Stated) -> AdapterSource:
     beside = folder / AUTOMODEL_NAME
     automodel = read_json(beside) if beside.is_file() else None
     tensors = open_tensors(folder)
-    names = without_matrices(sort_names(tensors.infos, config.target_parameters), tensors.infos, config)
+    names = sort_names(tensors.infos, config)
     _check_experts(folder, names)
     base = base_model_of(config.base_model_name, stated.model)
     if automodel and automodel.get("moe_rank_scaling") and (ranks := _automodel_ranks(folder, names, base)):
