@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import AdapterFileError
 from .files import show
-from .ranks import Numbers, lora_numbers, lora_rank
 
 __all__ = [
     "AUTOMODEL_NAME",
@@ -17,9 +16,6 @@ __all__ = [
     "UNSLOTH_DETAIL",
     "UNSLOTH_LAYOUT",
     "AdapterConfig",
-    "AutomodelMarks",
-    "UnslothMarks",
-    "automodel_marks",
     "parse_config",
 ]
 
@@ -51,34 +47,6 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 @dataclass(frozen=True)
-class UnslothMarks:
-    """What Unsloth left in a config, not judged yet.
-
-    Attributes:
-        layouts: (parameter, or None for all; word) of every marker of lora_B's packing.
-        fixed: Whether it left its older sign, and there is LoRA on parameters.
-        family: model_type that the module named under auto_mapping is of; None where there is none.
-    """
-
-    layouts: tuple[tuple[str | None, Any], ...]
-    fixed: bool
-    family: str | None
-
-
-@dataclass(frozen=True)
-class AutomodelMarks:
-    """What NeMo Automodel's own file beside the adapter says.
-
-    Attributes:
-        layout: A key of `releases.AUTOMODEL_LAYOUTS`, not checked yet; None where the file has none.
-        scaled_ranks: Whether the experts have a rank of their own, which adapter_config.json does not say.
-    """
-
-    layout: Any
-    scaled_ranks: bool
-
-
-@dataclass(frozen=True)
 class AdapterConfig:
     """What an adapter's config says.
 
@@ -91,7 +59,9 @@ class AdapterConfig:
         init_lora_weights: How the factors began, where that has a name.
         peft_version: The release that says it saved the adapter.
         has_peft_0_17_fields: Whether every field is there that PEFT 0.17 dumps.
-        unsloth: Unsloth's marks.
+        unsloth_layouts: (parameter, or None for all; word) of every marker of lora_B's packing, not judged yet.
+        unsloth_fixed: Whether Unsloth left its older sign, and there is LoRA on parameters.
+        unsloth_family: model_type that the module named under auto_mapping is of; None where there is none.
     """
 
     raw: Mapping[str, Any]
@@ -104,15 +74,9 @@ class AdapterConfig:
     init_lora_weights: str | None
     peft_version: str | None
     has_peft_0_17_fields: bool
-    unsloth: UnslothMarks
-
-    def rank(self, key: str) -> int:
-        """Of the LoRA on `key`, a parameter's or linear's full name."""
-        return lora_rank(self.raw, key)
-
-    def numbers(self, key: str, rank: int | None = None) -> Numbers:
-        """Likewise; `rank` where its tensors show it."""
-        return lora_numbers(self.raw, key, rank)
+    unsloth_layouts: tuple[tuple[str | None, Any], ...]
+    unsloth_fixed: bool
+    unsloth_family: str | None
 
 
 def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
@@ -142,17 +106,10 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
         init_lora_weights=start if isinstance(start, str) else None,
         peft_version=None if version is None else str(version),
         has_peft_0_17_fields=raw.keys() >= _PEFT_0_17_FIELDS,
-        unsloth=UnslothMarks(
-            layouts=(*_layouts(raw), *_layouts(auto_mapping)),
-            fixed=bool(auto_mapping.get(_UNSLOTH_FINGERPRINT) and targets),
-            family=library[1] if library else None,
-        ),
+        unsloth_layouts=(*_layouts(raw), *_layouts(auto_mapping)),
+        unsloth_fixed=bool(auto_mapping.get(_UNSLOTH_FINGERPRINT) and targets),
+        unsloth_family=library[1] if library else None,
     )
-
-
-def automodel_marks(content: Mapping[str, Any]) -> AutomodelMarks:
-    """Of the file `AUTOMODEL_NAME`. Source: nemo_automodel 0.7, components/_peft/lora.py."""
-    return AutomodelMarks(content.get("paramwrapper_layout"), bool(content.get("moe_rank_scaling")))
 
 
 def _layouts(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:

@@ -21,13 +21,10 @@ __all__ = [
     "INTERMEDIATE",
     "NUM_EXPERTS",
     "BaseModel",
-    "Features",
     "base_model_of",
     "load_base_model",
+    "role_sizes",
 ]
-
-# (in, out) of an expert parameter.
-Features = tuple[int, int]
 
 # Names that the configs of transformers 4.57 to 5.24 use, the more specific ones first.
 NUM_EXPERTS = (
@@ -42,6 +39,16 @@ DENSE_INTERMEDIATE = ("intermediate_size", "ffn_hidden_size")
 HIDDEN = ("hidden_size", "moe_hidden_size", "moe_latent_size")
 
 
+def role_sizes(role: str, features: tuple[int, int]) -> tuple[int, int]:
+    """(H, I) that a projection of these (in, out) shows; I is 0 where gate and up cannot have half of the rows each."""
+    fan_in, fan_out = features
+    if role == "down":
+        return fan_out, fan_in
+    if role == "gate_up":
+        return fan_in, 0 if fan_out % 2 else fan_out // 2
+    return fan_in, fan_out
+
+
 @dataclass(frozen=True)
 class Scope:
     """One config, or part of a config, that describes routed experts: its possible sizes."""
@@ -50,18 +57,12 @@ class Scope:
     hidden: frozenset[int]
     intermediate: frozenset[int]
 
-    def fits(self, role: str | None, num_experts: int, features: Features) -> bool:
-        """Whether a stack of that role can belong to this model."""
-        fan_in, fan_out = features
-        if num_experts not in self.num_experts:
-            return False
-        if role == "down":
-            return fan_in in self.intermediate and fan_out in self.hidden
-        if role == "gate_up":
-            return fan_in in self.hidden and fan_out % 2 == 0 and fan_out // 2 in self.intermediate
-        if role in ("gate", "up"):
-            return fan_in in self.hidden and fan_out in self.intermediate
-        return True
+    def fits(self, role: str | None, num_experts: int, features: tuple[int, int]) -> bool:
+        """Whether a stack of that role, and of these (in, out), can belong to this model."""
+        if role is None or num_experts not in self.num_experts:
+            return num_experts in self.num_experts
+        hidden, intermediate = role_sizes(role, features)
+        return hidden in self.hidden and intermediate in self.intermediate
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ class BaseModel:
     def gated(self) -> bool:
         return family(self.model_type).gated
 
-    def fits(self, path: str, parameter: str, role: str | None, num_experts: int, features: Features) -> bool:
+    def fits(self, path: str, parameter: str, role: str | None, num_experts: int, features: tuple[int, int]) -> bool:
         """Whether LoRA of those sizes can belong to a parameter of this model."""
         if self.stacks:
             return self.stacks.get((path, parameter)) == (num_experts, *features)
         return any(scope.fits(role, num_experts, features) for scope in self.scopes)
 
-    def require(self, path: str, parameter: str, role: str | None, num_experts: int, features: Features) -> None:
+    def require(self, path: str, parameter: str, role: str | None, num_experts: int, features: tuple[int, int]) -> None:
         """Raises `AdapterFileError` unless LoRA of those sizes `fits`."""
         if not self.fits(path, parameter, role, num_experts, features):
             raise AdapterFileError(
@@ -112,26 +113,6 @@ class BaseModel:
         sizes = zip(("E", "H", "I"), (scope.num_experts, scope.hidden, scope.intermediate), strict=True)
         shown = ", ".join(f"{letter} {' or '.join(map(str, sorted(values)))}" for letter, values in sizes)
         return f"{self.name} ({shown})"
-
-    def sizes(self, hidden: int | None = None, intermediate: int | None = None) -> tuple[int, int]:
-        """(H, I) of the experts, given what an adapter shows of them.
-
-        Raises:
-            AdapterError: The config allows several.
-        """
-        found = {
-            (h, i)
-            for scope in self.scopes
-            for h in scope.hidden
-            for i in scope.intermediate
-            if hidden in (None, h) and intermediate in (None, i)
-        }
-        if len(found) != 1:
-            raise AdapterError(
-                f"{self.name} allows the expert sizes (hidden, intermediate) {sorted(found)}; one pair was needed to "
-                "fill in the projections this adapter lacks."
-            )
-        return found.pop()
 
     @property
     def num_experts(self) -> int | None:
@@ -174,19 +155,14 @@ def load_base_model(model: str | Path | Mapping[str, Any] | BaseModel) -> BaseMo
     """
     if isinstance(model, BaseModel):
         return model
-    return _from_config(load_config(model), "the base model's config" if isinstance(model, Mapping) else str(model))
-
-
-def load_config(model: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """A base model's config: see `load_base_model`."""
     if isinstance(model, Mapping):
-        return model
+        return _from_config(model, "the base model's config")
     path = usable_path(model)
     if path.is_dir():
         path = path / "config.json"
     elif not path.exists() and is_hub_id(str(model)):
         path = download(str(model), ["config.json"]) / "config.json"
-    return read_json(path)
+    return _from_config(read_json(path), str(model))
 
 
 def base_model_of(named: str | None, model: str | Path | Mapping[str, Any] | BaseModel | None) -> BaseModel | None:
@@ -195,11 +171,12 @@ def base_model_of(named: str | None, model: str | Path | Mapping[str, Any] | Bas
         return load_base_model(model)
     if named is None:
         return None
+    path = Path(named) / "config.json"
     try:
-        beside = (Path(named) / "config.json").is_file()
+        beside = path.is_file()
     except (OSError, ValueError):  # no name of a file at all
         return None
-    if not beside or not any(_scopes(config := load_config(named))):
+    if not beside or not any(_scopes(config := read_json(path))):
         return None  # a dense model's adapter has nothing that its config would tell
     return _from_config(config, named)
 

@@ -10,17 +10,17 @@ from typing import Any
 __all__ = [
     "SCHEMA_VERSION",
     "Conclusion",
+    "Evidence",
     "ExpertsSummary",
     "Inspection",
     "ProjectionSummary",
     "ReaderVerdict",
-    "Reason",
     "Settle",
 ]
 
 SCHEMA_VERSION = 1
 
-# Code of a reason -> its sentence; the fields are those of `Reason.detail`, which may be reasons themselves.
+# Code -> its sentence; the fields are those of `Evidence.detail`, which may be evidence themselves.
 SENTENCES = {
     "said": "said by the caller",
     "not_fused": "the experts' LoRA is not in PEFT's fused form",
@@ -88,7 +88,7 @@ _WHEN = {
 
 
 @dataclass(frozen=True)
-class Reason:
+class Evidence:
     """Something that speaks for a conclusion, or against it; `str` is the sentence.
 
     Attributes:
@@ -136,7 +136,7 @@ class Conclusion:
 
     value: str | None
     confidence: str
-    evidence: tuple[Reason, ...]
+    evidence: tuple[Evidence, ...]
     settle: tuple[Settle, ...] = ()
 
     @property

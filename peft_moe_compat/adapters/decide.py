@@ -20,7 +20,7 @@ from ..errors import AdapterError, AmbiguousAdapterError
 from ..layout import PACKINGS
 from ..releases import release_for
 from .base_model import BaseModel
-from .conclusions import Conclusion, Reason, Settle
+from .conclusions import Conclusion, Evidence, Settle
 from .orientations import orientations
 from .packing import packing_evidence
 from .shapes import Reading, Readings, readings_by_shape, readings_by_stamp
@@ -30,8 +30,8 @@ from .writer import Writer, find_writer
 
 __all__ = ["Decision", "decide"]
 
-_NOT_FUSED = Conclusion("not applicable", "certain", (Reason("not_fused"),))
-_SAID = Reason("said")
+_NOT_FUSED = Conclusion("not applicable", "certain", (Evidence("not_fused"),))
+_SAID = Evidence("said")
 _SAMPLED_MATRICES = 8  # of lora_B, read for the test of the packing
 
 
@@ -96,7 +96,10 @@ def decide(source: AdapterSource, stated: Stated) -> Decision:
     oriented = _orientation(source, possible, writer, stated)
     nested, readings = _nesting(source, possible, oriented, stated)
     packed = _packing(source, possible.counts, writer, stated)
-    named = _with_remark(writer, oriented, source.base)
+    named = writer.conclusion
+    if writer.peft and oriented.decided and oriented.value not in _orientations_of(writer, source.base, patched=False):
+        remark = Evidence("not_its_own", {"orientation": oriented.value, "name": named.value})
+        named = replace(named, evidence=(*named.evidence, remark))
     return Decision(named, oriented, packed, nested, readings, possible.counts, writer.packings, writer.peft)
 
 
@@ -110,32 +113,32 @@ def _orientation(source: AdapterSource, readings: Readings, writer: Writer, stat
         return Conclusion(said, "stated", (_SAID,))
     if len(possible) == 1:
         (value,) = possible
-        alone = Reason("fit_alone", {"what": readings.evidence, "orientation": value})
+        alone = Evidence("fit_alone", {"what": readings.evidence, "orientation": value})
         reason = alone if source.stamp is None else readings.evidence
         return Conclusion(value, "likely" if readings.likely else "certain", (reason,))
-    both = Reason("fit_both", {"what": readings.evidence})
+    both = Evidence("fit_both", {"what": readings.evidence})
     if writer.peft is None:
         release = Settle("written_by", "peft==VERSION", "" if model else "both")
         settle = (release,) if model else (Settle("model", "BASE"), release)
-        return Conclusion(None, "none", (both, Reason("no_writer")), settle)
+        return Conclusion(None, "none", (both, Evidence("no_writer")), settle)
     # A caller who names the release means what it writes on its own.
     writes = _orientations_of(writer, model, patched=not writer.by_caller)
     name = writer.conclusion.value
     if len(writes) == 1:
         (value,) = writes
-        return Conclusion(value, "stated", (both, Reason("writes", {"name": name, "orientation": value})))
+        return Conclusion(value, "stated", (both, Evidence("writes", {"name": name, "orientation": value})))
     if model is None:
         settle = (Settle("model", source.config.base_model_name or "BASE", "config"),)
-        return Conclusion(None, "none", (both, Reason("depends_on_model", {"name": name})), settle)
+        return Conclusion(None, "none", (both, Evidence("depends_on_model", {"name": name})), settle)
     about = {"name": name, "model_type": model.model_type}
     if len(_orientations_of(writer, model, patched=False)) == 1:
         settle = (Settle("written_by", f"peft=={writer.peft}", "unpatched"), Settle("orientation", "", "otherwise"))
-        return Conclusion(None, "none", (both, Reason("depends_on_patching", about)), settle)
+        return Conclusion(None, "none", (both, Evidence("depends_on_patching", about)), settle)
     settle = (Settle("written_by", f"peft=={writer.peft},transformers==VERSION"),)
     if release_for(writer.peft).reads_swap_flag:
         # Naming a release means what it writes on its own, which that call changes.
         settle += (Settle("orientation", "", "patched"),)
-    return Conclusion(None, "none", (both, Reason("depends_on_transformers", about)), settle)
+    return Conclusion(None, "none", (both, Evidence("depends_on_transformers", about)), settle)
 
 
 def _orientations_of(writer: Writer, model: BaseModel | None, *, patched: bool) -> frozenset[str]:
@@ -151,23 +154,23 @@ def _nesting(
     if not orientation.decided:
         names = {r.nesting for readings in possible.by_path.values() for r in readings}
         if len(names) == 1:
-            return Conclusion(",".join(names.pop()), "certain", (Reason("one_order"),)), {}
-        return Conclusion(None, "none", (Reason("orientation_open"),), orientation.settle), {}
+            return Conclusion(",".join(names.pop()), "certain", (Evidence("one_order"),)), {}
+        return Conclusion(None, "none", (Evidence("orientation_open"),), orientation.settle), {}
     found: dict[str, Reading] = {}
     for path, readings in possible.by_path.items():
         fitting = [reading for reading in readings if reading.orientation == orientation.value]
         if len(fitting) > 1:
             options = [",".join(reading.nesting) for reading in fitting]
             if len(fitting[0].nesting) == 1:
-                reason = Reason("which_parameter", {"path": path, "options": ", ".join(options)})
+                reason = Evidence("which_parameter", {"path": path, "options": ", ".join(options)})
                 return Conclusion(None, "none", (reason,), (Settle("model", "BASE"),)), {}
-            reason = Reason("which_nesting", {"path": path, "options": " or ".join(options)})
+            reason = Evidence("which_nesting", {"path": path, "options": " or ".join(options)})
             return Conclusion(None, "none", (reason,), (Settle("nesting", options[0]),)), {}
         found[path] = fitting[0]
     nested = {reading.nesting for reading in found.values()}
     value = " | ".join(",".join(names) for names in sorted(nested))
     swapped = sum(not reading.in_parameter_order for reading in found.values())
-    reason = Reason("swapped", {"what": possible.evidence, "count": swapped}) if swapped else possible.evidence
+    reason = Evidence("swapped", {"what": possible.evidence, "count": swapped}) if swapped else possible.evidence
     confidence = orientation.confidence if stated.nesting is None else "stated"
     return Conclusion(value, "certain" if source.stamp else confidence, (reason,)), found
 
@@ -187,7 +190,7 @@ def _packing(
     ]
     infos = source.tensors.infos
     if len(counts) == len(source.modules) and all(count in (1, infos[name].shape[1]) for name, count in pairs):
-        return Conclusion("either", "certain", (Reason("packing_same"),))
+        return Conclusion("either", "certain", (Evidence("packing_same"),))
     test = packing_evidence(_read(source, pairs[:: max(1, len(pairs) // _SAMPLED_MATRICES)]))
     either_way = tuple(Settle("packing", packing) for packing in PACKINGS)
     if written is None:
@@ -195,10 +198,10 @@ def _packing(
         if test.packing is not None:
             return Conclusion(test.packing, "likely", reasons)
         if not any(lora_B.any() for lora_B, _ in _read(source, pairs)):
-            return Conclusion("either", "certain", (Reason("packing_zero"),))
+            return Conclusion("either", "certain", (Evidence("packing_zero"),))
         return Conclusion(None, "none", reasons, either_way)
     if test.hint not in (None, written):
-        reasons = (writer.packing_evidence, Reason("data_against", {"data": test.evidence}))
+        reasons = (writer.packing_evidence, Evidence("data_against", {"data": test.evidence}))
         return Conclusion(None, "none", reasons, either_way)
     return Conclusion(written, "stated", (writer.packing_evidence, test.evidence))
 
@@ -208,16 +211,3 @@ def _read(source: AdapterSource, pairs: Sequence[tuple[str, int]]) -> Iterator[t
     for name, count in pairs:
         with source.tensors.reading([name]) as get:
             yield get[name], count
-
-
-def _with_remark(writer: Writer, orientation: Conclusion, model: BaseModel | None) -> Conclusion:
-    """The writer's conclusion; with a remark where the shapes show what its release does not write on its own."""
-    conclusion = writer.conclusion
-    if (
-        writer.peft is None
-        or orientation.value is None
-        or orientation.value in _orientations_of(writer, model, patched=False)
-    ):
-        return conclusion
-    remark = Reason("not_its_own", {"orientation": orientation.value, "name": conclusion.value})
-    return replace(conclusion, evidence=(*conclusion.evidence, remark))

@@ -97,13 +97,12 @@ def download(repo_id: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of at most 64 MiB: see `parse_json`.
 
     Raises:
         AdapterFileError: No such file, too large, or not one JSON object.
     """
-    path = Path(path)
     try:
         if not path.is_file():
             raise AdapterFileError(f"{path} was needed, but there is no such file. Is the folder complete?")
@@ -181,15 +180,10 @@ def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
 
 def _check_apart(out: Path, source: Path) -> None:
     target, origin = out.resolve(), source.resolve()
-    if target == origin:
-        relation = "is"
-    elif origin in target.parents:
-        relation = "lies inside"
-    elif target in origin.parents:
-        relation = "contains"
-    else:
-        return
-    raise AdapterError(f"The output {out} {relation} the input {source}. Choose a folder apart from the input.")
+    relations = {"is": target == origin, "lies inside": origin in target.parents, "contains": target in origin.parents}
+    for relation, holds in relations.items():
+        if holds:
+            raise AdapterError(f"The output {out} {relation} the input {source}. Choose a folder apart from the input.")
 
 
 def _check_absent(out: Path) -> None:

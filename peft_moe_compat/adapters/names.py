@@ -12,24 +12,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
 
 from .. import families
 from ..errors import AdapterFileError
+from .adapter_config import AdapterConfig
+from .ranks import lora_rank
 from .safetensors_io import TensorInfo
 
 __all__ = [
     "LINEAR_NAMES",
     "PREFIX",
-    "ExpertPlace",
-    "Factor",
     "Factors",
-    "FusedPlace",
     "Names",
     "Place",
-    "StackPlace",
     "linear_role",
     "peft_name",
     "reaches_parameter",
@@ -50,56 +45,31 @@ _EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)$")
 LINEAR_NAMES = families.LINEAR_NAMES | {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
 
 
-@dataclass(frozen=True)
-class Factor:
-    """lora_A or lora_B: its name in the file, shape and dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-Factors = tuple[Factor, Factor]  # lora_A and lora_B
+Factors = tuple[TensorInfo, TensorInfo]  # lora_A and lora_B
 
 
 @dataclass(frozen=True)
-class FusedPlace:
-    """A pair of the fused form: `depth` wrappers inside the outermost one."""
+class Place:
+    """What a pair is the LoRA of; `str` tells it from the others of its module.
 
+    Attributes:
+        form: One of the three.
+        path: Of the module in the model, without PEFT's additions.
+        depth: Of a fused pair: it is that many wrappers inside the outermost one.
+        expert: Of a per-expert pair.
+        name: Of an expert's linear, or of a stack.
+    """
+
+    form: str
     path: str
-    depth: int
-    form: ClassVar[str] = "fused"
+    depth: int = 0
+    expert: int = 0
+    name: str = ""
 
     def __str__(self) -> str:
-        return f"slot {self.depth}"
-
-
-@dataclass(frozen=True)
-class ExpertPlace:
-    """A pair of the per-expert form: on one expert's linear."""
-
-    path: str
-    expert: int
-    linear: str
-    form: ClassVar[str] = "per_expert"
-
-    def __str__(self) -> str:
-        return f"expert {self.expert} {self.linear}"
-
-
-@dataclass(frozen=True)
-class StackPlace:
-    """A pair of the stacked form."""
-
-    path: str
-    parameter: str
-    form: ClassVar[str] = "stacked"
-
-    def __str__(self) -> str:
-        return f"stack {self.parameter}"
-
-
-Place = FusedPlace | ExpertPlace | StackPlace  # path: of the module in the model, without PEFT's additions
+        if self.form == "fused":
+            return f"slot {self.depth}"
+        return f"expert {self.expert} {self.name}" if self.form == "per_expert" else f"stack {self.name}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +78,7 @@ class Names:
 
     Attributes:
         prefix: What precedes the module paths, PEFT's `base_model.model.` or nothing.
-        pairs: Path of an experts module -> its places, all of one form -> lora_A and lora_B.
+        pairs: Path of an experts module -> its places -> lora_A and lora_B.
         other: Names of all further tensors, in the order of the file.
     """
 
@@ -129,12 +99,8 @@ def linear_role(name: str) -> str | None:
 
 def targeted_parameters(target_parameters: Iterable[str], path: str) -> tuple[str, ...]:
     """Names of the module's parameters that `target_parameters` reach, matched as PEFT does, by suffix."""
-    found = []
-    for target in target_parameters:
-        module, _, parameter = target.rpartition(".")
-        if not module or _reaches(module, path):
-            found.append(parameter)
-    return tuple(dict.fromkeys(found))
+    parted = (target.rpartition(".") for target in target_parameters)
+    return tuple(dict.fromkeys(name for module, _, name in parted if not module or _reaches(module, path)))
 
 
 def reaches_parameter(target_parameters: Iterable[str], key: str) -> bool:
@@ -147,11 +113,8 @@ def targeted_matrix(target_parameters: Iterable[str], path: str) -> str | None:
 
     PEFT matches its patterns with the name of that parameter, and those of a linear with the linear's own.
     """
-    for target in target_parameters:
-        module = target.rpartition(".")[0]
-        if module and _reaches(module, path):
-            return target
-    return None
+    modules = {target: target.rpartition(".")[0] for target in target_parameters}
+    return next((target for target, module in modules.items() if module and _reaches(module, path)), None)
 
 
 def peft_name(name: str, prefix: str) -> str:
@@ -185,30 +148,27 @@ def _reaches(target: str, path: str) -> bool:
     return path == target or path.endswith(f".{target}") or target.endswith(f".{path}")
 
 
-def sort_names(infos: Mapping[str, TensorInfo], target_parameters: Sequence[str]) -> Names:
+def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     """Sorts the tensors of an adapter.
 
     Args:
         infos: The tensors by name, in the order of the file.
-        target_parameters: Of its config.
+        config: The adapter's.
 
     Raises:
-        AdapterFileError: One half of a pair is missing, two names mean the same tensor, or a module's LoRA comes in
-            several forms.
+        AdapterFileError: One half of a pair or a nesting level is missing, or two names mean the same tensor.
     """
     prefix = PREFIX if any(name.startswith(PREFIX) for name in infos) else ""
-    halves: dict[Place, dict[str, Factor]] = {}
-    other: list[str] = []
+    halves: dict[Place, dict[str, TensorInfo]] = {}
     for name, info in infos.items():
-        found = _place(unwrapped(name.removeprefix(prefix)), len(info.shape), target_parameters)
+        found = _place(unwrapped(name.removeprefix(prefix)), len(info.shape), config.target_parameters)
         if found is None:
-            other.append(name)
             continue
         place, factor = found
         pair = halves.setdefault(place, {})
         if factor in pair:
             raise same_tensor(pair[factor].name, name)
-        pair[factor] = Factor(name, tuple(info.shape), info.dtype)
+        pair[factor] = info
     by_path: dict[str, dict[Place, Factors]] = {}
     for place, pair in halves.items():
         if len(pair) == 1:
@@ -219,21 +179,27 @@ def sort_names(infos: Mapping[str, TensorInfo], target_parameters: Sequence[str]
             )
         by_path.setdefault(place.path, {})[place] = pair["A"], pair["B"]
     for path, places in by_path.items():
-        _check_places(path, places)
-    return Names(prefix, by_path, tuple(other))
+        depths = sorted(place.depth for place in places if place.form == "fused")
+        if depths != list(range(len(depths))):
+            raise AdapterFileError(
+                f"{path!r} has LoRA at nesting levels {depths}; 0 to {len(depths) - 1} were expected. Is the file "
+                "complete?"
+            )
+    pairs = {path: places for path, places in by_path.items() if not _is_matrix(path, places, config)}
+    experts = {factor.name for places in pairs.values() for pair in places.values() for factor in pair}
+    return Names(prefix, pairs, tuple(name for name in infos if name not in experts))
 
 
-def _check_places(path: str, places: Iterable[Place]) -> None:
-    if len({place.form for place in places}) > 1:
-        raise AdapterFileError(
-            f"{path!r} has LoRA in several forms at once ({', '.join(sorted(map(str, places)))}); one was expected. "
-            "Were two adapters merged into this file?"
-        )
-    depths = sorted(place.depth for place in places if isinstance(place, FusedPlace))
-    if depths != list(range(len(depths))):
-        raise AdapterFileError(
-            f"{path!r} has LoRA at nesting levels {depths}; 0 to {len(depths) - 1} were expected. Is the file complete?"
-        )
+def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig) -> bool:
+    """Whether a module's LoRA is that of a 2-D parameter, such as a router's weight, or of one expert on its own.
+
+    PEFT of every release lays those out like the LoRA of a linear, so there is nothing to convert.
+    """
+    (place, (lora_A, _)), *more = places.items()
+    if more or place.form != "fused":
+        return False
+    parameters = targeted_parameters(config.target_parameters, path) or ("",)
+    return all(lora_rank(config.raw, f"{path}.{name}") == lora_A.shape[0] for name in parameters)
 
 
 def _place(name: str, ndim: int, target_parameters: Sequence[str]) -> tuple[Place, str] | None:
@@ -250,11 +216,12 @@ def _place(name: str, ndim: int, target_parameters: Sequence[str]) -> tuple[Plac
     module, _, parameter = path.rpartition(".")
     shared = parameter in LINEAR_NAMES and module.rpartition(".")[2] == "experts"
     if (ndim == 3 and (parameter in LINEAR_NAMES or "expert" in module)) or (ndim == 2 and shared):
-        return StackPlace(module, parameter), match["factor"]
+        return Place("stacked", module, name=parameter), match["factor"]
     expert = _EXPERT.match(path)
     if expert and expert["projection"] in LINEAR_NAMES and "expert" in expert["path"].rpartition(".")[2]:
-        return ExpertPlace(expert["path"], int(expert["expert"]), expert["projection"]), match["factor"]
+        place = Place("per_expert", expert["path"], expert=int(expert["expert"]), name=expert["projection"])
+        return place, match["factor"]
     targeted = targeted_matrix(target_parameters, path) is not None
     if ndim == 2 and (targeted or depth or parts[-1] == "experts"):
-        return FusedPlace(path, depth), match["factor"]
+        return Place("fused", path, depth), match["factor"]
     return None

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from ..families import StoredTransposed, family
+from ..families import family
 from ..releases import FIRST_PEFT_FOR_TRANSFORMERS_5, LayoutRule, base_release, parse_version, release_for
 
 __all__ = ["expert_parameter", "has_separate_experts", "orientations", "orientations_after"]
+
+_KINDS = {(False, False), (True, True), (True, False)}  # of modules: (stored as "E in out", declared so)
 
 
 def orientations(
@@ -31,28 +33,27 @@ def orientations(
     Raises:
         UnsupportedPeftError: The release has no `ParamWrapper`, or is no version number.
     """
-    rule = release_for(peft)
-    if patched and rule.reads_swap_flag and _may_be_patched(transformers):
-        swapped = LayoutRule(rule.since, 2, 2, reads_swap_flag=True)
-        found = orientations(peft, transformers, model_type)
-        return found | {_orientation_of(swapped, *kind) for kind in _kinds(peft, transformers, model_type)}
-    return frozenset(_orientation_of(rule, *kind) for kind in _kinds(peft, transformers, model_type))
+    rules = [release_for(peft)]
+    beside = None if transformers is None else _release(transformers)
+    if patched and rules[0].reads_swap_flag and (beside is None or Version("5.0") <= beside < Version("5.13")):
+        rules.append(LayoutRule(rules[0].since, 2, 2, reads_swap_flag=True))
+    kinds = _KINDS if model_type is None else _kinds_of(model_type, _release(peft), beside)
+    return frozenset(_orientation_of(rule, *kind) for rule in rules for kind in kinds)
 
 
-def _may_be_patched(transformers: str | None) -> bool:
-    return transformers is None or parse_version("5.0.0") <= base_release(parse_version(transformers)) < parse_version(
-        "5.13.0"
-    )
+def _release(version: str) -> Version:
+    return base_release(parse_version(version))
 
 
-def _kinds(peft: str, transformers: str | None, model_type: str | None) -> set[tuple[bool, bool]]:
-    """(stored as "E in out", declared so) in all ways that are possible."""
-    if model_type is None:
-        return {(False, False), (True, True), (True, False)}
+def _kinds_of(model_type: str, peft: Version, transformers: Version | None) -> set[tuple[bool, bool]]:
+    """Those of `_KINDS` that a family is of beside this PEFT."""
     stored = family(model_type).transposed
     if stored is None:
         return {(False, False)}
-    return {stored.at(version) for version in _transformers_beside(parse_version(peft), transformers, stored)}
+    if transformers is not None:
+        return {stored.at(transformers)}
+    later = () if peft < FIRST_PEFT_FOR_TRANSFORMERS_5 else (stored.until, stored.declared)
+    return {stored.at(version) for version in (Version("4.57"), *later) if version is not None}
 
 
 def orientations_after(written_by: str, orientation: str, read_by: str) -> frozenset[str]:
@@ -61,14 +62,10 @@ def orientations_after(written_by: str, orientation: str, read_by: str) -> froze
     The orientation it has under the release that wrote it tells how its experts may be stored.
     """
     writer, reader = release_for(written_by), release_for(read_by)
-    kinds = {
-        (transposed, declared)
-        for transposed, declared in ((False, False), (True, False), (True, True))
-        if _orientation_of(writer, transposed, declared) == orientation
-    }
-    # A module that does not declare what it is may do so under a later transformers; one that does keeps doing so.
-    later = {(transposed, True) for transposed, declared in kinds if transposed and not declared}
-    return frozenset(_orientation_of(reader, *kind) for kind in kinds | later)
+    kinds = {kind for kind in _KINDS if _orientation_of(writer, *kind) == orientation}
+    if (True, False) in kinds:  # may declare what it is under a later transformers; what does so keeps doing so
+        kinds.add((True, True))
+    return frozenset(_orientation_of(reader, *kind) for kind in kinds)
 
 
 def _orientation_of(rule: LayoutRule, stored_transposed: bool, declared: bool) -> str:
@@ -81,9 +78,9 @@ def has_separate_experts(model_type: str, peft: str, transformers: str | None) -
     Without a transformers release, the newest that works beside the PEFT is meant.
     """
     if transformers is not None:
-        old = base_release(parse_version(transformers)) < parse_version("5.0.0")
+        old = _release(transformers) < Version("5.0")
     else:
-        old = base_release(parse_version(peft)) < FIRST_PEFT_FOR_TRANSFORMERS_5
+        old = _release(peft) < FIRST_PEFT_FOR_TRANSFORMERS_5
     return old and not family(model_type).fused_in_4
 
 
@@ -102,22 +99,10 @@ def expert_parameter(model_type: str, transformers: str | None, path: str, role:
     renamed = family(model_type).renamed
     if renamed is None:
         return None
-    for end in (*renamed.apart.values(), renamed.together):
-        if path == end or path.endswith(f".{end}"):
-            stem = path.removesuffix(end)
-            break
-    else:
+    ends = (*renamed.apart.values(), renamed.together)
+    stem = next((path.removesuffix(end) for end in ends if path == end or path.endswith(f".{end}")), None)
+    if stem is None:
         return None
-    if transformers is None or base_release(parse_version(transformers)) >= renamed.since:
+    if transformers is None or _release(transformers) >= renamed.since:
         return stem + renamed.together, {"gate_up": "gate_up_proj", "down": "down_proj"}[role]
     return stem + renamed.apart[role], "weight"
-
-
-def _transformers_beside(peft: Version, transformers: str | None, stored: StoredTransposed) -> list[Version]:
-    """One transformers release for each way the family is stored that is possible beside this PEFT."""
-    if transformers is not None:
-        return [base_release(parse_version(transformers))]
-    oldest = Version("4.57")
-    if base_release(peft) < FIRST_PEFT_FOR_TRANSFORMERS_5:
-        return [oldest]
-    return [oldest, *(version for version in (stored.until, stored.declared) if version is not None)]

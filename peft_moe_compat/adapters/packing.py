@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..layout import PACKINGS
-from .conclusions import Reason
+from .conclusions import Evidence
 
 __all__ = ["PackingTest", "packing_evidence"]
 
@@ -39,7 +39,7 @@ class PackingTest:
     """
 
     packing: str | None
-    evidence: Reason
+    evidence: Evidence
     hint: str | None = None
 
 
@@ -73,7 +73,7 @@ def packing_evidence(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
             within[packing] += float((by_expert - means).square().sum())
             unexplained[packing] += float((by_expert - means - by_expert.mean(0, keepdim=True)).square().sum())
     if not seen:
-        return PackingTest(None, Reason("data_silent"))
+        return PackingTest(None, Evidence("data_silent"))
     noise = sqrt(2 / df_between + 2 / df_within)
     scores = {
         packing: log(max(between[packing] / df_between, 1e-12) / max(within[packing] / df_within, 1e-12)) / noise
@@ -82,8 +82,8 @@ def packing_evidence(matrices: Iterable[tuple[Tensor, int]]) -> PackingTest:
     best, other = sorted(PACKINGS, key=lambda packing: -scores[packing])
     lead = log(max(unexplained[other] / df_unexplained, 1e-12) / max(within[best] / df_within, 1e-12))
     figures = {"best": scores[best], "packing": best, "worst": scores[other], "other": other, "matrices": seen}
-    data = Reason("data", figures)
+    data = Evidence("data", figures)
     clear = scores[best] > _CLEAR and scores[other] < _LOSER_SHARE * scores[best]
     if clear and lead < _CLEAR * sqrt(2 / df_unexplained + 2 / df_within):
-        return PackingTest(None, Reason("data_or_ranks", {"data": data, "other": other}), best)
-    return PackingTest(best, data, best) if clear else PackingTest(None, Reason("data_unclear", {"data": data}))
+        return PackingTest(None, Evidence("data_or_ranks", {"data": data, "other": other}), best)
+    return PackingTest(best, data, best) if clear else PackingTest(None, Evidence("data_unclear", {"data": data}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -58,26 +58,16 @@ def lora_numbers(config: Mapping[str, Any], key: str, rank: int | None = None) -
     return Numbers(rank, alpha, bool(config.get("use_rslora")))
 
 
-def _pattern_key(patterns: Iterable[str], key: str) -> str | None:
-    """The first pattern that PEFT's `get_pattern_key` matches with `key`."""
-    for pattern in patterns:
+def _pattern(config: Mapping[str, Any], patterns: str, key: str, default: str) -> Any:
+    """The value of the first pattern that PEFT's `get_pattern_key` matches with `key`, else the default's."""
+    for pattern, value in (config.get(patterns) or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", key):
-                return pattern
+                return value
         except (re.error, OverflowError) as error:
             raise AdapterFileError(
                 f"adapter_config.json has the pattern {show(pattern)}, no regular expression: {error}."
             ) from None
-    return None
-
-
-def _pattern(config: Mapping[str, Any], patterns: str, key: str, default: str) -> Any:
-    table = config.get(patterns) or {}
-    if not isinstance(table, Mapping):
-        raise AdapterFileError(f"adapter_config.json has {patterns} = {table!r}; an object was expected.")
-    found = _pattern_key(table, key)
-    if found is not None:
-        return table[found]
     if default not in config:
         raise AdapterFileError(f"adapter_config.json lacks {default!r}, which the LoRA on {key!r} needs.")
     return config[default]

@@ -220,10 +220,10 @@ class Refit:
         meta = self.meta(part)
         out = meta.out_features // 2 if role == "gate_up" else meta.out_features
         hidden, intermediate = (out, meta.in_features) if role == "down" else (meta.in_features, out)
-        hidden, intermediate = self.model.sizes(hidden, intermediate)
         for absent in missing:
             rows = 2 * intermediate if absent == "gate_up" else intermediate
             fan_in, fan_out = (intermediate, hidden) if absent == "down" else (hidden, rows)
+            self.model.require(part.path, absent, absent, meta.num_experts, (fan_in, fan_out))
             zeros = zeros_like(part, absent, fan_in, fan_out)
             parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
         return [Step("filled", (" and ".join(missing), self.target.reader.title))]

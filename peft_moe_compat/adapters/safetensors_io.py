@@ -54,12 +54,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says about one tensor. `nbytes` is that of its elements, without padding."""
+    """What a file says about one tensor: its bytes begin at `offset`, and are `nbytes`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -76,8 +77,8 @@ def opened(file: Path) -> Iterator[BufferedReader]:
         raise AdapterFileError(f"{file} cannot be read: {error}. Check its access rights.") from error
 
 
-def read_header(file: Path) -> tuple[dict[str, str], list[tuple[int, TensorInfo]]]:
-    """The metadata, and (offset in the file, info) of every tensor in the order of the bytes; all of it checked.
+def read_header(file: Path) -> tuple[dict[str, str], list[TensorInfo]]:
+    """The metadata, and what the file says of every tensor in the order of the bytes; all of it checked.
 
     Raises:
         AdapterFileError: The file is unreadable, cut short, or its header contradicts itself or the file.
@@ -92,20 +93,20 @@ def read_header(file: Path) -> tuple[dict[str, str], list[tuple[int, TensorInfo]
             ) from None
     header = parse_json(raw, f"The header of {file}")
     metadata = header.pop("__metadata__", None) or {}
-    spans = sorted((_span(file, name, entry) for name, entry in header.items()), key=lambda span: span[:2])
-    return metadata, [(8 + len(raw) + begin, info) for begin, _, info in spans]
+    infos = [_info(file, name, entry, 8 + len(raw)) for name, entry in header.items()]
+    return metadata, sorted(infos, key=lambda info: (info.offset, info.nbytes))
 
 
-def _span(file: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
-    """(begin, end, info) of an entry, the offsets relative to where the data begins; what torch lacks is refused."""
+def _info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    """What an entry says, of data that begin at `start`; what torch lacks is refused."""
     what = f"{file}: the entry of {show(name)}"
     if not isinstance(entry, dict) or not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
         raise AdapterFileError(f"{what} is {show(entry)}; a dtype was needed that is one of {', '.join(_DTYPES)}.")
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    shape = tuple(entry["shape"])
     # torch computes strides, and so the product, even for an empty tensor.
     if len(shape) > _MAX_RANK or math.prod(max(size, 1) for size in shape) * 8 >= 2**63:
         raise AdapterFileError(f"{what} has the shape {show(shape)}; at most {_MAX_RANK} sizes that fit were needed.")
-    return begin, end, TensorInfo(name, shape, _DTYPES[entry["dtype"]], file)
+    return TensorInfo(name, shape, _DTYPES[entry["dtype"]], file, start + entry["data_offsets"][0])
 
 
 def write_safetensors(

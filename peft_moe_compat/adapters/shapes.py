@@ -13,8 +13,8 @@ from itertools import permutations
 from ..errors import AdapterError, AdapterFileError
 from ..families import ROLE_ORDER
 from ..layout import ORIENTATIONS
-from .base_model import BaseModel
-from .conclusions import Reason
+from .base_model import BaseModel, role_sizes
+from .conclusions import Evidence
 from .names import role_of
 from .slots import ExpertsModule
 from .source import AdapterSource
@@ -55,7 +55,7 @@ class Readings:
     """
 
     by_path: Mapping[str, tuple[Reading, ...]]
-    evidence: Reason
+    evidence: Evidence
     likely: bool = False
 
     @property
@@ -83,9 +83,8 @@ def slot_orientations(orientation: str, counts: Sequence[int]) -> list[str]:
 
 def slot_counts(module: ExpertsModule, nesting: Sequence[str]) -> tuple[int, ...] | None:
     """E of every slot, None where a slot's rows are no multiple of its rank."""
-    counts = [slot.num_experts(name) for name, slot in zip(nesting, module.slots, strict=True)]
-    known = tuple(count for count in counts if count is not None)
-    return known if len(known) == len(counts) else None
+    counts = tuple(slot.num_experts(name) or 0 for name, slot in zip(nesting, module.slots, strict=True))
+    return counts if all(counts) else None
 
 
 def readings_by_shape(source: AdapterSource, nesting: Sequence[str] | None) -> Readings:
@@ -113,12 +112,12 @@ def readings_by_shape(source: AdapterSource, nesting: Sequence[str] | None) -> R
         return {p: tuple(r for r in by_path[p] if r in shared[tuple(candidates[p])]) for p in by_path}
 
     count = len(source.modules)
-    shapes = Reason("one_shape") if count == 1 else Reason("shapes", {"count": count})
+    shapes = Evidence("one_shape") if count == 1 else Evidence("shapes", {"count": count})
     found = Readings(possible(None), shapes)
     if not found.orientations:
         raise AdapterFileError(_no_reading(source, candidates))
     if source.base is None and len(found.orientations) > 1 and (hidden := _hidden_size(source)) is not None:
-        evidence = Reason("shapes_and_hidden", {"shapes": shapes, "hidden": hidden})
+        evidence = Evidence("shapes_and_hidden", {"shapes": shapes, "hidden": hidden})
         narrowed = Readings(possible(hidden), evidence, likely=True)
         if narrowed.orientations:
             return narrowed
@@ -148,14 +147,7 @@ def _possible(
     model: BaseModel | None,
     hidden_size: int | None = None,
 ) -> tuple[Reading, ...]:
-    """The readings of one module that its shapes allow.
-
-    Args:
-        module: A fused module.
-        candidates: Nestings to try.
-        model: The base model, if known.
-        hidden_size: Of the base model, if known from elsewhere in the file.
-    """
+    """The readings of a fused module, of those nestings, that its shapes and what is known of the model allow."""
     found = []
     for nesting in candidates:
         counts = slot_counts(module, nesting)
@@ -175,18 +167,10 @@ def _possible(
 
 def _sizes_fit(roles: Sequence[str | None], sizes: Sequence[tuple[int, int]], hidden_size: int | None) -> bool:
     """Whether the slots agree on the hidden and the intermediate size that their roles imply."""
-    hidden = set() if hidden_size is None else {hidden_size}
-    intermediate = set()
-    for role, (fan_in, fan_out) in zip(roles, sizes, strict=True):
-        if role == "down":
-            hidden.add(fan_out)
-            intermediate.add(fan_in)
-        elif role is not None:
-            hidden.add(fan_in)
-            if role == "gate_up" and fan_out % 2:
-                return False
-            intermediate.add(fan_out // 2 if role == "gate_up" else fan_out)
-    return len(hidden) <= 1 and len(intermediate) <= 1
+    shown = [role_sizes(role, features) for role, features in zip(roles, sizes, strict=True) if role is not None]
+    hidden = {size for size, _ in shown} | (set() if hidden_size is None else {hidden_size})
+    intermediate = {size for _, size in shown}
+    return len(hidden) <= 1 and len(intermediate) <= 1 and 0 not in intermediate
 
 
 def _no_reading(source: AdapterSource, candidates: Mapping[str, list[tuple[str, ...]]]) -> str:
@@ -194,13 +178,12 @@ def _no_reading(source: AdapterSource, candidates: Mapping[str, list[tuple[str, 
     alone = {module.path: _possible(module, candidates[module.path], source.base) for module in source.modules}
     stuck = next((module for module in source.modules if not alone[module.path]), None)
     if stuck is None:
+        fits = {path: " or ".join(sorted({one.orientation for one in readings})) for path, readings in alone.items()}
         first, *others = alone
-        apart = next(
-            (path for path in others if not set(alone[first]) & set(alone[path])), others[-1] if others else first
-        )
+        apart = next((path for path in others if not set(alone[first]) & set(alone[path])), [*alone][-1])
         return (
-            f"The layers of {source.folder} disagree: the shapes of {first!r} fit {_names(alone[first])}, those of "
-            f"{apart!r} {_names(alone[apart])}. Was the file put together from two adapters?"
+            f"The layers of {source.folder} disagree: the shapes of {first!r} fit {fits[first]}, those of {apart!r} "
+            f"{fits[apart]}. Was the file put together from two adapters?"
         )
     pairs = [(slot.lora_A.shape, slot.lora_B.shape) for slot in stuck.slots]
     sizes = ", ".join(f"lora_A {A[0]} x {A[1]} and lora_B {B[0]} x {B[1]}" for A, B in pairs)
@@ -210,10 +193,6 @@ def _no_reading(source: AdapterSource, candidates: Mapping[str, list[tuple[str, 
         f"The LoRA of {stuck.path!r} ({sizes}, rank {', '.join(map(str, ranks))}) fits {expected} in any orientation "
         "or nesting. Was the adapter trained with another num_experts or rank, or for another model?"
     )
-
-
-def _names(readings: Sequence[Reading]) -> str:
-    return " or ".join(sorted({reading.orientation for reading in readings}))
 
 
 def _hidden_size(source: AdapterSource) -> int | None:
@@ -268,4 +247,4 @@ def readings_by_stamp(source: AdapterSource, nesting: Sequence[str] | None) -> R
             raise AdapterError(f"nesting is {','.join(nesting)}; the stamp has {there} at {module.path!r}.")
         in_order = said.nesting == parameter_order(module.path, said.nesting)
         readings[module.path] = (Reading(said.orientation, said.nesting, in_order, counts),)
-    return Readings(readings, Reason("stamp"))
+    return Readings(readings, Evidence("stamp"))

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
 from .base_model import BaseModel
-from .names import (
-    PREFIX,
-    ExpertPlace,
-    Factor,
-    Factors,
-    FusedPlace,
-    Names,
-    Place,
-    StackPlace,
-    peft_name,
-    same_tensor,
-    targeted_matrix,
-    targeted_parameters,
-)
-from .ranks import Numbers
+from .names import PREFIX, Factors, Names, Place, peft_name, same_tensor, targeted_matrix, targeted_parameters
+from .ranks import Numbers, lora_numbers, lora_rank
 from .safetensors_io import TensorInfo
 from .stamp import Stamp
 
@@ -35,7 +22,6 @@ __all__ = [
     "StackSlot",
     "experts_modules",
     "linear_slots",
-    "without_matrices",
 ]
 
 
@@ -43,8 +29,8 @@ __all__ = [
 class Slot:
     """The two tensors of one LoRA."""
 
-    lora_A: Factor  # noqa: N815
-    lora_B: Factor  # noqa: N815
+    lora_A: TensorInfo  # noqa: N815
+    lora_B: TensorInfo  # noqa: N815
 
     @property
     def names(self) -> tuple[str, str]:
@@ -135,23 +121,6 @@ class ExpertsModule:
         return (*self.slots, *self.experts, *self.stacks)
 
 
-def without_matrices(names: Names, infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
-    """The same, fused pairs of 2-D parameters, such as a router's weight, or of one lone expert among the others.
-
-    PEFT of every release lays those out like the LoRA of a linear, so there is nothing to convert.
-    """
-    left, routed = set(names.other), dict(names.pairs)
-    for path, places in names.pairs.items():
-        (place, pair), *more = places.items()
-        if more or not isinstance(place, FusedPlace):
-            continue
-        parameters = targeted_parameters(config.target_parameters, path) or ("",)
-        if all(config.rank(f"{path}.{name}") == pair[0].shape[0] for name in parameters):
-            left.update(factor.name for factor in pair)
-            del routed[path]
-    return replace(names, pairs=routed, other=tuple(name for name in infos if name in left))
-
-
 def experts_modules(
     names: Names, config: AdapterConfig, base: BaseModel | None, stamp: Stamp | None
 ) -> tuple[ExpertsModule, ...]:
@@ -167,7 +136,7 @@ def experts_modules(
     """
     layouts = {"stacked", "transposed"}  # that no stack of the file speaks against
     for place, pair in ((place, pair) for places in names.pairs.values() for place, pair in places.items()):
-        if isinstance(place, StackPlace) and (fitting := _layouts(place, pair, config)):
+        if place.form == "stacked" and (fitting := _layouts(place, pair, config)):
             layouts &= {layout for layout, _ in fitting}
     found = []
     for path, places in names.pairs.items():
@@ -175,19 +144,15 @@ def experts_modules(
         parameters = said.nesting if said else targeted_parameters(config.target_parameters, path)
         parameters = parameters or (tuple(base.parameters.values()) if base else ("gate_up_proj", "down_proj"))
         fused, experts, stacked = [], [], []
-        for place, pair in sorted(places.items(), key=_from_the_inside):
-            if isinstance(place, FusedPlace):
+        for place, pair in sorted(places.items(), key=lambda item: -item[0].depth):
+            if place.form == "fused":
                 fused.append(_fused_slot(path, pair, parameters, config))
-            elif isinstance(place, ExpertPlace):
+            elif place.form == "per_expert":
                 experts.append(_expert_slot(place, pair, config))
             else:
                 stacked.append(_stack_slot(place, pair, config, layouts))
         found.append(ExpertsModule(path, next(iter(places)).form, tuple(fused), tuple(experts), tuple(stacked)))
     return tuple(found)
-
-
-def _from_the_inside(item: tuple[Place, object]) -> int:
-    return -item[0].depth if isinstance(item[0], FusedPlace) else 0
 
 
 def _fused_slot(path: str, pair: Factors, parameters: Iterable[str], config: AdapterConfig) -> FusedSlot:
@@ -198,21 +163,21 @@ def _fused_slot(path: str, pair: Factors, parameters: Iterable[str], config: Ada
             f"{lora_A.name!r} is {rows} x {p} and {lora_B.name!r} {q} x {columns}; '(E r) p' and 'q (r E)' with "
             "the same E * r were expected. Do the two belong to the same adapter?"
         )
-    return FusedSlot(lora_A, lora_B, {name: config.numbers(f"{path}.{name}") for name in parameters})
+    return FusedSlot(lora_A, lora_B, {name: lora_numbers(config.raw, f"{path}.{name}") for name in parameters})
 
 
-def _expert_slot(place: ExpertPlace, pair: Factors, config: AdapterConfig) -> ExpertSlot:
+def _expert_slot(place: Place, pair: Factors, config: AdapterConfig) -> ExpertSlot:
     A, B = (factor.shape for factor in pair)
     if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
         raise AdapterFileError(
-            f"{place.path!r}, {place.linear}, expert {place.expert}: lora_A is {A} and lora_B {B}; 'r in', 'out r' "
+            f"{place.path!r}, {place.name}, expert {place.expert}: lora_A is {A} and lora_B {B}; 'r in', 'out r' "
             "were expected."
         )
-    numbers = config.numbers(f"{place.path}.{place.expert}.{place.linear}", A[0])
-    return ExpertSlot(*pair, place.expert, place.linear, numbers)
+    numbers = lora_numbers(config.raw, f"{place.path}.{place.expert}.{place.name}", A[0])
+    return ExpertSlot(*pair, place.expert, place.name, numbers)
 
 
-def _stack_slot(place: StackPlace, pair: Factors, config: AdapterConfig, layouts: set[str]) -> StackSlot:
+def _stack_slot(place: Place, pair: Factors, config: AdapterConfig, layouts: set[str]) -> StackSlot:
     """A tie between two layouts is broken by the rank in the config, and then by the file's other stacks."""
     A, B = (factor.shape for factor in pair)
     fitting = _layouts(place, pair, config)
@@ -226,10 +191,11 @@ def _stack_slot(place: StackPlace, pair: Factors, config: AdapterConfig, layouts
             "out' was expected, with the rank that adapter_config.json gives. Is it the config of this file?"
         )
     ((layout, rank),) = fitting
-    return StackSlot(*pair, place.parameter, layout, config.numbers(f"{place.path}.{place.parameter}", rank))
+    numbers = lora_numbers(config.raw, f"{place.path}.{place.name}", rank)
+    return StackSlot(*pair, place.name, layout, numbers)
 
 
-def _layouts(place: StackPlace, pair: Factors, config: AdapterConfig) -> list[tuple[str, int]]:
+def _layouts(place: Place, pair: Factors, config: AdapterConfig) -> list[tuple[str, int]]:
     """(layout, rank) of each 3-D layout the two shapes allow, by the rank in the config where they allow both."""
     A, B = (factor.shape for factor in pair)
     if not (len(A) == len(B) == 3 and A[0] == B[0]):
@@ -238,7 +204,7 @@ def _layouts(place: StackPlace, pair: Factors, config: AdapterConfig) -> list[tu
     fitting = [(layout, a) for layout, a, b in both if a == b]
     if len(fitting) < 2:
         return fitting
-    return [(layout, rank) for layout, rank in fitting if rank == config.rank(f"{place.path}.{place.parameter}")]
+    return [(layout, rank) for layout, rank in fitting if rank == lora_rank(config.raw, f"{place.path}.{place.name}")]
 
 
 def linear_slots(
@@ -264,6 +230,6 @@ def linear_slots(
             path = stem.removeprefix(PREFIX)
             target = targeted_matrix(config.target_parameters, path)
             key = path if target is None else f"{path}.{target.rpartition('.')[2]}"
-            A, B = (Factor(n, tuple(infos[n].shape), infos[n].dtype) for n in (rest.pop(name), rest.pop(lora_B)))
-            found.append(LinearSlot(A, B, path, config.numbers(key, shape[0])))
+            A, B = infos[rest.pop(name)], infos[rest.pop(lora_B)]
+            found.append(LinearSlot(A, B, path, lora_numbers(config.raw, key, shape[0])))
     return tuple(found), rest

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
-from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, AutomodelMarks, automodel_marks, parse_config
+from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_config
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, read_json
-from .names import FusedPlace, Names, sort_names
-from .slots import ExpertsModule, LinearSlot, experts_modules, linear_slots, without_matrices
+from .names import Names, sort_names
+from .slots import ExpertsModule, LinearSlot, experts_modules, linear_slots
 from .stamp import Stamp, read_stamp
 from .stated import Stated
 from .tensors import AdapterTensors, open_tensors
@@ -29,7 +30,8 @@ class AdapterSource:
     Attributes:
         folder: Where it lies.
         config: adapter_config.json.
-        automodel: What NeMo Automodel's file beside it says; None where there is none.
+        automodel: NeMo Automodel's own file beside it, None where there is none: its name for the layout, and whether
+            the experts have a rank of their own. Source: nemo_automodel 0.7, components/_peft/lora.py.
         tensors: The tensors, by name.
         base: The base model, where the caller or the config leads to it.
         stamp: This library's own, if the file has one.
@@ -41,7 +43,7 @@ class AdapterSource:
 
     folder: Path
     config: AdapterConfig
-    automodel: AutomodelMarks | None
+    automodel: Mapping[str, Any] | None
     tensors: AdapterTensors
     base: BaseModel | None
     stamp: Stamp | None
@@ -72,12 +74,12 @@ def open_adapter(adapter: str | Path, stated: Stated) -> AdapterSource:
     raw = read_json(folder / CONFIG_NAME)
     config = parse_config(raw)
     beside = folder / AUTOMODEL_NAME
-    automodel = automodel_marks(read_json(beside)) if beside.is_file() else None
+    automodel = read_json(beside) if beside.is_file() else None
     tensors = open_tensors(folder)
-    names = without_matrices(sort_names(tensors.infos, config.target_parameters), tensors.infos, config)
+    names = sort_names(tensors.infos, config)
     _check_experts(folder, names)
     base = base_model_of(config.base_model_name, stated.model)
-    if automodel and automodel.scaled_ranks and (ranks := _automodel_ranks(folder, names, base)):
+    if automodel and automodel.get("moe_rank_scaling") and (ranks := _automodel_ranks(folder, names, base)):
         config = parse_config({**raw, "rank_pattern": ranks | (raw.get("rank_pattern") or {})})
     stamp = read_stamp(tensors.metadata)
     modules = experts_modules(names, config, base, stamp)
@@ -101,7 +103,7 @@ def _automodel_ranks(folder: Path, names: Names, base: BaseModel | None) -> dict
     found = {}
     for path, places in names.pairs.items():
         (place, (lora_A, _)), *_ = places.items()
-        if not isinstance(place, FusedPlace):
+        if place.form != "fused":
             continue
         if base is None or base.num_experts is None:
             raise AdapterError(

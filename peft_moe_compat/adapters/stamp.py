@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import AdapterFileError
@@ -37,17 +37,6 @@ class ModuleStamp:
     features: tuple[tuple[int, int], ...]
     joined: tuple[int, int] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "num_experts": self.num_experts,
-            "nesting": list(self.nesting),
-            "orientation": self.orientation,
-            "features": [list(pair) for pair in self.features],
-        }
-        if self.joined:
-            found["joined"] = list(self.joined)
-        return found
-
 
 @dataclass(frozen=True)
 class Stamp:
@@ -66,12 +55,10 @@ class Stamp:
 
     def to_metadata(self) -> dict[str, str]:
         """The metadata entry."""
-        content = {
-            "peft": self.peft,
-            "transformers": self.transformers,
-            "packing": self.packing,
-            "modules": {path: module.to_dict() for path, module in self.modules.items()},
-        }
+        content = asdict(self)
+        for module in content["modules"].values():
+            if module["joined"] is None:
+                del module["joined"]
         return {STAMP_KEY: json.dumps(content, separators=(",", ":"))}
 
 
@@ -103,11 +90,5 @@ def _module(entry: Mapping[str, Any]) -> ModuleStamp:
     nesting = tuple(str(name) for name in entry["nesting"])
     if entry["orientation"] not in ORIENTATIONS or len(features) != len(nesting):
         raise ValueError(f"orientation {entry['orientation']!r}, {len(features)} sizes for {len(nesting)} parameters")
-    joined = entry.get("joined")
-    return ModuleStamp(
-        int(entry["num_experts"]),
-        nesting,
-        entry["orientation"],
-        features,
-        (int(joined[0]), int(joined[1])) if joined else None,
-    )
+    joined = (int(entry["joined"][0]), int(entry["joined"][1])) if entry.get("joined") else None
+    return ModuleStamp(int(entry["num_experts"]), nesting, entry["orientation"], features, joined)

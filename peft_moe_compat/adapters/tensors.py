@@ -8,9 +8,10 @@ a SIGBUS.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -26,7 +27,7 @@ SAFETENSORS, INDEX, BIN = "adapter_model.safetensors", "adapter_model.safetensor
 
 
 @dataclass
-class AdapterTensors(Mapping[str, TensorInfo]):
+class AdapterTensors:
     """The tensors of one adapter, known by name, shape and dtype; their bytes are read in `reading` alone.
 
     Attributes:
@@ -40,16 +41,6 @@ class AdapterTensors(Mapping[str, TensorInfo]):
     metadata: dict[str, str] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _offsets: dict[str, int] = field(default_factory=dict, repr=False)  # of the bytes in a safetensors file
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self.infos[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.infos)
-
-    def __len__(self) -> int:
-        return len(self.infos)
 
     @property
     def total_bytes(self) -> int:
@@ -78,21 +69,18 @@ class AdapterTensors(Mapping[str, TensorInfo]):
                     f"{show(name)} was needed, but none of {_names(self.files)} holds such a tensor."
                 )
         found: dict[str, Tensor] = {}
-        for file in dict.fromkeys(self.infos[name].file for name in names):
-            here = [self.infos[name] for name in names if self.infos[name].file == file]
-            found.update(self._read_file(file, here))
+        infos = sorted((self.infos[name] for name in names), key=lambda info: (info.file, info.offset))
+        for file, here in groupby(infos, key=lambda info: info.file):
+            with opened(file) as stream:
+                for info in here:
+                    data = torch.empty(info.nbytes, dtype=torch.uint8)
+                    stream.seek(info.offset)
+                    if stream.readinto(data.numpy().data) < info.nbytes:
+                        raise AdapterFileError(
+                            f"{file} ends inside {show(info.name)}: it changed while it was being read."
+                        )
+                    found[info.name] = data.view(info.dtype).reshape(info.shape)
         return {name: found[name] for name in names}
-
-    def _read_file(self, file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
-        found = {}
-        with opened(file) as stream:
-            for info in sorted(infos, key=lambda info: self._offsets[info.name]):
-                data = torch.empty(info.nbytes, dtype=torch.uint8)
-                stream.seek(self._offsets[info.name])
-                if stream.readinto(data.numpy().data) < info.nbytes:
-                    raise AdapterFileError(f"{file} ends inside {show(info.name)}: it changed while it was being read.")
-                found[info.name] = data.view(info.dtype).reshape(info.shape)
-        return found
 
 
 def open_tensors(folder: Path) -> AdapterTensors:
@@ -104,7 +92,6 @@ def open_tensors(folder: Path) -> AdapterTensors:
     Raises:
         AdapterFileError: Neither of them, both, or a damaged or unsafe file.
     """
-    folder = Path(folder)
     single, index, old = (folder / name for name in (SAFETENSORS, INDEX, BIN))
     if single.is_file() and index.is_file():
         raise AdapterFileError(f"{folder} holds both {SAFETENSORS} and {INDEX}; remove the one that is out of date.")
@@ -133,13 +120,12 @@ def _names(files: Iterable[Path]) -> str:
 
 def _open_safetensors(tensors: AdapterTensors, file: Path) -> None:
     """Adds the tensors of one safetensors file."""
-    metadata, entries = read_header(file)
-    for offset, info in entries:
+    metadata, infos = read_header(file)
+    for info in infos:
         if info.name in tensors.infos:
             other = tensors.infos[info.name].file.name
             raise AdapterFileError(f"{show(info.name)} is in two shards, {other} and {file.name}; one was expected.")
         tensors.infos[info.name] = info
-        tensors._offsets[info.name] = offset
     for key, value in metadata.items():
         if tensors.metadata.setdefault(key, value) != value:
             tensors.notes.append(f"{file.name} has another {show(key)} in its metadata than an earlier shard.")
@@ -180,11 +166,8 @@ def _shard(index: Path, value: str) -> Path:
     if not shard.is_file():
         raise AdapterFileError(f"{index} lists {value}, but there is no such file. Is the download complete?")
     folder, target = index.parent.resolve(), shard.resolve()
-    allowed = [
-        folder,
-        *(path.parent.parent / "blobs" for path in (folder, *folder.parents) if path.parent.name == "snapshots"),
-    ]
-    if not any(target.is_relative_to(root) for root in allowed):
+    snapshots = [path for path in (folder, *folder.parents) if path.parent.name == "snapshots"]
+    if not any(target.is_relative_to(root) for root in (folder, *(p.parent.parent / "blobs" for p in snapshots))):
         raise AdapterFileError(
             f"{shard} is a link to {target}, outside of {folder}. Copy the file there if you trust it."
         )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
 from ..families import family
 from ..releases import AUTOMODEL_LAYOUTS, RULES, release_for
-from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig, AutomodelMarks, UnslothMarks
+from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig
 from .base_model import BaseModel
-from .conclusions import Conclusion, Reason, Settle
+from .conclusions import Conclusion, Evidence, Settle
 from .files import show
 from .source import AdapterSource
 from .stated import Stated
@@ -20,7 +21,7 @@ __all__ = ["Writer", "find_writer"]
 # Unsloth's words for the packings. Source: unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py.
 _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
 
-_UNSAID = Reason("packing_unsaid")
+_UNSAID = Evidence("packing_unsaid")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Writer:
     peft: str | None = None
     transformers: str | None = None
     packings: Mapping[str | None, str] = field(default_factory=dict)
-    packing_evidence: Reason = _UNSAID
+    packing_evidence: Evidence = _UNSAID
     marked: bool = False
     by_caller: bool = False
 
@@ -55,86 +56,77 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
     stamp = source.stamp
     if stamp is not None:
         beside = stamp.transformers or "of any release"
-        reason = Reason("stamped", {"peft": stamp.peft, "transformers": beside})
+        reason = Evidence("stamped", {"peft": stamp.peft, "transformers": beside})
         conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (reason,))
         return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
-    by_caller = stated.written_by is not None
-    if not by_caller and source.automodel is not None:
+    if stated.written_by is None and source.automodel is not None:
         return _automodel(source.automodel)
-    unsloth = _unsloth(source.config.unsloth, source.base)
-    peft, transformers, conclusion = _release(source.config, stated)
+    unsloth = _unsloth(source.config, source.base)
+    writer = _release(source.config, stated)
     if unsloth is not None:
-        name = f"Unsloth, {conclusion.value}" if conclusion.value else "Unsloth"
-        named = Conclusion(name, "stated", (*conclusion.evidence, unsloth.evidence))
-        return Writer(named, peft, transformers, unsloth.packings, unsloth.evidence, unsloth.marked, by_caller)
-    if peft is None:
-        return Writer(conclusion)
-    packs = Reason("peft_packs", {"peft": peft})
-    return Writer(conclusion, peft, transformers, {None: "rank_major"}, packs, by_caller=by_caller)
+        packings, evidence, marked = unsloth
+        name = f"Unsloth, {writer.conclusion.value}" if writer.conclusion.value else "Unsloth"
+        named = Conclusion(name, "stated", (*writer.conclusion.evidence, evidence))
+        return replace(writer, conclusion=named, packings=packings, packing_evidence=evidence, marked=marked)
+    if writer.peft is None:
+        return writer
+    packs = Evidence("peft_packs", {"peft": writer.peft})
+    return replace(writer, packings={None: "rank_major"}, packing_evidence=packs)
 
 
-def _release(config: AdapterConfig, stated: Stated) -> tuple[str | None, str | None, Conclusion]:
-    """(PEFT, transformers, conclusion), from what the caller says or the config."""
+def _release(config: AdapterConfig, stated: Stated) -> Writer:
+    """The release alone, from what the caller says or the config."""
     peft, transformers = stated.releases
     if peft is not None:
         beside = f", transformers {transformers}" if transformers else ""
-        return peft, transformers, Conclusion(f"PEFT {peft}{beside}", "stated", (Reason("said"),))
+        conclusion = Conclusion(f"PEFT {peft}{beside}", "stated", (Evidence("said"),))
+        return Writer(conclusion, peft, transformers, by_caller=True)
     version = config.peft_version
     if version is not None:
         try:
             release_for(version)
         except UnsupportedPeftError as error:
             raise AdapterFileError(f"adapter_config.json has peft_version {show(version)}: {error}") from None
-        reason = Reason("peft_version", {"version": version})
-        return version, None, Conclusion(f"PEFT {version}", "stated", (reason,))
+        reason = Evidence("peft_version", {"version": version})
+        return Writer(Conclusion(f"PEFT {version}", "stated", (reason,)), version)
     if config.has_peft_0_17_fields:
-        return str(RULES[0].since), None, Conclusion("PEFT 0.17", "likely", (Reason("peft_0_17_fields"),))
+        return Writer(Conclusion("PEFT 0.17", "likely", (Evidence("peft_0_17_fields"),)), str(RULES[0].since))
     settle = (Settle("written_by", "peft==VERSION"),)
-    return None, None, Conclusion(None, "none", (Reason("no_version"),), settle)
+    return Writer(Conclusion(None, "none", (Evidence("no_version"),), settle))
 
 
-@dataclass(frozen=True)
-class _Unsloth:
-    """What Unsloth left in a config."""
-
-    packings: Mapping[str | None, str]
-    evidence: Reason
-    marked: bool
-
-
-def _unsloth(marks: UnslothMarks, model: BaseModel | None) -> _Unsloth | None:
-    """What Unsloth left in the config, None where it left nothing.
+def _unsloth(config: AdapterConfig, model: BaseModel | None) -> tuple[Mapping[str | None, str], Evidence, bool] | None:
+    """(packings, evidence, whether marked) as `Writer` has them, from what Unsloth left; None where it left nothing.
 
     Raises:
         AdapterFileError: Its markers contradict each other or are unknown words.
     """
     found: dict[str | None, str] = {}
-    for parameter, value in marks.layouts:
+    for parameter, value in config.unsloth_layouts:
         if not isinstance(value, str) or value not in _UNSLOTH_PACKINGS:
             raise AdapterFileError(
                 f"Unsloth's {UNSLOTH_LAYOUT} is {show(value)}; one of {', '.join(_UNSLOTH_PACKINGS)} was expected. "
                 "Was the file written by a newer Unsloth?"
             )
         if found.setdefault(parameter, _UNSLOTH_PACKINGS[value]) != _UNSLOTH_PACKINGS[value]:
-            raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} is {marks.layouts}.")
+            said = config.unsloth_layouts
+            raise AdapterFileError(f"Unsloth's markers contradict each other: {UNSLOTH_LAYOUT} is {said}.")
     if found:
-        said = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
-        return _Unsloth(found, Reason("unsloth_layout", {"said": said}), marked=True)
-    if not marks.fixed:
+        words = ", ".join(f"{value} for {parameter or 'all'}" for parameter, value in found.items())
+        return found, Evidence("unsloth_layout", {"said": words}), True
+    if not config.unsloth_fixed:
         return None
-    before = Reason("unsloth")
-    model_type = model.model_type if model is not None else marks.family
+    before = Evidence("unsloth")
+    model_type = model.model_type if model is not None else config.unsloth_family
     if model_type is None:
-        return _Unsloth({}, Reason("unsloth_unknown", {"unsloth": before}), marked=False)
+        return {}, Evidence("unsloth_unknown", {"unsloth": before}), False
     if family(model_type).unsloth_grouped:
-        reason = Reason("unsloth_groups", {"unsloth": before, "family": model_type})
-        return _Unsloth({None: "grouped"}, reason, marked=False)
-    reason = Reason("unsloth_left", {"unsloth": before, "family": model_type})
-    return _Unsloth({None: "rank_major"}, reason, marked=False)
+        return {None: "grouped"}, Evidence("unsloth_groups", {"unsloth": before, "family": model_type}), False
+    return {None: "rank_major"}, Evidence("unsloth_left", {"unsloth": before, "family": model_type}), False
 
 
-def _automodel(marks: AutomodelMarks) -> Writer:
-    layout = marks.layout
+def _automodel(content: Mapping[str, Any]) -> Writer:
+    layout = content.get("paramwrapper_layout")
     if not isinstance(layout, str | None) or layout not in AUTOMODEL_LAYOUTS:
         known = ", ".join(str(name) for name in AUTOMODEL_LAYOUTS if name)
         raise AdapterFileError(
@@ -142,9 +134,9 @@ def _automodel(marks: AutomodelMarks) -> Writer:
             "damaged, or its writer newer than this package?"
         )
     if layout is None:
-        name, reason = "NeMo Automodel 0.4 to 0.6", Reason("automodel_no_layout")
+        name, reason = "NeMo Automodel 0.4 to 0.6", Evidence("automodel_no_layout")
     else:
-        name, reason = "NeMo Automodel >= 0.7", Reason("automodel_layout", {"layout": layout})
+        name, reason = "NeMo Automodel >= 0.7", Evidence("automodel_layout", {"layout": layout})
     peft = AUTOMODEL_LAYOUTS[layout]
-    packs = Reason("automodel_packs", {"name": name, "peft": peft})
+    packs = Evidence("automodel_packs", {"name": name, "peft": peft})
     return Writer(Conclusion(name, "stated", (reason,)), peft, None, {None: "rank_major"}, packs)

@@ -110,7 +110,7 @@ def load_peft_weights(stock: Any) -> Any:
         load = _loading.get()
         if load is None or not isinstance(load.file, UnderstoodFile):
             return weights
-        names = {name: _renamed(name, key_mapping) for name in load.file.source.tensors}
+        names = {name: _renamed(name, key_mapping) for name in load.file.source.tensors.infos}
         if set(names.values()) != weights.keys():
             raise AdapterError(
                 f"PEFT read other tensors from {load.model_id} than its files hold: "
@@ -166,11 +166,11 @@ def load_pretrained_model(stock: Any) -> Any:
             def read() -> Mapping[str, Tensor]:
                 if given is not None:
                     return given  # type: ignore[no-any-return]
-                with tensors.reading(tensors) as found:
+                with tensors.reading(tensors.infos) as found:
                     return dict(found)
 
             held, named = _as_held(load, load.file, read), live_namer(load.model)
-            if held is not None or any(named(name) != name for name in tensors):
+            if held is not None or any(named(name) != name for name in tensors.infos):
                 held = dict(read()) if held is None else held
                 kwargs["state_dict"] = {named(name): tensor for name, tensor in held.items()}
         return stock.__get__(None, cls)(*args, **kwargs)

@@ -10,7 +10,7 @@ from string import Formatter
 import pytest
 
 import peft_moe_compat.adapters
-from peft_moe_compat.adapters.conclusions import SENTENCES, Conclusion, Reason, Settle
+from peft_moe_compat.adapters.conclusions import SENTENCES, Conclusion, Evidence, Settle
 from peft_moe_compat.adapters.stated import Stated
 
 ROOM = Path(peft_moe_compat.adapters.__file__).parent
@@ -25,7 +25,7 @@ def calls(name: str):
 
 
 def test_every_reason_has_its_sentence_and_every_sentence_its_reason():
-    found = list(calls("Reason"))
+    found = list(calls("Evidence"))
     assert {code for code, *_ in found} == set(SENTENCES)
     checked = 0
     for code, *detail in found:
@@ -43,8 +43,10 @@ def test_what_settles_a_question_is_something_the_caller_can_say():
 
 
 def test_a_reason_about_a_reason_is_one_sentence():
-    shapes = Reason("shapes", {"count": 2})
-    assert str(Reason("fit_alone", {"what": shapes, "orientation": "linear"})) == "shapes of 2 modules fit linear alone"
+    shapes = Evidence("shapes", {"count": 2})
+    assert (
+        str(Evidence("fit_alone", {"what": shapes, "orientation": "linear"})) == "shapes of 2 modules fit linear alone"
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,4 +66,4 @@ def test_a_reason_about_a_reason_is_one_sentence():
     ],
 )
 def test_what_settles_a_conclusion_in_words(settle, remedy):
-    assert Conclusion(None, "none", (Reason("no_version"),), settle).remedy == remedy
+    assert Conclusion(None, "none", (Evidence("no_version"),), settle).remedy == remedy

@@ -222,7 +222,7 @@ KILLED = """
         print("half", flush=True)
         time.sleep(60)
 
-    plan = [(name, info.shape, info.dtype) for name, info in tensors.items()]
+    plan = [(name, info.shape, info.dtype) for name, info in tensors.infos.items()]
     with atomic_folder(out, source=source) as folder:
         write_safetensors(folder / "adapter_model.safetensors", plan, halves(), {})
 """

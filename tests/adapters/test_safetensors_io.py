@@ -202,7 +202,7 @@ def test_the_library_reads_what_is_written(
     with safetensors.safe_open(file, "pt") as stream:
         assert (stream.metadata() or {}) == metadata
     assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
-    assert [n for n in open_tensors(tmp_path) if saved[n].numel()] == [n for n in saved if saved[n].numel()]
+    assert [n for n in open_tensors(tmp_path).infos if saved[n].numel()] == [n for n in saved if saved[n].numel()]
 
 
 PLAN = [("a", (2,), torch.float32), ("b", (3,), torch.float16)]

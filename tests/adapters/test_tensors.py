@@ -31,10 +31,10 @@ def test_every_dtype_reads_as_the_library_wrote_it(tmp_path: Path) -> None:
     assert tensors.metadata == {"format": "pt"}
     assert tensors.files == [tmp_path / SINGLE]
     assert tensors.total_bytes == sum(t.nbytes for t in saved.values())
-    assert list(tensors.infos) == list(tensors)
-    assert len(tensors) == len(saved)
+    assert tensors.infos.keys() == saved.keys()
     with safetensors.safe_open(tmp_path / SINGLE, "pt") as stream:
-        assert [n for n in tensors if tensors[n].nbytes] == [n for n in stream.offset_keys() if saved[n].numel()]
+        held = [name for name, info in tensors.infos.items() if info.nbytes]
+        assert held == [name for name in stream.offset_keys() if saved[name].numel()]
     assert_same(read_all(tmp_path), saved)
 
 
@@ -52,7 +52,7 @@ def test_safetensors_are_preferred_and_the_bin_is_noted(tmp_path: Path) -> None:
     torch.save({"old": torch.ones(1)}, tmp_path / BIN)
     safetensors.torch.save_file({"new": torch.ones(1)}, tmp_path / SINGLE)
     tensors = open_tensors(tmp_path)
-    assert list(tensors) == ["new"]
+    assert list(tensors.infos) == ["new"]
     (note,) = tensors.notes
     assert BIN in note
 
@@ -72,7 +72,7 @@ def test_the_file_to_read_must_be_clear(tmp_path: Path) -> None:
 def test_no_tensor_is_a_valid_file(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(raw_file({}))
     tensors = open_tensors(tmp_path)
-    assert (len(tensors), tensors.total_bytes) == (0, 0)
+    assert (tensors.infos, tensors.total_bytes) == ({}, 0)
     with tensors.reading([]) as get:
         assert get == {}
 
@@ -105,7 +105,7 @@ def sharded(folder: Path, weight_map: object = None) -> Path:
 def test_shards(tmp_path: Path) -> None:
     sharded(tmp_path)
     tensors = open_tensors(tmp_path)
-    assert (list(tensors), tensors.files) == (["a", "b"], [tmp_path / ONE, tmp_path / TWO])
+    assert (list(tensors.infos), tensors.files) == (["a", "b"], [tmp_path / ONE, tmp_path / TWO])
     assert (tensors.metadata, tensors.notes) == ({"format": "pt"}, [])
     with tensors.reading(["b", "a"]) as get:
         assert_same(get, {"a": torch.ones(2), "b": torch.zeros(3)})
@@ -224,7 +224,7 @@ MEASURED = """
     source, out = map(Path, sys.argv[1:])
     tensors = open_tensors(source)
 
-    written = list(tensors)[:4]  # enough to see growth; a copy of all of it would take the disk's time
+    written = list(tensors.infos)[:4]  # enough to see growth; a copy of all of it would take the disk's time
 
     def blocks():
         for name in written:
@@ -232,10 +232,10 @@ MEASURED = """
                 yield name, get[name]
 
     before = peak()
-    for name in tensors:
+    for name in tensors.infos:
         with tensors.reading([name]) as get:
             check_finite(name, get[name])
-    plan = [(name, tensors[name].shape, tensors[name].dtype) for name in written]
+    plan = [(name, tensors.infos[name].shape, tensors.infos[name].dtype) for name in written]
     write_safetensors(out, plan, blocks(), tensors.metadata)
     print(peak() - before)
     print(sorted({"peft", "transformers", "huggingface_hub"} & set(sys.modules)))

@@ -51,7 +51,7 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
     tensors = open_tensors(folder)
     result = {}
-    for name in tensors:
+    for name in tensors.infos:
         with tensors.reading([name]) as get:
             result[name] = get[name].clone()
     return result
