@@ -17,7 +17,7 @@ from .conclusions import ReaderVerdict
 from .decide import Decision
 from .files import read_json
 from .names import linear_role, reaches_parameter
-from .outputs import GGUF_PATH
+from .outputs import GGUF_PATH, Output
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
 from .readers import READERS, NotTakenError, Target
@@ -157,11 +157,11 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     """What the reader takes from the file's own config, where that differs from the planned one."""
     source, target, reader = how.source, how.target, how.target.reader
     given, planned = read_json(source.folder / CONFIG_NAME), plan.config
-    loras = [item.lora for item in plan.items if item.lora is not None]
+    loras = [item for item in plan.items if isinstance(item, Output)]
     if reader.scaling == "config":
-        if any(lora_rank(given, lora.key) != lora.rank for lora in loras):
+        if any(lora_rank(given, lora.key) != lora.part.meta.rank for lora in loras):
             yield Step("rank")
-        elif any(not isclose(lora_alpha(given, lora.key), lora.alpha, rel_tol=1e-9) for lora in loras):
+        elif any(not isclose(lora_alpha(given, lora.key), lora.part.alpha, rel_tol=1e-9) for lora in loras):
             yield Step("scaling")
     elif not isclose(lora_alpha({"lora_alpha": given.get("lora_alpha")}, "all"), planned["lora_alpha"], rel_tol=1e-9):
         yield Step("scaling")
