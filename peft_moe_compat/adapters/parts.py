@@ -18,9 +18,7 @@ from .shapes import slot_orientations
 from .slots import ExpertSlot, ExpertsModule, LinearSlot, Slot, StackSlot
 from .steps import Step
 
-__all__ = ["Load", "Part", "expert_parts", "plain_part"]
-
-Load = Callable[[Mapping[str, Tensor]], ExpertLora]
+__all__ = ["Part", "expert_parts", "plain_part"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Part:
     role: str | None
     alpha: float
     slots: tuple[Slot, ...]
-    load: Load
+    load: Callable[[Mapping[str, Tensor]], ExpertLora]
     steps: tuple[Step, ...] = ()
     joined: tuple[int, int] | None = None
 
