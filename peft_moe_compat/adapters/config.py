@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..releases import stamps_its_version
-from .adapter_config import UNSLOTH_DETAIL, UNSLOTH_LAYOUT, AdapterConfig
-from .names import LINEAR_NAMES, targeted_matrix
-from .outputs import Named
+from .adapter_config import UNSLOTH_DETAIL, UNSLOTH_LAYOUT
+from .names import LINEAR_NAMES, reaches_parameter, targeted_matrix
+from .outputs import Output
 from .ranks import lora_alpha, lora_rank
-from .readers import Target
+from .refit import Refit
 
-__all__ = ["evened_config", "target_config", "without_the_rest"]
+__all__ = ["number", "target_config"]
 
 # PEFT heeds these for target_modules, not for target_parameters: they said nothing of fused experts.
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -20,59 +20,43 @@ _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _THE_REST = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none", "lora_bias": False}
 
 
-def target_config(
-    source: AdapterConfig,
-    target: Target,
-    form: str,
-    loras: Sequence[Named],
-    others: Sequence[str],
-    *,
-    was: str,
-    keep_targets: bool,
-) -> dict[str, Any]:
+def target_config(how: Refit, experts: Sequence[Output], others: Sequence[str]) -> dict[str, Any]:
     """The config that makes a reader see the LoRA as it is.
 
     Args:
-        source: The config the adapter came with.
-        target: The reader.
-        form: Of the experts' LoRA, see `Reader.form`.
-        loras: The experts' LoRA.
+        how: The file, the reader, and the form of the experts' LoRA there.
+        experts: The experts' LoRA.
         others: Paths of all other modules with LoRA.
-        was: The form they came in, see `AdapterSource.form`.
-        keep_targets: Whether the config's own targets are right.
     """
-    config = _without_marks(dict(source.raw))
+    source, target = how.source, how.target
+    config = _without_marks(dict(source.config.raw))
     if target.peft is not None:
         config.pop("peft_version", None)
         if stamps_its_version(target.peft):
             config["peft_version"] = target.peft
-    if not keep_targets:
-        if was == "fused" and form != "fused":
+    if not _keeps_targets(how, experts):
+        if source.form == "fused" and how.form != "fused":
             narrowing = [name for name in _NARROWING if config.get(name) not in (None, [], "")]
             if narrowing:
                 config |= {**dict.fromkeys(narrowing), "target_modules": None}
-        _retarget(config, form, loras, {path: targeted_matrix(source.target_parameters, path) for path in others})
-    for patterns, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        wanted = {named: named.rank if default == "r" else number(named.alpha) for named in loras}
-        config[patterns] = _patterns(config, patterns, default, wanted)
+        targeted = source.config.target_parameters
+        _retarget(config, how.form, experts, {path: targeted_matrix(targeted, path) for path in others})
+    ranks = {output: output.part.meta.rank for output in experts}
+    alphas = {output: number(output.part.alpha) for output in experts}
+    config["rank_pattern"] = _patterns(config, "rank_pattern", lora_rank, ranks)
+    config["alpha_pattern"] = _patterns(config, "alpha_pattern", lora_alpha, alphas)
+    if not target.reader.everything:  # the file will hold LoRA of linears and nothing else
+        config |= {name: value for name, value in _THE_REST.items() if config.get(name)}
     return config
 
 
-def evened_config(config: Mapping[str, Any], rank: int, alpha: float) -> dict[str, Any]:
-    """The config for a reader that knows one rank and one alpha, see `outputs.evened`."""
-    return {
-        **config,
-        "r": rank,
-        "lora_alpha": number(alpha),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-    }
-
-
-def without_the_rest(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a file that holds LoRA of linears and nothing else."""
-    return {**config, **{name: value for name, value in _THE_REST.items() if config.get(name)}}
+def _keeps_targets(how: Refit, experts: Iterable[Output]) -> bool:
+    """Whether the config's targets stay right: every parameter is called as it was, and was targeted."""
+    if not how.source.form == how.form == "fused":
+        return False
+    before = {f"{path}.{name}" for path, reading in how.decision.readings.items() for name in reading.nesting}
+    after = {output.key for output in experts}
+    return before == after and all(reaches_parameter(how.source.config.target_parameters, key) for key in after)
 
 
 def number(value: float) -> int | float:
@@ -95,7 +79,7 @@ def _without_marks(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _retarget(config: dict[str, Any], form: str, loras: Sequence[Named], others: Mapping[str, str | None]) -> None:
+def _retarget(config: dict[str, Any], form: str, experts: Iterable[Output], others: Mapping[str, str | None]) -> None:
     """target_parameters and target_modules for experts that are called otherwise than before.
 
     Args:
@@ -111,38 +95,33 @@ def _retarget(config: dict[str, Any], form: str, loras: Sequence[Named], others:
     else:
         names = linears
     if form == "fused":
-        config["target_parameters"] = sorted([*kept, *(named.key for named in loras)])
+        config["target_parameters"] = sorted([*kept, *(output.key for output in experts)])
     else:
         config["target_parameters"] = kept or None
-        names += sorted({named.key.rpartition(".")[2] for named in loras})
+        names += sorted({output.key.rpartition(".")[2] for output in experts})
     config["target_modules"] = sorted(dict.fromkeys(names))
 
 
 def _patterns(
-    config: Mapping[str, Any], patterns: str, default: str, wanted: Mapping[Named, int | float]
+    config: Mapping[str, Any],
+    patterns: str,
+    find: Callable[[Mapping[str, Any], str], int | float],
+    wanted: Mapping[Output, int | float],
 ) -> dict[str, Any]:
     """The table of patterns under which PEFT finds each wanted value, with as few new entries as that takes."""
     table = dict(config.get(patterns) or {})
-    trial = {**config, patterns: table}
-    by_pattern: dict[str, set[int | float]] = {}
-    for named, value in wanted.items():
-        by_pattern.setdefault(named.pattern, set()).add(value)
-    new: dict[str, Any] = {}
-    for named, value in wanted.items():
-        if _found(trial, default, named.key) != value:
-            new[named.pattern if len(by_pattern[named.pattern]) == 1 else _full_pattern(named)] = value
-    if not new:
+    missed = {
+        output: value for output, value in wanted.items() if find({**config, patterns: table}, output.key) != value
+    }
+    if not missed:
         return table
-    if any(_found({**config, patterns: {**new, **table}}, default, n.key) != v for n, v in wanted.items()):
-        new = {_full_pattern(named): value for named, value in wanted.items()}
+    by_pattern: dict[str, set[int | float]] = {}
+    for output, value in wanted.items():
+        by_pattern.setdefault(output.pattern, set()).add(value)
+    new = {
+        output.pattern if len(by_pattern[output.pattern]) == 1 else output.full_pattern: value
+        for output, value in missed.items()
+    }
+    if any(find({**config, patterns: {**new, **table}}, output.key) != value for output, value in wanted.items()):
+        new = {output.full_pattern: value for output, value in wanted.items()}
     return {**new, **table}  # PEFT takes the first pattern that matches
-
-
-def _full_pattern(named: Named) -> str:
-    """For one module alone; the experts of a per-expert one all have the same."""
-    stem, zero, linear = named.key.rpartition(".0.")
-    return rf"{stem}\.[0-9]+\.{linear}" if zero and named.pattern.endswith(rf"[0-9]+\.{linear}") else named.key
-
-
-def _found(config: Mapping[str, Any], default: str, key: str) -> int | float:
-    return lora_rank(config, key) if default == "r" else lora_alpha(config, key)

@@ -10,9 +10,9 @@ from ..releases import installed_versions
 from .base_model import BaseModel
 from .conclusions import ExpertsSummary, Inspection, ProjectionSummary
 from .decide import Decision, decide
-from .parts import fused_parts, per_expert_parts, stacked_parts
+from .parts import expert_parts
 from .slots import ExpertsModule
-from .source import AdapterSource, open_adapter
+from .source import open_adapter
 from .stated import Stated
 from .verdicts import reader_verdicts
 
@@ -63,9 +63,7 @@ def inspect_adapter(
         orientation=decision.orientation,
         packing=decision.packing,
         nesting=decision.nesting,
-        modules=tuple(
-            _summary(source, module, decision, base.num_experts if base else None) for module in source.modules
-        ),
+        modules=tuple(_summary(module, decision, base.num_experts if base else None) for module in source.modules),
         other_tensors=len(others),
         other_bytes=sum(infos[name].nbytes for name in others),
         readers=reader_verdicts(source, decision, None if beside == "not installed" else beside),
@@ -73,30 +71,15 @@ def inspect_adapter(
     )
 
 
-def _summary(source: AdapterSource, module: ExpertsModule, decision: Decision, total: int | None) -> ExpertsSummary:
-    if module.form == "fused":
-        reading = decision.readings.get(module.path)
-        if reading is None:
-            return _open_summary(module, decision)
-        parts = fused_parts(module, reading, decision.packing_of)
-    elif module.form == "stacked":
-        parts = stacked_parts(module, total)
-    else:
-        parts = per_expert_parts(module, num_experts=None, fill_missing=True)
-    loras = [(part, part.load(source.meta(part.reads))) for part in parts]
-    return ExpertsSummary(
-        module.path,
-        module.form,
-        max(lora.num_experts for _, lora in loras),
-        tuple(
-            ProjectionSummary(part.name, lora.rank, lora.scaling, lora.in_features, lora.out_features)
-            for part, lora in loras
-        ),
+def _summary(module: ExpertsModule, decision: Decision, total: int | None) -> ExpertsSummary:
+    if module.form == "fused" and module.path not in decision.readings:  # open: the rows alone are known
+        counts = decision.expert_counts.get(module.path)
+        nothing = ProjectionSummary(None, None, None, None, None)
+        return ExpertsSummary(module.path, module.form, max(counts) if counts else None, (nothing,) * len(module.slots))
+    parts = expert_parts(module, decision, total if module.form == "stacked" else None)
+    loras = [part.meta for part in parts]
+    projections = (
+        ProjectionSummary(part.name, lora.rank, lora.scaling, lora.in_features, lora.out_features)
+        for part, lora in zip(parts, loras, strict=True)
     )
-
-
-def _open_summary(module: ExpertsModule, decision: Decision) -> ExpertsSummary:
-    """Of a module whose orientation or nesting is open: the rows alone are known."""
-    counts = decision.expert_counts.get(module.path)
-    nothing = ProjectionSummary(None, None, None, None, None)
-    return ExpertsSummary(module.path, module.form, max(counts) if counts else None, (nothing,) * len(module.slots))
+    return ExpertsSummary(module.path, module.form, max(lora.num_experts for lora in loras), tuple(projections))

@@ -1,10 +1,10 @@
-"""What a converted file will hold: items, each with the tensors it reads and a function that makes what it writes."""
+"""What a converted file will hold: LoRA, each with the part it is made of, and tensors copied as they are."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
 
@@ -17,119 +17,89 @@ from .parts import Part
 from .shaping import folded
 from .steps import Step
 
-__all__ = ["GGUF_PATH", "Item", "Named", "Output", "copied", "evened", "fused", "gguf", "per_expert", "plain"]
+__all__ = ["GGUF_PATH", "LAYER", "Copied", "Output", "evened", "fused", "gguf", "per_expert", "plain"]
 
 GGUF_PATH = re.compile(r"blk\.\d+")  # where llama.cpp has the stacks of a layer
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)(?:\.|$)")
+LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)(?:\.|$)")
 _GGUF_NAMES = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
 
 
 @dataclass(frozen=True)
-class Named:
-    """What adapter_config.json has to say of one LoRA: `pattern` matches its key as PEFT's patterns do."""
+class Copied:
+    """A tensor as it is, by its name in the file and the new one."""
 
-    key: str
-    pattern: str
-    rank: int
-    alpha: float
+    name: str
+    new_name: str
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.name,)
 
-@dataclass(frozen=True)
-class Item:
-    """Something to write.
-
-    Attributes:
-        reads: Names of the tensors it needs.
-        emit: Those tensors, by name -> (name, tensor) pairs to write. Runs on meta tensors too.
-        lora: What the config has to say of it; None for what is no LoRA.
-    """
-
-    reads: tuple[str, ...]
-    emit: Callable[[Mapping[str, Tensor]], Iterator[tuple[str, Tensor]]]
-    lora: Named | None = None
+    def emit(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield self.new_name, tensors[self.name]
 
 
-def copied(name: str, new_name: str) -> Item:
-    """A tensor as it is."""
-
-    def emit(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        yield new_name, tensors[name]
-
-    return Item((name,), emit)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Output:
     """A LoRA to write.
 
     Attributes:
         part: What is written.
-        rank, scaling: Of the part.
-        key, pattern: See `Named`.
-        write: The loaded part -> (name, tensor) pairs.
+        path: Of the module, in the file to be written.
+        key: The full name by which adapter_config.json's patterns and targets find it.
+        pattern, full_pattern: Regular expressions for its key, the second for that of no other module.
+        factors: The loaded part -> (module's name, lora_A, lora_B).
     """
 
     part: Part
-    rank: int
-    scaling: float
+    path: str
     key: str
     pattern: str
-    write: Callable[[ExpertLora], Iterator[tuple[str, Tensor]]]
+    full_pattern: str
+    factors: Callable[[ExpertLora], Iterable[tuple[str, Tensor, Tensor]]]
 
-    def item(self) -> Item:
-        def emit(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-            return self.write(self.part.load(tensors))
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.part.reads
 
-        return Item(self.part.reads, emit, Named(self.key, self.pattern, self.rank, self.part.alpha))
+    def emit(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) pairs, of the tensors it reads. Runs on meta tensors too."""
+        for name, A, B in self.factors(self.part.load(tensors)):
+            yield f"{PREFIX}{name}.lora_A.weight", A
+            yield f"{PREFIX}{name}.lora_B.weight", B
 
 
-def fused(part: Part, meta: ExpertLora, path: str, parameter: str, depth: int, orientation: str) -> Output:
+def fused(part: Part, path: str, parameter: str, depth: int, orientation: str) -> Output:
     """PEFT's flat pair of one parameter, `depth` wrappers inside the outermost one."""
-
-    def write(lora: ExpertLora) -> Iterator[tuple[str, Tensor]]:
-        stem = PREFIX + path + ".base_layer" * depth
-        for letter, tensor in zip("AB", to_flat(lora, orientation=orientation), strict=True):
-            yield f"{stem}.lora_{letter}.weight", tensor
-
+    key, name = f"{path}.{parameter}", path + ".base_layer" * depth
     short = f"{path.rpartition('.')[2]}.{parameter}"
-    return Output(part, meta.rank, meta.scaling, f"{path}.{parameter}", short, write)
+    return Output(part, path, key, short, key, lambda lora: [(name, *to_flat(lora, orientation=orientation))])
 
 
-def per_expert(part: Part, meta: ExpertLora, path: str, linear: str) -> Output:
+def per_expert(part: Part, path: str, linear: str) -> Output:
     """A pair of matrices, "r in" and "out r", for every expert's linear."""
 
-    def write(lora: ExpertLora) -> Iterator[tuple[str, Tensor]]:
+    def factors(lora: ExpertLora) -> Iterator[tuple[str, Tensor, Tensor]]:
         for expert in range(lora.num_experts):
-            stem = f"{PREFIX}{path}.{expert}.{linear}"
-            yield f"{stem}.lora_A.weight", lora.A[expert]
-            yield f"{stem}.lora_B.weight", lora.B[expert]
+            yield f"{path}.{expert}.{linear}", lora.A[expert], lora.B[expert]
 
-    pattern = rf"{path.rpartition('.')[2]}\.[0-9]+\.{linear}"
-    return Output(part, meta.rank, meta.scaling, f"{path}.0.{linear}", pattern, write)
+    pattern = rf"\.[0-9]+\.{linear}"
+    return Output(part, path, f"{path}.0.{linear}", path.rpartition(".")[2] + pattern, path + pattern, factors)
 
 
-def gguf(part: Part, meta: ExpertLora, path: str) -> Output:
+def gguf(part: Part, path: str) -> Output:
     """3-D factors, "E r in" and "E out r", under the name of llama.cpp's own tensor."""
-    layer = _LAYER.search(path)
+    layer = LAYER.search(path)
     if layer is None or part.role not in _GGUF_NAMES:
         raise AdapterError(f"llama.cpp has no name for the {part.role or part.name} LoRA of {path!r}.")
-    stem = f"{PREFIX}blk.{layer[1]}.{_GGUF_NAMES[part.role]}"
-
-    def write(lora: ExpertLora) -> Iterator[tuple[str, Tensor]]:
-        yield f"{stem}.lora_A.weight", lora.A
-        yield f"{stem}.lora_B.weight", lora.B
-
-    return Output(part, meta.rank, meta.scaling, stem, stem, write)
+    key = f"blk.{layer[1]}.{_GGUF_NAMES[part.role]}"
+    return Output(part, path, key, key, key, lambda lora: [(key, lora.A, lora.B)])
 
 
-def plain(part: Part, meta: ExpertLora) -> Output:
+def plain(part: Part) -> Output:
     """LoRA of an ordinary linear; its part has a single expert."""
-
-    def write(lora: ExpertLora) -> Iterator[tuple[str, Tensor]]:
-        for letter, factor in (("A", lora.A), ("B", lora.B)):
-            yield f"{PREFIX}{part.path}.lora_{letter}.weight", factor[0]
-
-    return Output(part, meta.rank, meta.scaling, part.path, part.path, write)
+    path = part.path
+    return Output(part, path, path, path, path, lambda lora: [(path, lora.A[0], lora.B[0])])
 
 
 def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, float, list[Step]]:
@@ -143,24 +113,23 @@ def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, floa
     Returns:
         The outputs, `r`, `alpha`, and what it took.
     """
-    rank = max(output.rank for output in outputs)
+    loras = [output.part.meta for output in outputs]
+    rank = max(lora.rank for lora in loras)
     # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
-    lead = [output for output in outputs if output.scaling] or outputs
+    lead = [lora for lora in loras if lora.scaling] or loras
     if how == "uniform":
-        scaling = Counter(output.scaling for output in lead).most_common(1)[0][0]
-        alpha = scaling * rank
+        alpha = Counter(lora.scaling for lora in lead).most_common(1)[0][0] * rank
     else:
         # llama.cpp takes an alpha of 0 for a scaling of 1.
-        alpha = Counter(output.scaling * output.rank for output in lead).most_common(1)[0][0] or 1.0
+        alpha = Counter(lora.scaling * lora.rank for lora in lead).most_common(1)[0][0] or 1.0
     found, folds, pads = [], 0, 0
-    for output in outputs:
-        new_rank = rank if how == "uniform" else output.rank
-        factor = output.scaling / (alpha / new_rank) if alpha else 1.0
+    for output, lora in zip(outputs, loras, strict=True):
+        new_rank = rank if how == "uniform" else lora.rank
+        factor = lora.scaling / (alpha / new_rank) if alpha else 1.0
         factor = 1.0 if isclose(factor, 1.0, rel_tol=1e-12) else factor
         folds += factor != 1
-        pads += new_rank > output.rank
-        part = replace(folded(output.part, factor, new_rank), alpha=alpha)
-        found.append(replace(output, part=part, rank=new_rank, scaling=alpha / new_rank))
+        pads += new_rank > lora.rank
+        found.append(replace(output, part=folded(output.part, factor, new_rank, alpha)))
     steps = [Step("folded", (folds, len(outputs)))] if folds else []
     steps += [Step("padded", (pads, len(outputs), rank))] if pads else []
     return found, rank, alpha, steps

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterError
-from .config import evened_config, target_config, without_the_rest
-from .names import PREFIX, peft_name
-from .outputs import Item, Output, copied, evened, plain
+from ..releases import NEWEST_TESTED
+from .config import number, target_config
+from .names import PREFIX
+from .outputs import Copied, Output, evened, plain
 from .parts import plain_part
 from .readers import KEEP_THE_BASE, NotTakenError
-from .refit import ModuleOutputs, Refit, module_parts
+from .refit import Refit, module_parts
 from .source import AdapterSource
-from .stamp import Stamp
+from .stamp import ModuleStamp, Stamp
 from .steps import Step
 
 __all__ = ["Plan", "others", "plan_conversion"]
@@ -31,7 +32,7 @@ class Plan:
         steps: What it takes beyond laying out the same numbers anew.
     """
 
-    items: tuple[Item, ...]
+    items: tuple[Output | Copied, ...]
     config: dict[str, Any]
     stamp: Stamp | None
     steps: tuple[Step, ...]
@@ -45,37 +46,47 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
         NotTakenError: The reader takes no such adapter.
         AdapterError: The model's config is needed, or experts are missing.
     """
-    source, target = how.source, how.target
-    done = _modules(how, fill_missing)
-    outputs = [output for module in done for output in module.outputs]
+    source, reader = how.source, how.target.reader
+    experts: list[Output] = []
+    steps: list[Step] = []
+    for group in how.groups(module_parts(source, how.decision, fill_missing)):
+        made, took = how.outputs(group)
+        experts += made
+        steps += took
     linears, rest, dropped = others(how)
-    steps = list(dict.fromkeys(step for module in done for step in module.steps))
-    loras = [named for output in outputs if (named := output.item().lora) is not None]
-    paths = [output.part.path for output in linears] + _modules_with_lora(source, rest)
-    config = target_config(
-        source.config, target, how.form, loras, paths, was=source.form, keep_targets=how.keeps_names(done)
-    )
-    if not target.reader.everything:
-        config = without_the_rest(config)
-    outputs += linears
-    if target.reader.scaling != "config":
-        outputs, rank, alpha, said = evened(outputs, target.reader.scaling)
-        config = evened_config(config, rank, alpha)
+    config = target_config(how, experts, [output.path for output in linears] + _modules_with_lora(source, rest))
+    outputs = experts + linears
+    steps = list(dict.fromkeys(steps))
+    if reader.scaling != "config":
+        outputs, rank, alpha, said = evened(outputs, reader.scaling)
+        config |= {"r": rank, "lora_alpha": number(alpha), "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
         steps += said
-    items = (*(output.item() for output in outputs), *rest)
-    return Plan(items, config, how.stamp(done), (*steps, *dropped))
+    return Plan((*outputs, *rest), config, _stamp(how, experts), (*steps, *dropped))
 
 
-def _modules(how: Refit, fill_missing: bool) -> list[ModuleOutputs]:
-    groups = how.groups(module_parts(how.source, how.decision, fill_missing))
-    return [outputs for group in groups for outputs in how.outputs(group)]
+def _stamp(how: Refit, experts: Sequence[Output]) -> Stamp | None:
+    if how.form != "fused":
+        return None
+    modules = {}
+    for path in dict.fromkeys(output.path for output in experts):
+        outputs = [output for output in experts if output.path == path]
+        loras = [output.part.meta for output in outputs]
+        modules[path] = ModuleStamp(
+            max(lora.num_experts for lora in loras),
+            tuple(output.key.removeprefix(f"{path}.") for output in outputs),
+            how.orientation,
+            tuple((lora.in_features, lora.out_features) for lora in loras),
+            next((output.part.joined for output in outputs if output.part.joined), None),
+        )
+    peft = how.target.peft or str(NEWEST_TESTED)  # vLLM takes what this one writes
+    return Stamp(peft, how.target.transformers, "rank_major", modules)
 
 
-def others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
+def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
-    source, target, base = how.source, how.target, how.base
+    source, target, base = how.source, how.target, how.source.base
     rest = source.rest
-    linears = [plain(part, part.load(source.meta(part.reads))) for part in map(plain_part, source.linears)]
+    linears = [plain(plain_part(slot)) for slot in source.linears]
     start = source.config.init_lora_weights
     if not target.reader.everything and start is not None and start not in KEEP_THE_BASE:
         raise NotTakenError(
@@ -92,7 +103,7 @@ def others(how: Refit) -> tuple[list[Output], list[Item], list[Step]]:
                 "another name: DoRA and biases of experts are not moved, and PEFT takes neither on fused ones."
             )
     if target.reader.everything or not rest:
-        return linears, [copied(name, new_name) for new_name, name in rest.items()], []
+        return linears, [Copied(name, new_name) for new_name, name in rest.items()], []
     if source.config.use_dora:
         raise NotTakenError(
             "dora",
@@ -108,11 +119,7 @@ def _expert_of(source: AdapterSource, name: str) -> str | None:
     return next((path for path in paths if name.startswith(f"{PREFIX}{path}.")), None)
 
 
-def _modules_with_lora(source: AdapterSource, rest: Sequence[Item]) -> list[str]:
+def _modules_with_lora(source: AdapterSource, rest: Sequence[Copied]) -> list[str]:
     """Paths of modules, linears and experts aside, that have LoRA: embeddings, convolutions."""
-    found = []
-    for name in (peft_name(item.reads[0], source.prefix) for item in rest):
-        path, dot, _ = name.partition(".lora_")
-        if dot and _expert_of(source, name) is None:
-            found.append(path.removeprefix(PREFIX))
-    return list(dict.fromkeys(found))
+    names = [copied.new_name for copied in rest if _expert_of(source, copied.new_name) is None]
+    return list(dict.fromkeys(name.partition(".lora_")[0].removeprefix(PREFIX) for name in names if ".lora_" in name))

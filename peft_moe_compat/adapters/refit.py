@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import AdapterError, AmbiguousAdapterError
-from ..layout import ExpertLora
-from ..releases import NEWEST_TESTED
 from .base_model import BaseModel
 from .decide import Decision
-from .names import reaches_parameter
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
 from .outputs import GGUF_PATH, Output, fused, gguf, per_expert
-from .parts import Part, fused_parts, per_expert_parts, stacked_parts
+from .parts import Part, expert_parts
 from .readers import NotTakenError, Target
 from .shapes import parameter_order
 from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource
-from .stamp import ModuleStamp, Stamp
 from .steps import Step
 
-__all__ = ["ModuleOutputs", "Refit", "module_parts", "refit"]
+__all__ = ["Refit", "module_parts", "refit"]
 
 
 def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) -> list[Part]:
     """The experts' LoRA of the whole file, part by part, in the order of the file."""
     found: list[Part] = []
     base = source.base
-    total = base.num_experts if base is not None else None
     for module in source.modules:
-        if module.form == "fused":
-            found += fused_parts(module, decision.readings[module.path], decision.packing_of)
-            continue
-        if module.form == "stacked":
-            parts = stacked_parts(module, total)
-        else:
-            parts = per_expert_parts(module, num_experts=total, fill_missing=fill_missing)
-        if base is not None:
-            for part in parts:  # what is fused was checked by `decide`
-                lora = part.load(source.meta(part.reads))
+        parts = expert_parts(module, decision, base.num_experts if base else None, fill_missing)
+        if base is not None and module.form != "fused":  # what is fused was checked by `decide`
+            for part in parts:
+                lora = part.meta
                 base.require(part.path, part.name, part.role, lora.num_experts, (lora.in_features, lora.out_features))
             if not base.gated:  # the up projection, as SGLang calls it
                 parts = [replace(part, role="up") if part.role == "gate" else part for part in parts]
@@ -49,16 +38,6 @@ def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) 
                 parts = [alternating(part) for part in parts]
         found += parts
     return found
-
-
-@dataclass(frozen=True)
-class ModuleOutputs:
-    """One experts module as the target has it: what to write, what it took, and for fused ones the stamp."""
-
-    path: str
-    outputs: tuple[Output, ...]
-    steps: tuple[Step, ...]
-    stamp: ModuleStamp | None = None
 
 
 @dataclass(frozen=True)
@@ -79,25 +58,19 @@ class Refit:
     orientation: str = "linear"
 
     @property
-    def base(self) -> BaseModel | None:
-        return self.source.base
-
-    @property
     def rslora(self) -> bool:
         return self.source.config.use_rslora
 
     @property
     def model(self) -> BaseModel:
-        if self.base is None:
+        base = self.source.base
+        if base is None:
             named = self.source.config.base_model_name
             raise AdapterError(
                 f"The base model's config is needed to convert this adapter for {self.target}: pass --model "
                 f"{named or 'BASE'} (model=...), a folder, config.json or Hub id."
             )
-        return self.base
-
-    def meta(self, part: Part) -> ExpertLora:
-        return part.load(self.source.meta(part.reads))
+        return base
 
     def groups(self, parts: Iterable[Part]) -> list[dict[str, Part]]:
         """Parts by the module that holds them in the target: role (or name) -> part."""
@@ -114,53 +87,60 @@ class Refit:
 
     def _module_key(self, part: Part) -> str:
         """What parts of one experts module share: its path, except in renamed families, whose parts lie apart."""
-        place = expert_parameter(self.base.model_type, None, part.path, "down") if self.base is not None else None
+        base = self.source.base
+        place = expert_parameter(base.model_type, None, part.path, "down") if base is not None else None
         return part.path if place is None else place[0]
 
-    def outputs(self, group: Mapping[str, Part]) -> list[ModuleOutputs]:
-        if self.form == "fused":
-            return self._fused(group)
-        return [self._apart(group)]
-
-    def _fused(self, group: Mapping[str, Part]) -> list[ModuleOutputs]:
-        parts, joined = dict(group), None
-        steps: list[Step] = []
-        if {"gate", "up"} & parts.keys() and self.model.gated:
-            gate, up = parts.pop("gate", None), parts.pop("up", None)
-            lead = gate or up
-            assert lead is not None  # noqa: S101
-            metas = {role: self.meta(part) for role, part in (("gate", gate), ("up", up)) if part is not None}
-            same = gate is not None and up is not None and self._same_A(gate, up)
-            whole, joined = join(gate, up, metas, same, self.model.interleaved, self.rslora)
-            parts = {"gate_up": whole, **parts}
-        if self.target.reader.complete:
-            steps += self._fill(parts, ("gate_up", "down"))
+    def outputs(self, group: Mapping[str, Part]) -> tuple[list[Output], list[Step]]:
+        """What becomes of a group, and what that takes."""
+        parts = self._joined(group) if self.form == "fused" else self._parted(group)
+        steps = self._fill(parts) if self.target.reader.complete else []
         steps += [step for part in parts.values() for step in part.steps]
-        by_path: dict[str, list[tuple[str, Part]]] = {}
+        return (self._nested(parts) if self.form == "fused" else self._apart(parts)), steps
+
+    def _joined(self, group: Mapping[str, Part]) -> dict[str, Part]:
+        """With gate and up together."""
+        sides = {role: group[role] for role in ("gate", "up") if role in group}
+        if not sides or not self.model.gated:
+            return dict(group)
+        same = len(sides) == 2 and self._same_A(sides)
+        whole = join(sides, same, self.model.interleaved, self.rslora)
+        return {"gate_up": whole, **{role: part for role, part in group.items() if role not in sides}}
+
+    def _parted(self, group: Mapping[str, Part]) -> dict[str, Part]:
+        """With gate and up apart."""
+        interleaved, one_lora_A = self.model.interleaved, self.model.model_type in self.target.reader.one_lora_A
+        sides = {role: group[role] for role in ("gate", "up") if role in group}
+        if "gate_up" in group:
+            parts = dict(group)
+            whole = parts.pop("gate_up")
+            stamped = self.source.stamp.modules.get(whole.path) if self.source.stamp else None
+            joined = stamped.joined if stamped and not one_lora_A else None
+            gate, up = part_gate_up(whole, interleaved, joined, self.rslora)
+            return {"gate": gate, "up": up, **parts}
+        if one_lora_A and len(sides) == 2 and not self._same_A(sides):
+            whole = join(sides, False, interleaved, self.rslora)
+            gate, up = part_gate_up(whole, interleaved, None, self.rslora)
+            return {**group, "gate": gate, "up": up}
+        return dict(group)
+
+    def _nested(self, parts: Mapping[str, Part]) -> list[Output]:
+        """PEFT's flat pairs, innermost wrapper first."""
+        by_path: dict[str, dict[str, Part]] = {}
         for part in parts.values():
             path, parameter = self._place(part)
-            by_path.setdefault(path, []).append((parameter, part))
-        return [self._nest(path, named, joined, steps) for path, named in by_path.items()]
-
-    def _nest(
-        self, path: str, named: list[tuple[str, Part]], joined: tuple[int, int] | None, steps: Sequence[Step]
-    ) -> ModuleOutputs:
-        by_name = dict(named)
-        order = parameter_order(path, by_name)
-        outputs, features, counts = [], [], set()
-        for index, name in enumerate(order):
-            meta = self.meta(by_name[name])
-            depth = len(order) - 1 - index
-            outputs.append(fused(by_name[name], meta, path, name, depth, self.orientation))
-            features.append((meta.in_features, meta.out_features))
-            counts.add(meta.num_experts)
-        stamp = ModuleStamp(max(counts), order, self.orientation, tuple(features), joined)
-        return ModuleOutputs(path, tuple(outputs), tuple(steps), stamp)
+            by_path.setdefault(path, {})[parameter] = part
+        outputs = []
+        for path, named in by_path.items():
+            order = parameter_order(path, named)
+            outputs += [fused(named[p], path, p, len(order) - 1 - i, self.orientation) for i, p in enumerate(order)]
+        return outputs
 
     def _place(self, part: Part) -> tuple[str, str]:
         """(path, parameter) of a part in the target."""
-        if self.base is not None and self.target.transformers and part.role in ("gate_up", "down"):
-            place = expert_parameter(self.base.model_type, self.target.transformers, part.path, part.role)
+        base = self.source.base
+        if base is not None and self.target.transformers and part.role in ("gate_up", "down"):
+            place = expert_parameter(base.model_type, self.target.transformers, part.path, part.role)
             if place is not None:
                 return place
         if self.source.form == "fused":
@@ -171,38 +151,20 @@ class Refit:
             )
         return self.model.fused_path(part.path), self.model.parameters[part.role]
 
-    def _apart(self, group: Mapping[str, Part]) -> ModuleOutputs:
+    def _apart(self, parts: Mapping[str, Part]) -> list[Output]:
         """gate, up and down on their own, per expert or stacked."""
-        parts = dict(group)
-        steps: list[Step] = []
-        one_lora_A = self.model.model_type in self.target.reader.one_lora_A
-        if "gate_up" in parts:
-            whole = parts.pop("gate_up")
-            stamped = self.source.stamp.modules.get(whole.path) if self.source.stamp else None
-            joined = stamped.joined if stamped and not one_lora_A else None
-            gate, up = part_gate_up(whole, self.model.interleaved, joined, self.rslora)
-            parts = {"gate": gate, "up": up, **parts}
-        elif one_lora_A and {"gate", "up"} <= parts.keys() and not self._same_A(parts["gate"], parts["up"]):
-            metas = {role: self.meta(parts[role]) for role in ("gate", "up")}
-            whole, _ = join(parts["gate"], parts["up"], metas, False, self.model.interleaved, self.rslora)
-            gate, up = part_gate_up(whole, self.model.interleaved, None, self.rslora)
-            parts = {**parts, "gate": gate, "up": up}
-        if self.target.reader.complete:
-            steps += self._fill(parts, ("gate", "up", "down") if self.model.gated else ("up", "down"))
-        steps += [step for part in parts.values() for step in part.steps]
         outputs = []
-        path = ""
         for role, part in parts.items():
             if role not in ("gate", "up", "down"):
                 raise AdapterError(f"No per-expert name is known for the LoRA on {part.name} of {part.path!r}.")
-            path, meta = self._module_key(part), self.meta(part)
+            path = self._module_key(part)
             if not path.endswith("experts") and not (self.form == "gguf" and GGUF_PATH.fullmatch(path)):
                 raise AdapterError(f"No per-expert name is known for the LoRA of {path!r} in {self.model.model_type}.")
             if self.form == "gguf":
-                outputs.append(gguf(part, meta, path))
+                outputs.append(gguf(part, path))
             else:
-                outputs.append(per_expert(part, meta, self.model.per_expert_path(path), self.linear(role)))
-        return ModuleOutputs(path, tuple(outputs), tuple(steps))
+                outputs.append(per_expert(part, self.model.per_expert_path(path), self.linear(role)))
+        return outputs
 
     def linear(self, role: str) -> str:
         """Name of an expert's linear there; without a gate, "gate" is the up projection too, as SGLang calls it."""
@@ -211,42 +173,27 @@ class Refit:
             return linears["gate"] if linears else model.linear("up")
         return linears[role] if linears else model.linear(role)
 
-    def _fill(self, parts: dict[str, Part], roles: Sequence[str]) -> list[Step]:
-        """Adds LoRA of zeros for the roles a reader asks for."""
-        missing = [role for role in roles if role not in parts]
+    def _fill(self, parts: dict[str, Part]) -> list[Step]:
+        """Adds LoRA of zeros for the projections that are not there."""
+        apart = ("gate", "up", "down") if self.model.gated else ("up", "down")
+        missing = [role for role in (self.model.parameters if self.form == "fused" else apart) if role not in parts]
         if not missing:
             return []
         role, part = next(iter(parts.items()))
-        meta = self.meta(part)
-        out = meta.out_features // 2 if role == "gate_up" else meta.out_features
-        hidden, intermediate = (out, meta.in_features) if role == "down" else (meta.in_features, out)
+        fan_in, fan_out = part.meta.in_features, part.meta.out_features // (2 if role == "gate_up" else 1)
+        hidden, intermediate = (fan_out, fan_in) if role == "down" else (fan_in, fan_out)
+        sizes = {"gate_up": (hidden, 2 * intermediate), "down": (intermediate, hidden)}
         for absent in missing:
-            rows = 2 * intermediate if absent == "gate_up" else intermediate
-            fan_in, fan_out = (intermediate, hidden) if absent == "down" else (hidden, rows)
-            self.model.require(part.path, absent, absent, meta.num_experts, (fan_in, fan_out))
-            zeros = zeros_like(part, absent, fan_in, fan_out)
+            features = sizes.get(absent, (hidden, intermediate))
+            self.model.require(part.path, absent, absent, part.meta.num_experts, features)
+            zeros = zeros_like(part, absent, *features)
             parts[absent] = replace(zeros, name=self.model.parameters.get(absent, absent))
         return [Step("filled", (" and ".join(missing), self.target.reader.title))]
 
-    def _same_A(self, gate: Part, up: Part) -> bool:
-        with self.source.tensors.reading([*gate.reads, *up.reads]) as tensors:
-            ours, theirs = gate.load(tensors).A, up.load(tensors).A
+    def _same_A(self, sides: Mapping[str, Part]) -> bool:
+        with self.source.tensors.reading([name for part in sides.values() for name in part.reads]) as tensors:
+            ours, theirs = (part.load(tensors).A for part in sides.values())
             return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-
-    def keeps_names(self, done: Sequence[ModuleOutputs]) -> bool:
-        """Whether the config's targets stay right: every parameter is called as it was, and was targeted."""
-        if self.source.form != "fused" or self.form != "fused":
-            return False
-        before = {f"{path}.{name}" for path, reading in self.decision.readings.items() for name in reading.nesting}
-        after = {output.key for module in done for output in module.outputs}
-        return before == after and all(reaches_parameter(self.source.config.target_parameters, key) for key in after)
-
-    def stamp(self, done: Sequence[ModuleOutputs]) -> Stamp | None:
-        if self.form != "fused":
-            return None
-        peft = self.target.peft or str(NEWEST_TESTED)  # vLLM takes what this one writes
-        modules = {module.path: module.stamp for module in done if module.stamp is not None}
-        return Stamp(peft, self.target.transformers, "rank_major", modules)
 
 
 def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:

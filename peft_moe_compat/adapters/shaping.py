@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from math import sqrt
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..layout import ExpertLora
-from .parts import Load, Part
+from .parts import Part
 from .steps import Step
 
-__all__ = ["alternating", "folded", "join", "part_gate_up", "rank_alpha", "zeros_like"]
+__all__ = ["alternating", "folded", "join", "part_gate_up", "zeros_like"]
 
 
-def rank_alpha(alpha: float, rank: int, new_rank: int, rslora: bool) -> float:
+def _rank_alpha(alpha: float, rank: int, new_rank: int, rslora: bool) -> float:
     """The alpha that keeps the scaling when the rank changes: alpha / r, or alpha / sqrt(r) under rsLoRA."""
     return alpha * (sqrt(new_rank / rank) if rslora else new_rank / rank)
 
@@ -55,10 +56,12 @@ def part_gate_up(part: Part, interleaved: bool, joined: tuple[int, int] | None, 
         rslora: Whether scalings are alpha / sqrt(r).
     """
 
-    def load(side: int) -> Load:
-        def loaded(tensors: Mapping[str, Tensor]) -> ExpertLora:
+    def side(role: str) -> Part:
+        second = role == "up"
+
+        def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
             whole = part.load(tensors)
-            B = whole.B[:, _rows(whole.out_features, interleaved)[side]]
+            B = whole.B[:, _rows(whole.out_features, interleaved)[second]]
             if joined is None:
                 return ExpertLora(whole.A, B, whole.scaling)
             if sum(joined) != whole.rank:
@@ -66,66 +69,53 @@ def part_gate_up(part: Part, interleaved: bool, joined: tuple[int, int] | None, 
                     f"The stamp says that {part.path!r} joins ranks {joined}, but its rank is {whole.rank}. Was the "
                     "file edited?"
                 )
-            ranks = slice(0, joined[0]) if side == 0 else slice(joined[0], None)
+            ranks = slice(joined[0], None) if second else slice(0, joined[0])
             return ExpertLora(whole.A[:, ranks], B[:, :, ranks], whole.scaling)
 
-        return loaded
+        alpha = part.alpha if joined is None else _rank_alpha(part.alpha, sum(joined), joined[second], rslora)
+        return replace(part, name=role, role=role, load=load, alpha=alpha, joined=None)
 
-    def alpha(side: int) -> float:
-        return part.alpha if joined is None else rank_alpha(part.alpha, sum(joined), joined[side], rslora)
-
-    gate = replace(part, name="gate", role="gate", load=load(0), alpha=alpha(0))
-    up = replace(part, name="up", role="up", load=load(1), alpha=alpha(1))
-    return gate, up
+    return side("gate"), side("up")
 
 
-def join(
-    gate: Part | None, up: Part | None, metas: Mapping[str, ExpertLora], same_A: bool, interleaved: bool, rslora: bool
-) -> tuple[Part, tuple[int, int] | None]:
-    """gate and up as gate_up, and their ranks where that took a block-diagonal lora_B.
+def join(sides: Mapping[str, Part], same_A: bool, interleaved: bool, rslora: bool) -> Part:
+    """gate and up as gate_up: with the lora_A of both, or else with a block-diagonal lora_B.
 
     Args:
-        gate, up: One of them may be missing: its rows stay zero.
-        metas: `"gate"` and `"up"` -> the factors, on the meta device.
+        sides: `"gate"` and `"up"`, in that order. One of them may be missing: its rows stay zero.
         same_A: Whether both have the same lora_A, bit for bit; then they share it.
         interleaved: Whether gate and up rows alternate in gate_up_proj.
         rslora: Whether scalings are alpha / sqrt(r).
     """
-    sides = {name: part for name, part in (("gate", gate), ("up", up)) if part is not None}
+    metas = {role: part.meta for role, part in sides.items()}
     # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
-    lead_name = next((name for name in sides if metas[name].scaling), next(iter(sides)))
-    lead = sides[lead_name]
-    ratios = {name: metas[name].scaling / (metas[lead_name].scaling or 1.0) for name in sides}
-    ratios[lead_name] = 1.0
-    shared = len(sides) == 1 or (same_A and set(ratios.values()) == {1.0})
-    ranks = {name: metas[name].rank for name in sides}
-    rank = ranks[lead_name] if shared else sum(ranks.values())
-    half = metas[lead_name].out_features
+    lead = next((role for role in sides if metas[role].scaling), next(iter(sides)))
+    ratios = {role: lora.scaling / (metas[lead].scaling or 1.0) for role, lora in metas.items()} | {lead: 1.0}
+    folded = set(ratios.values()) != {1.0}
+    shared = len(sides) == 1 or (same_A and not folded)
+    joined = None if shared else (metas["gate"].rank, metas["up"].rank)
+    rank = sum(joined) if joined else metas[lead].rank
+    rows = dict(zip(("gate", "up"), _rows(2 * metas[lead].out_features, interleaved), strict=True))
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
-        loaded = {name: part.load(tensors) for name, part in sides.items()}
-        A = loaded[lead_name].A if shared else torch.cat([lora.A for lora in loaded.values()], dim=1)
-        factors = {name: _times(lora.B, ratios[name]) for name, lora in loaded.items()}
-        dtype = factors[lead_name].dtype
-        for B in factors.values():
-            dtype = torch.promote_types(dtype, B.dtype)
-        whole = A.new_zeros(A.shape[0], 2 * half, rank, dtype=dtype)
-        first = 0
-        for name, B in factors.items():
-            columns = slice(None) if shared else slice(first, first + ranks[name])
-            whole[:, _rows(2 * half, interleaved)[name == "up"], columns] = B
-            first += ranks[name]
-        return ExpertLora(A, whole, loaded[lead_name].scaling)
+        loras = {role: part.load(tensors) for role, part in sides.items()}
+        A = loras[lead].A if shared else torch.cat([lora.A for lora in loras.values()], dim=1)
+        factors = {role: _times(lora.B, ratios[role]) for role, lora in loras.items()}
+        dtype = reduce(torch.promote_types, [B.dtype for B in factors.values()])
+        whole = A.new_zeros(A.shape[0], 2 * loras[lead].out_features, rank, dtype=dtype)
+        for role, B in factors.items():
+            first = joined[0] if joined and role == "up" else 0
+            whole[:, rows[role], first : first + B.shape[2]] = B
+        return ExpertLora(A, whole, loras[lead].scaling)
 
-    steps = tuple(step for part in sides.values() for step in part.steps)
-    if not shared:
-        steps += (Step("joined", (ranks["gate"], ranks["up"])),)
-    if set(ratios.values()) != {1.0}:
-        steps += (Step("join_folded"),)
-    reads = tuple(dict.fromkeys(name for part in sides.values() for name in part.reads))
-    alpha = rank_alpha(lead.alpha, ranks[lead_name], rank, rslora)
-    part = Part(lead.path, "gate_up", "gate_up", alpha, reads, load, steps)
-    return part, (ranks["gate"], ranks["up"]) if not shared else None
+    steps = [step for part in sides.values() for step in part.steps]
+    if joined:
+        steps.append(Step("joined", joined))
+    if folded:
+        steps.append(Step("join_folded"))
+    slots = tuple(slot for part in sides.values() for slot in part.slots)
+    alpha = _rank_alpha(sides[lead].alpha, metas[lead].rank, rank, rslora)
+    return Part(sides[lead].path, "gate_up", "gate_up", alpha, slots, load, tuple(steps), joined)
 
 
 def _times(B: Tensor, factor: float) -> Tensor:
@@ -133,18 +123,17 @@ def _times(B: Tensor, factor: float) -> Tensor:
     return B if factor == 1 else B.to(torch.promote_types(B.dtype, torch.float32)) * factor
 
 
-def folded(part: Part, factor: float, rank: int | None = None) -> Part:
-    """The same update with lora_B times `factor` and the scaling divided by it, and zeros up to `rank`."""
+def folded(part: Part, factor: float, rank: int, alpha: float) -> Part:
+    """The same update with lora_B times `factor` and the scaling divided by it, zeros up to `rank`, and that alpha."""
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         lora = part.load(tensors)
         A, B = lora.A, _times(lora.B, factor)
-        if rank is not None and rank > lora.rank:
-            pad = rank - lora.rank
+        if pad := rank - lora.rank:
             A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
         return ExpertLora(A, B, lora.scaling / factor if factor else lora.scaling)
 
-    return replace(part, load=load)
+    return replace(part, load=load, alpha=alpha)
 
 
 def zeros_like(part: Part, role: str, in_features: int, out_features: int) -> Part:

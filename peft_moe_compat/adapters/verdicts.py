@@ -17,7 +17,7 @@ from .conclusions import ReaderVerdict
 from .decide import Decision
 from .files import read_json
 from .names import linear_role, reaches_parameter
-from .outputs import GGUF_PATH
+from .outputs import GGUF_PATH, Output
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
 from .readers import READERS, NotTakenError, Target
@@ -116,9 +116,18 @@ def _form(source: AdapterSource) -> Step:
         return Step("from_fused", ("moved",) if moved else ())
     if source.form == "stacked" and all(map(GGUF_PATH.fullmatch, paths)):
         return Step("from_stacked", ("gguf",))
-    roles = {linear_role(slot.parameter) for module in source.modules for slot in module.stacks}
-    found = {"gate_up": "gate_up" in roles, "targeted": bool(source.config.raw.get("target_modules"))}
+    found = {
+        "gate_up": "gate_up" in map(linear_role, _linears(source)),
+        "targeted": bool(source.config.raw.get("target_modules")),
+    }
     return Step(f"from_{source.form}", tuple(detail for detail, there in found.items() if there))
+
+
+def _linears(source: AdapterSource) -> set[str]:
+    """What the file calls the projections of experts that are not fused."""
+    return {slot.linear for module in source.modules for slot in module.experts} | {
+        slot.parameter for module in source.modules for slot in module.stacks
+    }
 
 
 def _upstream(source: AdapterSource) -> Iterator[Step]:
@@ -127,8 +136,7 @@ def _upstream(source: AdapterSource) -> Iterator[Step]:
         yield Step("upstream_rslora")
     if source.config.alpha_pattern or source.config.rank_pattern:
         yield Step("upstream_patterns")
-    roles = {linear_role(slot.linear) for module in source.modules for slot in module.experts}
-    if roles != {"gate", "up", "down"}:
+    if {*map(linear_role, _linears(source))} != {"gate", "up", "down"}:
         yield Step("upstream_roles")
 
 
@@ -146,10 +154,9 @@ def _layout(how: Refit) -> Iterator[Step]:
     elif how.form == source.form:
         if any(how.model.per_expert_path(module.path) != module.path for module in source.modules):
             yield Step("path", (how.model.per_expert_path(source.modules[0].path),))
-        linears = {slot.linear for module in source.modules for slot in module.experts}
-        roles = {linear: linear_role(linear) for linear in linears}
+        roles = {linear: linear_role(linear) for linear in _linears(source)}
         wanted = {linear: how.linear(role) for linear, role in roles.items() if role in ("gate", "up", "down")}
-        if wanted != {linear: reader.renames.get(linear, linear) for linear in linears}:
+        if wanted != {linear: reader.renames.get(linear, linear) for linear in roles}:
             yield Step("linears", (", ".join(sorted(wanted.values())) or "gate_proj, up_proj",))
 
 
@@ -157,11 +164,11 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     """What the reader takes from the file's own config, where that differs from the planned one."""
     source, target, reader = how.source, how.target, how.target.reader
     given, planned = read_json(source.folder / CONFIG_NAME), plan.config
-    loras = [item.lora for item in plan.items if item.lora is not None]
+    loras = [item for item in plan.items if isinstance(item, Output)]
     if reader.scaling == "config":
-        if any(lora_rank(given, lora.key) != lora.rank for lora in loras):
+        if any(lora_rank(given, lora.key) != lora.part.meta.rank for lora in loras):
             yield Step("rank")
-        elif any(not isclose(lora_alpha(given, lora.key), lora.alpha, rel_tol=1e-9) for lora in loras):
+        elif any(not isclose(lora_alpha(given, lora.key), lora.part.alpha, rel_tol=1e-9) for lora in loras):
             yield Step("scaling")
     elif not isclose(lora_alpha({"lora_alpha": given.get("lora_alpha")}, "all"), planned["lora_alpha"], rel_tol=1e-9):
         yield Step("scaling")
@@ -185,12 +192,7 @@ def _targets(how: Refit, config: Mapping[str, Any], keys: list[str], same: Mappi
         return
     names = [target.rpartition(".")[2] for target in targets] if isinstance(targets, list) else []
     given = {same.get(name, name) for name in names}
-    linears = [
-        name
-        for module in how.source.modules
-        for name in (*(s.linear for s in module.experts), *(s.parameter for s in module.stacks))
-    ]
-    there = [how.target.reader.renames.get(name, name) for name in linears]
+    there = [how.target.reader.renames.get(name, name) for name in _linears(how.source)]
     for kind, wanted in (("targets", there), ("more_targets", [key.rpartition(".")[2] for key in keys])):
         if not {same.get(name, name) for name in wanted} <= given:
             yield Step(kind)

@@ -16,6 +16,7 @@ from ..errors import AdapterError
 from ..layout import ExpertLora, relative
 from .base_model import BaseModel
 from .decide import decide
+from .outputs import LAYER
 from .parts import Part, plain_part
 from .refit import module_parts
 from .shaping import part_gate_up
@@ -23,8 +24,6 @@ from .source import AdapterSource, open_adapter
 from .stated import Stated
 
 __all__ = ["Comparison", "Verification", "verify_adapters"]
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,10 @@ def _or_null(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two adapters, opened and decided."""
+    """One of the two adapters, opened and decided: its LoRA by (place, role)."""
 
     source: AdapterSource
-    parts: dict[tuple[str, str], Part]
-    rest: Mapping[str, str]
+    parts: Mapping[tuple[str, str], Part]
 
 
 def verify_adapters(
@@ -114,7 +112,7 @@ def verify_adapters(
     if any(role == "gate_up" for _, role in first.parts) != any(role == "gate_up" for _, role in second.parts):
         first, second = _parted(first), _parted(second)
     keys = list(dict.fromkeys([*first.parts, *second.parts]))
-    tensors = list(dict.fromkeys([*first.rest, *second.rest]))
+    tensors = list(dict.fromkeys([*first.source.rest, *second.source.rest]))
     rows = []
     for done, key in enumerate(keys):
         rows.append(_compare_parts(key, first, second))
@@ -132,8 +130,7 @@ def _side(adapter: str | Path, stated: Stated) -> _Side:
     paths = [module.path for module in source.modules]
     for part in module_parts(source, decision, fill_missing=True):
         parts[_place(part.path, paths), part.role or part.name] = part
-    parts |= {(slot.path, "linear"): plain_part(slot) for slot in source.linears}
-    return _Side(source, parts, source.rest)
+    return _Side(source, parts | {(slot.path, "linear"): plain_part(slot) for slot in source.linears})
 
 
 def _place(path: str, paths: Sequence[str]) -> str:
@@ -141,45 +138,40 @@ def _place(path: str, paths: Sequence[str]) -> str:
 
     granitemoe's and aria's two modules of one layer count as one: their parts differ in role.
     """
-    layer = _LAYER.search(path)
+    layer = LAYER.search(path)
     if layer is None:
         return path
-    ends = {_stem(p) for p in paths if (found := _LAYER.search(p)) is not None and found[1] == layer[1]}
-    return f"layer {layer[1]}" if len(ends) == 1 else path
-
-
-def _stem(path: str) -> str:
-    return re.sub(r"\.(experts|experts\.fc[12]|input_linear|output_linear)$", "", path)
+    beside = [p for p in paths if (found := LAYER.search(p)) is not None and found[1] == layer[1]]
+    stems = {re.sub(r"\.(experts|experts\.fc[12]|input_linear|output_linear)$", "", p) for p in beside}
+    return f"layer {layer[1]}" if len(stems) == 1 else path
 
 
 def _parted(side: _Side) -> _Side:
     """With gate and up apart."""
-    parts: dict[tuple[str, str], Part] = {}
+    source, parts = side.source, dict[tuple[str, str], Part]()
     for (place, role), part in side.parts.items():
         if role != "gate_up":
             parts[place, role] = part
             continue
-        if side.source.base is None:
+        if source.base is None:
             raise AdapterError(
-                f"{side.source.folder} has gate and up joined and the other adapter has not; pass --model (model=...) "
-                "to tell their rows apart."
+                f"{source.folder} has gate and up joined and the other adapter has not; pass --model (model=...) to "
+                "tell their rows apart."
             )
-        rslora = side.source.config.use_rslora
-        gate, up = part_gate_up(part, side.source.base.interleaved, None, rslora)
-        parts[place, "gate"], parts[place, "up"] = gate, up
-    return _Side(side.source, parts, side.rest)
+        for half in part_gate_up(part, source.base.interleaved, None, source.config.use_rslora):
+            parts[place, half.name] = half
+    return _Side(source, parts)
 
 
 def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Comparison:
     loras = [_load(side, key) for side in (first, second)]
-    known = next(lora for lora in loras if lora is not None)
-    shape = (known.num_experts, known.out_features, known.in_features)
-    for lora in loras:
-        if lora is not None and (lora.out_features, lora.in_features) != shape[1:]:
-            return Comparison(*key, float("inf"), float("inf"), "the two have different sizes")
+    there = [lora for lora in loras if lora is not None]
+    shape = (there[0].out_features, there[0].in_features)
+    if any((lora.out_features, lora.in_features) != shape for lora in there):
+        return Comparison(*key, math.inf, math.inf, "the two have different sizes")
     largest, squares, norm = torch.zeros((), dtype=torch.float64), 0.0, 0.0
-    for expert in range(max(lora.num_experts for lora in loras if lora is not None)):
-        deltas = [_delta(lora, expert, known) for lora in loras]
+    for expert in range(max(lora.num_experts for lora in there)):
+        deltas = [_delta(lora, expert, shape) for lora in loras]
         difference = deltas[0] - deltas[1]
         largest = torch.maximum(largest, difference.abs().max())  # keeps NaN
         squares += difference.square().sum().item()
@@ -195,25 +187,23 @@ def _load(side: _Side, key: tuple[str, str]) -> ExpertLora | None:
         return part.load(tensors)
 
 
-def _delta(lora: ExpertLora | None, expert: int, known: ExpertLora) -> Tensor:
+def _delta(lora: ExpertLora | None, expert: int, shape: tuple[int, int]) -> Tensor:
     """One expert's update, "out in", in float64; zero where there is none."""
     if lora is None or expert >= lora.num_experts:
-        return torch.zeros(known.out_features, known.in_features, dtype=torch.float64)
+        return torch.zeros(shape, dtype=torch.float64)
     return (lora.B[expert].double() @ lora.A[expert].double()) * lora.scaling
 
 
 def _compare_tensor(name: str, first: _Side, second: _Side) -> Comparison:
     """A tensor that is no LoRA of a linear: an embedding, a magnitude, a module saved whole."""
-    sides = [side for side in (first, second) if name in side.rest]
-    if len(sides) < 2:
-        where = "first" if sides[0] is first else "second"
-        return Comparison(name, "", float("inf"), float("inf"), f"only the {where} adapter has it")
     values = []
-    for side in sides:
-        with side.source.tensors.reading([side.rest[name]]) as tensors:
-            values.append(tensors[side.rest[name]].double())
+    for side, other in ((first, "second"), (second, "first")):
+        if name not in side.source.rest:
+            return Comparison(name, "", math.inf, math.inf, f"only the {other} adapter has it")
+        with side.source.tensors.reading([side.source.rest[name]]) as tensors:
+            values += [tensor.double() for tensor in tensors.values()]
     if values[0].shape != values[1].shape:
-        return Comparison(name, "", float("inf"), float("inf"), "the two have different sizes")
+        return Comparison(name, "", math.inf, math.inf, "the two have different sizes")
     difference = values[0] - values[1]
     if not difference.any():
         return Comparison(name, "", 0.0, 0.0)

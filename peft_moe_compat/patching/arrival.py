@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.parts import Part, fused_parts, per_expert_parts
+from ..adapters.parts import Part, expert_parts
 from ..adapters.source import AdapterSource
 from ..errors import LayoutError
 from ..layout import ExpertLora, relative
@@ -36,7 +36,7 @@ def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
     around = chains(model)
     for module in file.source.modules:
         held = _held(around.get(file.paths[module.path], []), adapter_name)
-        for part in fused_parts(module, file.decision.readings[module.path], file.decision.packing_of):
+        for part in expert_parts(module, file.decision):
             lora, share = held.get(part.name, _NOTHING)
             if lora is not None and _elsewhere(lora):
                 continue
@@ -65,7 +65,7 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
         for role, parameter in facts.parameters.items():
             E, _, fan_out = facts.stacks.get((path, parameter), (0, 0, 0))
             branches = ("gate", "up") if role == "gate_up" else (role,)
-            parts = {p.role: p for p in per_expert_parts(module, num_experts=E, fill_missing=True)} if E else {}
+            parts = {p.role: p for p in expert_parts(module, None, E)} if E else {}
             lora, share = held.get(parameter, _NOTHING)
             if not parts.keys() & set(branches) or (lora is not None and _elsewhere(lora)):
                 continue

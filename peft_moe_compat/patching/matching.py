@@ -13,7 +13,7 @@ from .. import layout
 from ..adapters.base_model import BaseModel, load_base_model
 from ..adapters.decide import Decision
 from ..adapters.names import PREFIX, unwrapped
-from ..adapters.parts import fused_parts
+from ..adapters.parts import expert_parts
 from ..adapters.slots import ExpertsModule
 from ..adapters.source import AdapterSource
 from ..errors import AdapterError, LayoutError
@@ -212,7 +212,7 @@ def differences(module: ExpertsModule, wrappers: Wrappers, decision: Decision) -
 
 def convert(file: UnderstoodFile, module: ExpertsModule, wrappers: Wrappers, tensors: dict[str, Tensor]) -> None:
     """Replaces the tensors of a module, by their names in the file, with what its wrappers hold. Values move only."""
-    parts = fused_parts(module, file.decision.readings[module.path], file.decision.packing_of)
+    parts = expert_parts(module, file.decision)
     loras = {part.name: part.load(tensors) for part in parts}
     keys = module.slots[0].names
     for name in (name for slot in module.slots for name in slot.names):
