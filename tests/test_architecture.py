@@ -143,7 +143,6 @@ def test_ours_is_imported_early_but_where_something_heavy_must_wait():
     late = {(name, target) for name, target in late if not name.startswith("cli.")}
     assert late == {
         ("forward.fused", "forward.fused_ops"),  # triton
-        ("forward.fused", "forward.kernels"),
         ("forward.fused", "forward.kernels.layer"),
         ("forward.fused", "forward.kernels.trial"),
         ("patching.activation", "model.probe"),  # torch, at activation

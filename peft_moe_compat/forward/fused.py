@@ -95,8 +95,10 @@ def _trial_reason(device: torch.device, kind: tuple[Any, ...], rows: int) -> Rea
 
 
 def _trial(device: torch.device, kind: tuple[Any, ...], rows: int) -> float:
+    from .kernels.trial import worst_error  # with triton
+
     with on_device(device):
-        return float(_kernels().trial.worst_error(device, kind, rows))
+        return worst_error(device, kind, rows)
 
 
 def _give_up(device: torch.device, error: Exception) -> None:
@@ -197,30 +199,21 @@ def runs_fused(module: Any, hidden_states: Tensor, index: Tensor) -> bool:
     return not torch.compiler.is_compiling() or isinstance(_nonlinearity(module), Nonlinearity)
 
 
-@cache  # the import statement would ask again at every forward
-def _kernels() -> Any:
-    from . import kernels  # their modules import triton
-    from .kernels import layer, trial  # noqa: F401
-
-    return kernels
-
-
 def _trial_fails(
-    device: torch.device,
     nonlinearity: Nonlinearity | Callable[[Tensor], Tensor],
     routed: tuple[Tensor, Tensor, Tensor],
     up: HeldProjection,
     down: HeldProjection,
 ) -> bool:
     """Whether the kernels of this layer and batch, or of any batch that a graph may get, are not to be trusted."""
-    if device.type not in _TRIED_ON:
+    from .kernels import trial  # with triton
+
+    (hidden, index, _), compiling = routed, torch.compiler.is_compiling()
+    if hidden.device.type not in _TRIED_ON:
         return False
-    compiling = torch.compiler.is_compiling()
-    trial = (_kernels.__wrapped__ if compiling else _kernels)().trial  # dynamo warns of a cache
-    E, k, S = up[0].shape[0], routed[1].shape[1], routed[1].numel()
-    sizes = trial.rows_of_every_kind(E, k) if compiling else [S]
-    kinds = {trial.kind_of(nonlinearity, routed, up, down, rows): rows for rows in sizes}
-    return any(_trial_reason(device, kind, rows) is not None for kind, rows in kinds.items())
+    sizes = trial.rows_of_every_kind(up[0].shape[0], index.shape[1]) if compiling else [index.numel()]
+    kinds = [(trial.kind_of(nonlinearity, routed, up, down, rows), rows) for rows in sizes]
+    return any(_trial_reason(hidden.device, kind, rows) is not None for kind, rows in kinds)
 
 
 class _TrialFailedError(Exception):
@@ -240,25 +233,23 @@ def run_fused(
     nonlinearity, device = _nonlinearity(module), routed[0].device
     if torch.compiler.is_compiling() and isinstance(nonlinearity, Nonlinearity):
         down = read_down()
-        if _trial_fails(device, nonlinearity, routed, up, down):
+        if _trial_fails(nonlinearity, routed, up, down):
             return None
         from .fused_ops import experts  # with triton
 
         return experts(nonlinearity, routed, up, down)
-    if device.type in _TRIED_ON and device not in _tried:
-        # Before anything is launched, since it may be that nothing can be. Later trials come while the device is busy.
-        read_down = cache(read_down)
-        if _trial_fails(device, nonlinearity, routed, up, read_down()):
-            return None
-    layer = _kernels().layer
+    from .kernels import layer  # with triton
 
-    def tried_down() -> Any:
+    @cache
+    def tried_down() -> layer.Projection:
         down = read_down()
-        if _trial_fails(device, nonlinearity, routed, up, down):
+        if _trial_fails(nonlinearity, routed, up, down):
             raise _TrialFailedError
         return layer.Projection.of(*down)
 
     try:
+        if device not in _tried:
+            tried_down()  # before anything is launched, since it may be that nothing can be
         with on_device(device):
             out: Tensor = layer.fused_experts(nonlinearity, *routed, layer.Projection.of(*up), tried_down)
             return out

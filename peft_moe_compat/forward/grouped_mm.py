@@ -66,8 +66,9 @@ def _with_unit_stride(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-def multiply(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """x "S in", weight "E in out" -> "S out"."""
+def multiply(x: Tensor, weight: Tensor, offs: Tensor, order: Tensor | None = None, k: int = 1) -> Tensor:
+    """x "S in", or "T in" with `order`; weight "E in out" -> "S out"."""
+    x = x if order is None else x[order // k]
     if backend_for(x, weight) == "torch":
         result: Tensor = _torch_grouped_mm(x.contiguous(), _with_unit_stride(weight), offs=offs)
         return result
@@ -79,9 +80,20 @@ def multiply(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return y
 
 
-def _weight_gradient(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
-    """x "S in", dy "S out" -> "E in out", x[rows of e].T @ dy[rows of e]; zero for experts without rows."""
-    E = offs.shape[0]
+def _gradient(dy: Tensor, weight: Tensor, offs: Tensor, order: Tensor | None, k: int) -> Tensor:
+    """dy "S out", weight "E in out" -> the gradient of x, "S in", or "T in" with `order`."""
+    rows = multiply(dy, weight.transpose(1, 2), offs)
+    if order is None:
+        return rows
+    places = torch.arange(order.shape[0], device=order.device)
+    back = torch.empty_like(order)
+    back[order] = places
+    return rows.where((places < offs[-1]).unsqueeze(1), 0.0)[back].view(-1, k, rows.shape[1]).sum(1)
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, offs: Tensor, order: Tensor | None = None, k: int = 1) -> Tensor:
+    """x as for `multiply`, dy "S out" -> "E in out", x[rows of e].T @ dy[rows of e]; zero for experts without rows."""
+    x, E = x if order is None else x[order // k], offs.shape[0]
     if backend_for(x, dy) == "torch":
         result: Tensor = _torch_grouped_mm(x.contiguous().t(), dy.contiguous(), offs=offs)
         return result
@@ -94,46 +106,30 @@ def _weight_gradient(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
     return grad
 
 
-# Under torch.compile both products are opaque operators: inductor then neither reorders the strides they ask for nor
-# applies the bfloat16-only rule of torch's own fake kernel.
-@torch.library.custom_op("peft_moe_compat::grouped_mm", mutates_args=())
-def _multiply_op(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    return multiply(x, weight, offs)
+# Under torch.compile all three are opaque operators: inductor then neither reorders the strides they ask for nor
+# applies the bfloat16-only rule of torch's own fake kernel. The gather is inside of them: outside, the partitioner of
+# AOT autograd keeps the gathered rows, k times the hidden states, from forward to backward. An autograd function that
+# gathers again does not help, the two are merged.
+_multiply_op = torch.library.custom_op("peft_moe_compat::grouped_mm", multiply, mutates_args=())
+_gradient_op = torch.library.custom_op("peft_moe_compat::grouped_mm_gradient", _gradient, mutates_args=())
+_weight_gradient_op = torch.library.custom_op(
+    "peft_moe_compat::grouped_mm_weight_gradient", _weight_gradient, mutates_args=()
+)
 
 
 @_multiply_op.register_fake
-def _(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001 (the schema's name)
-    return x.new_empty(x.shape[0], weight.shape[2])
+def _(x: Tensor, weight: Tensor, offs: Tensor, order: Tensor | None = None, k: int = 1) -> Tensor:  # noqa: ARG001
+    return x.new_empty((x if order is None else order).shape[0], weight.shape[2])
 
 
-@torch.library.custom_op("peft_moe_compat::grouped_mm_weight_gradient", mutates_args=())
-def _weight_gradient_op(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
-    return _weight_gradient(x, dy, offs)
+@_gradient_op.register_fake
+def _(dy: Tensor, weight: Tensor, offs: Tensor, order: Tensor | None, k: int) -> Tensor:  # noqa: ARG001
+    return dy.new_empty(dy.shape[0] // k, weight.shape[1])
 
 
 @_weight_gradient_op.register_fake
-def _(x: Tensor, dy: Tensor, offs: Tensor) -> Tensor:
+def _(x: Tensor, dy: Tensor, offs: Tensor, order: Tensor | None = None, k: int = 1) -> Tensor:  # noqa: ARG001
     return x.new_empty(offs.shape[0], x.shape[1], dy.shape[1])
-
-
-class _GroupedMM(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        # A frozen weight needs no x, and a constant x no weight: neither is then kept alive.
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, offs)
-        return (_multiply_op if torch.compiler.is_compiling() else multiply)(x, weight, offs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, offs = ctx.saved_tensors
-        product, outer = multiply, _weight_gradient
-        if torch.compiler.is_compiling():
-            product, outer = _multiply_op, _weight_gradient_op
-        dx = None if weight is None else product(dy, weight.transpose(1, 2), offs)
-        dw = None if x is None else outer(x, dy, offs)
-        return dx, dw, None
 
 
 class Gather(NamedTuple):
@@ -148,59 +144,25 @@ class Gather(NamedTuple):
     k: int
 
 
-# The gather is inside the operator: outside it, the partitioner of AOT autograd keeps the gathered rows, k times the
-# hidden states, from forward to backward. An autograd function that gathers again does not help, the two are merged.
-@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm", mutates_args=())
-def _gathered_multiply_op(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
-    return multiply(x[order // k], weight, offs)
-
-
-@_gathered_multiply_op.register_fake
-def _(x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
-    return x.new_empty(order.shape[0], weight.shape[2])
-
-
-@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm_gradient", mutates_args=())
-def _gathered_gradient_op(dy: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
-    rows = multiply(dy, weight.transpose(1, 2), offs)
-    here = torch.arange(order.shape[0], device=order.device) < offs[-1]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.shape[0], device=order.device)
-    return rows.where(here.unsqueeze(1), 0.0)[back].view(-1, k, rows.shape[1]).sum(1)
-
-
-@_gathered_gradient_op.register_fake
-def _(dy: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
-    return dy.new_empty(order.shape[0] // k, weight.shape[1])
-
-
-@torch.library.custom_op("peft_moe_compat::gathered_grouped_mm_weight_gradient", mutates_args=())
-def _gathered_weight_gradient_op(x: Tensor, order: Tensor, k: int, dy: Tensor, offs: Tensor) -> Tensor:
-    return _weight_gradient(x[order // k], dy, offs)
-
-
-@_gathered_weight_gradient_op.register_fake
-def _(x: Tensor, order: Tensor, k: int, dy: Tensor, offs: Tensor) -> Tensor:  # noqa: ARG001
-    return x.new_empty(offs.shape[0], x.shape[1], dy.shape[1])
-
-
-class _GatheredGroupedMM(torch.autograd.Function):
-    """For compiled graphs."""
-
+class _GroupedMM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, k: int, weight: Tensor, offs: Tensor) -> Tensor:
-        needs_x, _, _, needs_weight = ctx.needs_input_grad[:4]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offs: Tensor, order: Tensor | None, k: int) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        # A frozen weight needs no x, and a constant x no weight: neither is then kept alive.
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, offs, order)
         ctx.k = k
-        ctx.save_for_backward(x if needs_weight else None, order, weight if needs_x else None, offs)
-        y: Tensor = _gathered_multiply_op(x, order, k, weight, offs)
-        return y
+        return (_multiply_op if torch.compiler.is_compiling() else multiply)(x, weight, offs, order, k)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, Tensor | None, None]:
-        x, order, weight, offs = ctx.saved_tensors
-        dx = None if weight is None else _gathered_gradient_op(grads[0], order, ctx.k, weight, offs)
-        dw = None if x is None else _gathered_weight_gradient_op(x, order, ctx.k, grads[0], offs)
-        return dx, None, None, dw, None
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, weight, offs, order = ctx.saved_tensors
+        inner, outer = _gradient, _weight_gradient
+        if torch.compiler.is_compiling():
+            inner, outer = _gradient_op, _weight_gradient_op
+        dx = None if weight is None else inner(dy, weight, offs, order, ctx.k)
+        dw = None if x is None else outer(x, dy, offs, order, ctx.k)
+        return dx, dw, None, None, None
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, gather: Gather | None = None) -> Tensor:
@@ -216,9 +178,5 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, gather: Gather | None = 
     Returns:
         "S out" in the dtype of `weight`. No host synchronisation on the torch backend.
     """
-    x = x.to(weight.dtype)
-    if gather is not None:
-        gathered: Tensor = _GatheredGroupedMM.apply(x, *gather, weight, offs)  # type: ignore[no-untyped-call]
-        return gathered
-    out: Tensor = _GroupedMM.apply(x, weight, offs)  # type: ignore[no-untyped-call]
+    out: Tensor = _GroupedMM.apply(x.to(weight.dtype), weight, offs, *(gather or (None, 1)))  # type: ignore[no-untyped-call]
     return out

@@ -8,7 +8,6 @@ products with lora_A. Never the gathered rows, the activation or the down projec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -223,14 +222,13 @@ def fused_experts(
         hidden: "T H".
         top_k_index, top_k_weights: "T k"; ids outside 0..E-1 contribute nothing.
         up: The base weights must need no gradient.
-        read_down: Gives the down projection, once the device is busy with the other.
+        read_down: Gives the down projection, once the device is busy with the other; may be called twice.
 
     Returns:
         "T H" in the dtype of `hidden`.
     """
     hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
     if top_k_index.numel() <= MOST_ROWS and isinstance(function, Nonlinearity):
-        read_down = cache(read_down)  # read once, also where it turns out that something trains
         down = read_down()
         if not any_trains(_leaves(hidden, top_k_weights, up, down)):
             return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
