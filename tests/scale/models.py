@@ -100,22 +100,18 @@ def train(
 
 
 class Calls:
-    """Counts the library's own expert forwards in this process, activating it anew."""
+    """Counts the library's own expert forwards in this process, from when it is made on."""
 
     def __init__(self) -> None:
-        import peft_moe_compat
-        from peft_moe_compat.forward import layer as experts
+        from peft_moe_compat.patching import forward as patched
 
-        self.count, forward = 0, experts.experts_forward
+        self.count, forward = 0, patched.experts_forward
 
         def counted(*args: Any, **kwargs: Any) -> Tensor:
             self.count += 1
             return forward(*args, **kwargs)
 
-        peft_moe_compat.deactivate()
-        experts.experts_forward = counted
-        peft_moe_compat.activate()
-        experts.experts_forward = forward
+        patched.experts_forward = counted
 
     def taken(self) -> int:
         """The calls since this was asked last."""
