@@ -102,7 +102,7 @@ class Report:
         if not self.rows:
             return "peft_moe_compat: the model has no routed experts in fused weights."
         table = Table(title=f"peft_moe_compat {'active' if self.active else 'inactive'}")
-        for heading in ("experts", "parameter", "stored", "adapters", "path", "reason"):
+        for heading in ("experts", "parameter", "stored", "adapters", "path", "backend, reason"):
             table.add_column(heading, overflow="fold", no_wrap=heading in ("experts", "path"))
         for modules, parameter in _folded(self.rows):
             adapters = ", ".join(

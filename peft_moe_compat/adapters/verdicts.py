@@ -12,7 +12,7 @@ from math import isclose
 from typing import Any
 
 from ..errors import AdapterError, AmbiguousAdapterError
-from ..releases import NEWEST_TESTED, RULES
+from ..releases import FIRST_PEFT_FOR_TRANSFORMERS_5, NEWEST_TESTED, RULES
 from .conclusions import ReaderVerdict
 from .decide import Decision
 from .files import read_json
@@ -33,7 +33,7 @@ _WORDS = {
     "reads": "as it is written for it",
     "fails": "it needs {}; convert it with {}",
     "wrong": "it needs {}, and says nothing where that lacks; convert it with {}",
-    "unknown": "it may read it as it is, but a conversion brings {}; to be sure, convert it with {}",
+    "unknown": "not tested as it is, where it lacks {}; to be sure, convert it with {}",
 }
 
 
@@ -47,7 +47,8 @@ def reader_verdicts(source: AdapterSource, decision: Decision, transformers: str
     starts = [rule.since for rule in RULES]
     targets = {}
     for start, end in zip(starts, [*starts[1:], None], strict=True):
-        release = str(start if end else NEWEST_TESTED)
+        # One with that layout that imports beside any transformers.
+        release = str(max(start, FIRST_PEFT_FOR_TRANSFORMERS_5) if end else NEWEST_TESTED)
         targets[f"PEFT >= {start}" + (f", < {end}" if end else "")] = Target("peft", release, transformers)
     targets |= {READERS[name].title: Target(name) for name in ("vllm", "sglang", "llama.cpp")}
     if source.form == "none":
@@ -66,7 +67,9 @@ def _verdict(source: AdapterSource, decision: Decision, target: Target) -> Reade
     verdict = next(v for v in ("fails", "wrong", "unknown", "reads") if v in found or v == "reads")
     to = f"peft=={target.peft}" if target.peft else target.name
     needed = " and ".join(dict.fromkeys(map(str, steps)))
-    return ReaderVerdict(verdict, _WORDS[verdict].format(needed, f"`peft-moe-compat convert ADAPTER OUT --to {to}`"))
+    return ReaderVerdict(
+        verdict, _WORDS[verdict].format(needed, f"`peft-moe-compat convert ADAPTER OUT --to {to} --model BASE`")
+    )
 
 
 def _without(step: Step, source: AdapterSource, target: Target) -> str:

@@ -221,12 +221,17 @@ def _show_conversion(done: Conversion, console: Console) -> None:
 
 def _show_verification(found: Verification, console: Console) -> None:
     table = Table(title="Differences of the updates")
-    for column in ("module", "projection", "max", "relative", ""):
+    columns = ["module", "projection", "max", "relative"]
+    if any(row.note for row in found.rows):
+        columns.append("not compared")
+    for column in columns:
         table.add_column(column, overflow="fold")
     rows = sorted(found.rows, key=lambda row: -row.relative_difference)
     for row in rows[:20]:
         numbers = f"{row.max_difference:.2g}", f"{row.relative_difference:.2g}"
-        table.add_row(escape(row.name), escape(row.projection), *numbers, escape(row.note))
+        table.add_row(
+            escape(row.name), escape(row.projection), *numbers, *[escape(row.note)] * (len(table.columns) - 4)
+        )
     console.print(table)
     if len(rows) > 20:
         console.print(f"and {len(rows) - 20} more with smaller differences")

@@ -283,9 +283,8 @@ def _draw(figure: Any, outcomes: list[dict[str, Any]], settings: Settings) -> No
     )
     *curves, times, memory = figure.subplots(1, len(outcomes) + 2)
     for axes, outcome in zip(curves, outcomes, strict=True):
-        axes.set_title(
-            f"{MODELS[outcome['model']][0]}: losses differ by {outcome['loss_difference']:.0e}, later {outcome['later_difference']:.0e}"
-        )
+        early, late = outcome["loss_difference"], outcome["later_difference"]
+        axes.set_title(f"{MODELS[outcome['model']][0]}: losses differ by {early:.0e}, later {late:.0e}")
         axes.set(xlabel="step", ylabel="loss (nats per byte)")
         for (name, leg), look in zip(outcome["legs"].items(), _LOOKS, strict=True):
             axes.plot(leg["losses"], label=f"{LEGS[name]}, forward: {leg['path']}", **look)

@@ -129,7 +129,7 @@ class FineGrained(Format):
         expected = _scale_shape(module._parameters[name], module.block_size)  # type: ignore[arg-type]
         scale = module._parameters.get(f"{name}_scale_inv")
         found = None if scale is None else tuple(scale.shape)
-        return None if found == expected else because("scale_shape", name, found, expected, module.block_size)
+        return None if found == expected else because("scale_shape", name, found, expected, str(module.block_size))
 
     def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
         dtype = like if isinstance(like, torch.dtype) else _compute_dtype(like)

@@ -72,6 +72,11 @@ class Activation:
 
         found = [(replacement, replacement.there()) for replacement in replacements()]
         for replacement, stock in found:
+            if stock is None:
+                raise UnsupportedPeftError(
+                    f"{replacement.what} is not there in the installed PEFT and transformers. Update peft-moe-compat; "
+                    "until then PEFT's own forward stays in place."
+                )
             if not (owner := _owner(stock)).startswith(replacement.home):
                 raise PatchConflictError(
                     f"{replacement.what} is already patched by {owner}, so peft_moe_compat stays inactive. Use one of "
