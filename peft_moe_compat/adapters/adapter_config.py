@@ -10,14 +10,7 @@ from typing import Any
 from ..errors import AdapterFileError
 from .files import show
 
-__all__ = [
-    "AUTOMODEL_NAME",
-    "CONFIG_NAME",
-    "UNSLOTH_DETAIL",
-    "UNSLOTH_LAYOUT",
-    "AdapterConfig",
-    "parse_config",
-]
+__all__ = ["AUTOMODEL_NAME", "CONFIG_NAME", "UNSLOTH_DETAIL", "UNSLOTH_LAYOUT", "AdapterConfig", "parse_config"]
 
 CONFIG_NAME, AUTOMODEL_NAME = "adapter_config.json", "automodel_peft_config.json"
 

@@ -27,13 +27,7 @@ __all__ = [
 ]
 
 # Names that the configs of transformers 4.57 to 5.24 use, the more specific ones first.
-NUM_EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_routed_experts",
-)
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 INTERMEDIATE = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size")
 DENSE_INTERMEDIATE = ("intermediate_size", "ffn_hidden_size")
 HIDDEN = ("hidden_size", "moe_hidden_size", "moe_latent_size")

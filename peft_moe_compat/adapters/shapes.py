@@ -19,14 +19,7 @@ from .names import role_of
 from .slots import ExpertsModule
 from .source import AdapterSource
 
-__all__ = [
-    "Reading",
-    "Readings",
-    "parameter_order",
-    "readings_by_shape",
-    "readings_by_stamp",
-    "slot_orientations",
-]
+__all__ = ["Reading", "Readings", "parameter_order", "readings_by_shape", "readings_by_stamp", "slot_orientations"]
 
 
 @dataclass(frozen=True)

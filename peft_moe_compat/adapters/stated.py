@@ -38,10 +38,7 @@ class Stated:
     nesting: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for name, said, known in (
-            ("packing", self.packing, PACKINGS),
-            ("orientation", self.orientation, ORIENTATIONS),
-        ):
+        for name, said, known in (("packing", self.packing, PACKINGS), ("orientation", self.orientation, ORIENTATIONS)):
             if said is not None and said not in known:
                 raise AdapterError(f"{name} is {said!r}; one of {', '.join(known)} was expected.")
         if self.written_by is not None:

@@ -40,8 +40,7 @@ _STATED = {
     ],
     "packing": Annotated[str | None, typer.Option(help="rank_major or grouped, where the file does not show it.")],
     "nesting": Annotated[
-        str | None,
-        typer.Option(help="Parameters, innermost wrapper first, with commas; where the shapes do not tell."),
+        str | None, typer.Option(help="Parameters, innermost wrapper first, with commas; where the shapes do not tell.")
     ],
 }
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

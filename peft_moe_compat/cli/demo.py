@@ -38,7 +38,7 @@ MODELS = {
 LEGS = {"stock": "stock PEFT", "ours": "peft_moe_compat"}
 TOLERANCE = 1e-4  # of the two runs' losses in the first half of the steps, and of a reloaded adapter's logits
 # Of the losses afterwards. Rounding may send a token to another expert in one of two runs, and then the curves part by
-# themselves: on some processors stock PEFT's own part by as much from one run to the next.
+# themselves; stock PEFT's own do from one run to the next.
 LATER_TOLERANCE = 2e-2
 LAYERS = 2
 VOCABULARY = 256  # bytes
@@ -156,10 +156,7 @@ def _leg(settings: Settings, name: str, base: dict[str, Tensor], ours: bool) -> 
     model.load_state_dict(base)
     again.load_state_dict(base)
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=2 * settings.rank,
-        target_modules=[],
-        target_parameters=expert_parameters(model),
+        r=settings.rank, lora_alpha=2 * settings.rank, target_modules=[], target_parameters=expert_parameters(model)
     )
     with results.active(ours), tempfile.TemporaryDirectory() as folder:
         set_seed(SEED)

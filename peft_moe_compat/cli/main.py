@@ -29,9 +29,7 @@ register(app)
 
 
 @app.command()
-def check(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
+def check(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
     """Shows whether the package works here: versions, layout rule, probe, backends, known issues. Exit code 0 or 1."""
     found = examine()
     if as_json:

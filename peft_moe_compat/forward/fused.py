@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..errors import CompatWarning
 from ..families import CLAMPED_CLASSES
-from ..model.dynamo import constant_when_compiled
-from ..model.experts import REGISTRY_MODULE, up_name
+from ..model.experts import REGISTRY_MODULE, constant_when_compiled, up_name
 from ..model.weights import is_plain, stored_format
 from ..reasons import Reason, because
 from .backend import chosen

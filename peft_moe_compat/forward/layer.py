@@ -101,11 +101,7 @@ def _project(
 
 
 def experts_forward(
-    module: Any,
-    expert_lora: LoraOf,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    module: Any, expert_lora: LoraOf, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Forward of an experts module made by transformers' `@use_experts_implementation`, with LoRA on its weights.
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..families import FLAT_CLASSES, PACKED_CLASSES, UNDECLARED_CLASSES
-from .dynamo import constant_when_compiled
 from .weights import FP8_MODULE, format_of
 
 __all__ = [
     "REGISTRIES",
     "REGISTRY_MODULE",
     "bare",
+    "constant_when_compiled",
     "declare_layout",
     "dispatching_registry",
     "features",
@@ -41,6 +41,15 @@ REGISTRY_MODULE = "transformers.integrations.moe"
 REGISTRIES = {REGISTRY_MODULE: "ALL_EXPERTS_FUNCTIONS", FP8_MODULE: "ALL_FP8_EXPERTS_FUNCTIONS"}
 
 _DECLARED_ATTRIBUTE = "_peft_moe_compat_is_transposed"
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """As `torch.compiler.assume_constant_result`, which imports all of dynamo, and triton where it is, to set this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def declare_layout(cls_or_module: type[nn.Module] | nn.Module, *, is_transposed: bool | None) -> None:

@@ -62,12 +62,7 @@ def measure_rule(since: Any) -> LayoutRule:
     Raises:
         LayoutError: The product of the factors is not PEFT's own delta, in either orientation.
     """
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
-        torch.no_grad(),
-        warnings.catch_warnings(),
-    ):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT does not know the probe's own module class
         axes = {transposed: _measured_axis(transposed) for transposed in (False, True)}
         # Square, so that the delta has the parameter's shape in both readings and only the numbers differ.

@@ -16,9 +16,7 @@ __all__ = ["expert_parameters"]
 
 
 def expert_parameters(
-    model: nn.Module,
-    projections: Collection[str] | None = None,
-    layers: Collection[int] | None = None,
+    model: nn.Module, projections: Collection[str] | None = None, layers: Collection[int] | None = None
 ) -> list[str]:
     """Names for `LoraConfig(target_parameters=...)` that reach every routed expert weight and nothing else.
 

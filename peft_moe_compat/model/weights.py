@@ -163,14 +163,7 @@ class OtherDtype(Format):
 
 
 # The first that holds a parameter is the one.
-FORMATS: tuple[Format, ...] = (
-    Packed(),
-    Parametrised(),
-    TorchAO(),
-    FineGrained(),
-    FineGrainedFP4(),
-    OtherDtype(),
-)
+FORMATS: tuple[Format, ...] = (Packed(), Parametrised(), TorchAO(), FineGrained(), FineGrainedFP4(), OtherDtype())
 
 
 def _parametrizations(module: nn.Module, name: str) -> Any:

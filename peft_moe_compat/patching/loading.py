@@ -26,13 +26,7 @@ from ..adapters.names import PREFIX
 from ..adapters.source import AdapterSource
 from ..errors import AdapterError
 from .arrival import check_fused, check_per_expert
-from .matching import (
-    UnderstoodFile,
-    convert,
-    differences,
-    live_namer,
-    live_wrappers,
-)
+from .matching import UnderstoodFile, convert, differences, live_namer, live_wrappers
 from .opening import understand
 
 __all__ = ["from_pretrained", "load_adapter", "load_peft_weights", "load_pretrained_model", "load_weights_to_swap"]

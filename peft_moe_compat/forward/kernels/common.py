@@ -11,16 +11,7 @@ import triton.language as tl
 
 from ...layout import Factor
 
-__all__ = [
-    "Config",
-    "Factor",
-    "cdiv",
-    "dot_precision",
-    "factor_tile",
-    "fitting",
-    "roomy",
-    "tile_rows",
-]
+__all__ = ["Config", "Factor", "cdiv", "dot_precision", "factor_tile", "fitting", "roomy", "tile_rows"]
 
 
 class Config(NamedTuple):
