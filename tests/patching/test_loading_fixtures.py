@@ -85,10 +85,12 @@ def test_a_per_expert_file_comes_out_right_or_not_at_all(folder, stock):
         return
     assert zoo.FUSED, error  # experts one by one are loaded in every release
     theirs, refusal = stock(attempt, PeftModel.from_pretrained, base(), folder)
-    if refusal is not None:  # PEFT before 0.19 does not convert such files for fused stacks
+    if refusal is not None:
+        # PEFT before 0.19 does not convert such files for fused stacks; 0.19.0 does, and lays them out as 0.19.1.
+        words = {ValueError: "Target modules .* not found ", RuntimeError: r"Error.*\n\s+size mismatch"}
         for each in (error, refusal):
-            assert isinstance(each, ValueError), each
-            assert re.match("Target modules .* not found in the base model", str(each)), each
+            assert type(each) is type(refusal), each
+            assert re.match(words[type(each)], str(each)), each
         return
     assert isinstance(error, peft_moe_compat.LayoutError), error
     assert re.search(r"\d% off.*peft-moe-compat convert .* --to peft", str(error))
