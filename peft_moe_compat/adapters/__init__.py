@@ -5,7 +5,9 @@ adapter_config, ranks, names     the config, and the names and numbers of the Lo
 base_model, stated               the base model's config; what the caller says
 source, slots                    an adapter opened: every LoRA a typed slot with all of its numbers
 shapes, packing, writer, stamp   what shapes, data, marks and stamps say; `decide` concludes from all of it
-parts, shaping, plan             the experts' LoRA part by part, and as another reader takes it
-readers, outputs, config         readers, what is written for them, and its adapter_config.json
+conclusions, steps               what is concluded and done, as values with their sentences
+parts, shaping, orientations     the experts' LoRA part by part, and how releases lay it out
+readers, refit, outputs, config  what each reader takes; what is written for it, and its adapter_config.json
+plan, verdicts                   a conversion, before anything is read; what it would change, as a reader's verdict
 inspect, convert, verify         the public functions
 """

@@ -1,6 +1,6 @@
 """What is known of the base model an adapter is for: sizes, storage and names of its experts.
 
-Read from the model's `config.json`, or made from a live model by `guard`.
+Read from the model's `config.json`, or made from a live model by `patching.matching`.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ __all__ = [
     "wrapper_chain",
 ]
 
-# The experts implementations whose registry entry `patch` replaces, and the mark on every forward it puts in place.
+# The experts implementations whose registry entry `patching` replaces, and the mark on every forward it puts in place.
 TAKEN_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 TAKES_LORA = "_peft_moe_compat_takes_lora"
 

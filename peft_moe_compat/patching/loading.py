@@ -36,7 +36,7 @@ logger = logging.getLogger("peft_moe_compat")
 
 @dataclass(frozen=True)
 class _Load:
-    """One call that loads an adapter into a model. `file` is None where the guard has nothing to say of it."""
+    """One call that loads an adapter into a model. `file` is None where there is nothing to say of it."""
 
     model: Any
     model_id: str

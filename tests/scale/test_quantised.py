@@ -340,7 +340,7 @@ def test_fullgraph_compile_keeps_no_dequantised_stack_either(stored, checkpointe
 
 
 # What PEFT itself does on these formats, as of 0.21.2. When one of these fails, upstream has mended it: tell
-# `quantised.peft_caveat`.
+# `Format.caveat` in model/weights.py.
 
 
 @pytest.mark.filterwarnings("ignore:Could not find any LoRA parametrization:UserWarning")
