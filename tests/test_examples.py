@@ -20,7 +20,7 @@ LAST = {
     "finetune_and_reload.py": r"largest difference of the logits after loading: \d",
     "old_adapter_made_readable.py": r"converted for peft==.*largest difference of an update: \d",
     "to_vllm.py": r"\d+ tensors, such as base_model\.model\.model\.layers\.\d+\.mlp\.experts\.7\.\w+_proj\.lora_",
-    "trainer_and_trl.py": r"Trainer: loss .*\nSFTTrainer: (loss|trl is not installed)",
+    "trainer_and_trl.py": r"(?ms)^Trainer: loss .*^SFTTrainer: (loss|trl is not installed)",
     "two_gpus.py": r"saved to ",
 }
 
