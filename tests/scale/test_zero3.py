@@ -91,6 +91,7 @@ def _attempt(function):
 
 
 def _on_two_ranks(folder: str):
+    torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed reserves gigabytes it never touches
     os.environ.update(DS_ACCELERATOR="cpu")
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
