@@ -6,14 +6,9 @@ same must hold: whatever form the factors come out in, this library gives PEFT's
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from support import zoo
+from support.processes import result_of
 
 SCRIPT = """
 import importlib, json, sys, tempfile
@@ -85,18 +80,7 @@ print("RESULT" + json.dumps({"loaded": loaded, "patched": patched, "patches": pa
 
 @pytest.mark.parametrize("family", [f for f in zoo.FAMILIES if f in ("mixtral", "gpt_oss")])
 def test_after_load_adapter_the_numbers_are_pefts_or_refused(family):
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, family],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"PEFT_MOE_COMPAT": "1"},
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
-    found = json.loads(line.removeprefix("RESULT"))
+    found = result_of(SCRIPT, family, timeout=120)
     if family == "mixtral":  # has a conversion mapping, which is what sets the patch off
         assert found["patched"] == found["patches"], found
     # Only where PEFT has been rewritten can its own forward fail.

@@ -5,13 +5,8 @@ The oracle is the truth each writing release recorded beside its file (`fixtures
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -19,6 +14,7 @@ import transformers
 from packaging.version import Version
 from peft import PeftModel
 from support import zoo
+from support.processes import result_of
 from support.written_files import (
     FUSED,
     TRUTHS,
@@ -152,17 +148,6 @@ print("RESULT" + json.dumps(found))
 )
 def test_transformers_own_loader_reads_them_too():
     """In a process of its own: transformers 5.0 to 5.12 rewrite PEFT when this is called."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", TRANSFORMERS_SCRIPT],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"PEFT_MOE_COMPAT": "1"},
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
-    found = json.loads(line.removeprefix("RESULT"))
+    found = result_of(TRANSFORMERS_SCRIPT, timeout=300)
     assert found.keys() == {name_of(folder) for folder in FUSED}
     assert sum(outcome == "right" for outcome in found.values()) > len(FUSED) // 4, set(found.values())
