@@ -198,7 +198,10 @@ def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig
     (place, (lora_A, _)), *more = places.items()
     if more or place.form != "fused":
         return False
-    parameters = targeted_parameters(config.target_parameters, path) or ("",)
+    targets = config.target_parameters
+    if "expert" not in path.rpartition(".")[2]:  # bare names, `gate_up_proj`, are experts' wherever another one fits
+        targets = tuple(target for target in targets if targeted_matrix((target,), path)) or targets
+    parameters = targeted_parameters(targets, path) or ("",)
     return all(lora_rank(config.raw, f"{path}.{name}") == lora_A.shape[0] for name in parameters)
 
 
