@@ -19,6 +19,7 @@ from support.adapter_files import (
     LAYER,
     MIXTRAL,
     NEMOTRON,
+    PREFIX,
     QWEN,
     ROLES,
     Contents,
@@ -311,7 +312,7 @@ def test_a_conversion_keeps_every_update(case, to, tmp_path):
     rest = {name: tensor for name, tensor in original.items() if ".lora_" not in name}
     assert_identical(found.rest, {} if lossy else rest)
     if to not in ("sglang", "llama.cpp"):
-        linears = {n: t for n, t in original.items() if ".self_attn." in n}
+        linears = {PREFIX + n.removeprefix(PREFIX): t for n, t in original.items() if ".self_attn." in n}
         assert_identical({n: t for n, t in load(out).items() if ".self_attn." in n}, linears)
     check_config(out, to)
     if to in ("sglang", "llama.cpp") or not lossy:
