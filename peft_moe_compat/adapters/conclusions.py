@@ -66,6 +66,7 @@ SENTENCES = {
     "unsloth_left": "{unsloth}, which left {family} to PEFT's own forward",
     "packing_unsaid": "nothing in the config says how lora_B is packed",
     "packing_same": "with one expert or rank 1 both packings are the same",
+    "packing_unfolded": "the factors are stacks, of which no columns are packed",
     "packing_zero": "every lora_B is zero, the same under both packings",
     "data_against": "but the data speak against it: {data}",
     "data_silent": "lora_B is zero, or of one expert or rank 1: its values show no packing",

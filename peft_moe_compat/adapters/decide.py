@@ -180,6 +180,8 @@ def _packing(
 ) -> Conclusion:
     if stated.packing is not None:
         return Conclusion(stated.packing, "stated", (_SAID,))
+    if all(slot.unfolded for module in source.modules for slot in module.slots):
+        return Conclusion("either", "certain", (Evidence("packing_unfolded"),))
     written = " | ".join(sorted(set(writer.packings.values()))) or None
     if writer.marked:
         return Conclusion(written, "certain", (writer.packing_evidence,))

@@ -1,10 +1,14 @@
 """The names of the tensors in an adapter file, sorted into what they belong to.
 
-Three forms hold the LoRA of routed experts; everything else in the file is `other` and never touched.
+Three forms hold the LoRA of routed experts. What else bears LoRA in or under an experts module is `unknown`, and
+everything else in the file `other`, which is never touched.
 
-    fused       `P.lora_A.weight`, `P.base_layer.lora_A.weight`: PEFT's ParamWrapper, one flat pair per nesting level
-    per_expert  `P.3.gate_proj.lora_A.weight`: a LoRA of its own on each expert's linears
-    stacked     `P.gate_up_proj.lora_A.weight`, 3-D: "E r in" and "E out r"; or 2-D, where all experts share it (VeOmni)
+    fused       `P.lora_A.weight`, `P.base_layer.lora_A.weight`: PEFT's ParamWrapper, one flat pair per nesting level;
+                or unfolded to 3-D, in true orientation
+    per_expert  `P.3.gate_proj.lora_A.weight`, `P.gate_proj.3.lora_A.weight`: a LoRA of its own on each expert's linears
+    stacked     `P.gate_up_proj.lora_A.weight`, 3-D: "E r in" and "E out r"
+
+One factor of the last two may be shared by all experts: a matrix, or a stack of one, under the name of the stack.
 """
 
 from __future__ import annotations
@@ -40,10 +44,21 @@ PREFIX = "base_model.model."
 # What torch.compile, FSDP and checkpointing put into the name of a module that they wrap.
 _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.weight)?$")
-_EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d+)\.(?P<projection>\w+)$")
-# Names of an expert's linears -> role, with llama.cpp's for stacks, in what this package writes for it.
-LINEAR_NAMES = families.LINEAR_NAMES | {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
-
+# Linears of an expert, and lists of the experts' linears, as gpt_oss has them in 4 bit. No model has 10^5 experts.
+_EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d{1,5})\.(?P<name>\w+)$")
+_LISTED = re.compile(r"^(?P<path>.+)\.(?P<name>\w+_projs)\.(?P<expert>\d{1,5})$")
+# NeMo Automodel's own names, "E in r" and "E r out".
+_NATIVE = re.compile(r"^(?P<path>.+)\.lora_(?P<name>gate_and_up|down|up)_(?P<factor>[AB])$")
+_NATIVE_NAMES = {"gate_and_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}
+# A component of a path that is an experts module, or resembles one; those of shared experts are ordinary.
+_EXPERTS = re.compile(r"^(?!.*share).*(expert|exps)")
+# Names of an expert's linears in any family -> role; of lists of them; and llama.cpp's for stacks, in what this package
+# writes for it.
+LINEAR_NAMES = (
+    families.LINEAR_NAMES
+    | {"gate_up_projs": "gate_up", "gate_projs": "gate", "up_projs": "up", "down_projs": "down"}
+    | {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
+)
 
 Factors = tuple[TensorInfo, TensorInfo]  # lora_A and lora_B
 
@@ -79,11 +94,13 @@ class Names:
     Attributes:
         prefix: What precedes the module paths, PEFT's `base_model.model.` or nothing.
         pairs: Path of an experts module -> its places -> lora_A and lora_B.
-        other: Names of all further tensors, in the order of the file.
+        unknown: Names of tensors that are LoRA in or under an experts module, and that no rule places.
+        other: Names of all further tensors, in the order of the file; empty ones of experts are left out.
     """
 
     prefix: str
     pairs: Mapping[str, Mapping[Place, Factors]]
+    unknown: tuple[str, ...]
     other: tuple[str, ...]
 
 
@@ -160,24 +177,21 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     """
     prefix = PREFIX if any(name.startswith(PREFIX) for name in infos) else ""
     halves: dict[Place, dict[str, TensorInfo]] = {}
+    empty = set()
     for name, info in infos.items():
-        found = _place(unwrapped(name.removeprefix(prefix)), len(info.shape), config.target_parameters)
+        clean = unwrapped(name.removeprefix(prefix))
+        found = _place(clean, len(info.shape), config.target_parameters)
         if found is None:
+            # As some writers leave the projection that a model has not.
+            if info.nbytes == 0 and _is_of_experts(clean):
+                empty.add(name)
             continue
         place, factor = found
         pair = halves.setdefault(place, {})
         if factor in pair:
             raise same_tensor(pair[factor].name, name)
         pair[factor] = info
-    by_path: dict[str, dict[Place, Factors]] = {}
-    for place, pair in halves.items():
-        if len(pair) == 1:
-            (there,) = pair
-            raise AdapterFileError(
-                f"lora_{'B' if there == 'A' else 'A'} of {place.path!r} ({place}) is missing; only "
-                f"{pair[there].name!r} is there. Is the file complete?"
-            )
-        by_path.setdefault(place.path, {})[place] = pair["A"], pair["B"]
+    by_path = _paired(halves)
     for path, places in by_path.items():
         depths = sorted(place.depth for place in places if place.form == "fused")
         if depths != list(range(len(depths))):
@@ -187,7 +201,66 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
             )
     pairs = {path: places for path, places in by_path.items() if not _is_matrix(path, places, config)}
     experts = {factor.name for places in pairs.values() for pair in places.values() for factor in pair}
-    return Names(prefix, pairs, tuple(name for name in infos if name not in experts))
+    other = [name for name in infos if name not in experts and name not in empty]
+    # What stands beside a pair, a magnitude or a bias, is part of its LoRA.
+    stems = {_stem(name, prefix) for places in by_path.values() for pair in places.values() for name in _names(pair)}
+    unknown = tuple(
+        n for n in other if _is_of_experts(unwrapped(n.removeprefix(prefix))) and _stem(n, prefix) not in stems
+    )
+    return Names(prefix, pairs, unknown, tuple(other))
+
+
+def _names(pair: Factors) -> tuple[str, str]:
+    return pair[0].name, pair[1].name
+
+
+def _stem(name: str, prefix: str) -> str:
+    """What a tensor is the LoRA of."""
+    return unwrapped(name.removeprefix(prefix)).rpartition(".lora_")[0]
+
+
+def _is_of_experts(name: str) -> bool:
+    """Whether a tensor is LoRA in or under what is, or resembles, a module of routed experts."""
+    module, lora, _ = name.lower().rpartition("lora_")
+    *above, last = module.rstrip(".").split(".")
+    # `pre_expert_proj` is a linear beside the experts.
+    inside = any(map(_EXPERTS.search, above)) or last.endswith(("expert", "experts", "exps"))
+    return bool(lora) and inside and "share" not in module
+
+
+def _paired(halves: Mapping[Place, Mapping[str, TensorInfo]]) -> dict[str, dict[Place, Factors]]:
+    """Path -> places -> lora_A and lora_B; a factor that all experts share goes to each of them.
+
+    Raises:
+        AdapterFileError: One half of a pair is missing.
+    """
+    shared = {
+        (place.path, place.name): pair for place, pair in halves.items() if place.form == "stacked" and len(pair) == 1
+    }
+    used = set()
+    found: dict[str, dict[Place, Factors]] = {}
+    for place, pair in halves.items():
+        if place.form == "stacked" and len(pair) == 1:
+            continue
+        both = dict(pair)
+        if place.form == "per_expert" and len(pair) == 1 and (place.path, place.name) in shared:
+            both |= shared[place.path, place.name]
+            used.add((place.path, place.name))
+        if len(both) == 1:
+            raise _half(place, both)
+        found.setdefault(place.path, {})[place] = both["A"], both["B"]
+    for place, pair in halves.items():
+        if place.form == "stacked" and len(pair) == 1 and (place.path, place.name) not in used:
+            raise _half(place, pair)
+    return found
+
+
+def _half(place: Place, pair: Mapping[str, TensorInfo]) -> AdapterFileError:
+    (there,) = pair
+    return AdapterFileError(
+        f"lora_{'B' if there == 'A' else 'A'} of {place.path!r} ({place}) is missing; only {pair[there].name!r} is "
+        "there. Is the file complete?"
+    )
 
 
 def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig) -> bool:
@@ -196,7 +269,7 @@ def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig
     PEFT of every release lays those out like the LoRA of a linear, so there is nothing to convert.
     """
     (place, (lora_A, _)), *more = places.items()
-    if more or place.form != "fused":
+    if more or place.form != "fused" or len(lora_A.shape) != 2:
         return False
     targets = config.target_parameters
     if "expert" not in path.rpartition(".")[2]:  # bare names, `gate_up_proj`, are experts' wherever another one fits
@@ -207,8 +280,11 @@ def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig
 
 def _place(name: str, ndim: int, target_parameters: Sequence[str]) -> tuple[Place, str] | None:
     """(place, "A" or "B") of a tensor; None where it is no experts' LoRA."""
+    native = _NATIVE.match(name)
+    if native and ndim == 3 and _EXPERTS.search(native["path"].rpartition(".")[2]):
+        return Place("stacked", native["path"], name=_NATIVE_NAMES[native["name"]]), native["factor"]
     match = _LORA.match(name)
-    if match is None or match["adapter"] == "bias":
+    if match is None or match["adapter"] == "bias" or ndim not in (2, 3):
         return None
     parts = match["module"].split(".")
     depth = len(parts)
@@ -217,14 +293,14 @@ def _place(name: str, ndim: int, target_parameters: Sequence[str]) -> tuple[Plac
     depth -= len(parts)
     path = ".".join(parts)
     module, _, parameter = path.rpartition(".")
+    expert = _EXPERT.match(path) or _LISTED.match(path)
+    if expert and expert["name"] in LINEAR_NAMES and _EXPERTS.search(expert["path"].rpartition(".")[2]):
+        place = Place("per_expert", expert["path"], expert=int(expert["expert"]), name=expert["name"])
+        return (place, match["factor"]) if ndim == 2 else None
     shared = parameter in LINEAR_NAMES and module.rpartition(".")[2] == "experts"
     if (ndim == 3 and (parameter in LINEAR_NAMES or "expert" in module)) or (ndim == 2 and shared):
         return Place("stacked", module, name=parameter), match["factor"]
-    expert = _EXPERT.match(path)
-    if expert and expert["projection"] in LINEAR_NAMES and "expert" in expert["path"].rpartition(".")[2]:
-        place = Place("per_expert", expert["path"], expert=int(expert["expert"]), name=expert["projection"])
-        return place, match["factor"]
-    targeted = targeted_matrix(target_parameters, path) is not None
-    if ndim == 2 and (targeted or depth or parts[-1] == "experts"):
+    targeted = ndim == 2 and targeted_matrix(target_parameters, path) is not None
+    if targeted or depth or parts[-1] == "experts":
         return Place("fused", path, depth), match["factor"]
     return None

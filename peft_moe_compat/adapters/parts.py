@@ -15,7 +15,7 @@ from ..layout import ExpertLora, from_flat
 from .decide import Decision
 from .names import linear_role, role_of
 from .shapes import slot_orientations
-from .slots import ExpertSlot, ExpertsModule, LinearSlot, Slot, StackSlot
+from .slots import ExpertSlot, ExpertsModule, FusedSlot, LinearSlot, Slot, StackSlot
 from .steps import Step
 
 __all__ = ["Part", "expert_parts", "plain_part"]
@@ -48,7 +48,7 @@ class Part:
     @property
     def reads(self) -> tuple[str, ...]:
         """Names of the tensors it needs."""
-        return tuple(name for slot in self.slots for name in slot.names)
+        return tuple(dict.fromkeys(name for slot in self.slots for name in slot.names))
 
     @cached_property
     def meta(self) -> ExpertLora:
@@ -89,8 +89,11 @@ def _fused_parts(module: ExpertsModule, decision: Decision) -> list[Part]:
     found = []
     for name, slot, count, orientation in zip(reading.nesting, module.slots, reading.counts, each, strict=True):
         numbers = slot.candidates[name]
-        how = (count, orientation, decision.packing_of(name), numbers.scaling)
-        load = partial(_from_pair, slot.names, how)
+        if slot.unfolded:
+            load = partial(_from_stacks, slot, numbers.scaling)
+        else:
+            how = (count, orientation, decision.packing_of(name), numbers.scaling)
+            load = partial(_from_pair, slot.names, how)
         found.append(Part(module.path, name, role_of(module.path, name), numbers.alpha, (slot,), load))
     return found
 
@@ -103,20 +106,24 @@ def _from_pair(names: tuple[str, str], how: tuple[int, str, str, float], tensors
     return from_flat(A, B, num_experts, orientation=orientation, packing=packing, scaling=scaling)
 
 
+def _from_stacks(slot: FusedSlot, scaling: float, tensors: Mapping[str, Tensor]) -> ExpertLora:
+    A, B = (tensors[name] for name in slot.names)
+    return ExpertLora(A, B if slot.expert_slowest else B.permute(2, 0, 1), scaling)
+
+
 def _stack_part(path: str, slot: StackSlot, num_experts: int | None) -> Part:
-    if slot.layout == "shared" and num_experts is None:
+    total = slot.num_experts if slot.num_experts > 1 else num_experts
+    if total is None:
         raise AdapterError(
             f"All experts of {path!r} share one LoRA on {slot.parameter}. Pass --model (model=...) to tell how many "
             "experts there are."
         )
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
-        A, B = (tensors[name] for name in slot.names)
-        if slot.layout == "shared":
-            A, B = A.expand(num_experts or 0, -1, -1), B.expand(num_experts or 0, -1, -1)
-        elif slot.layout == "transposed":
+        A, B = (stack if stack.ndim == 3 else stack[None] for stack in (tensors[name] for name in slot.names))
+        if slot.layout == "transposed":
             A, B = A.transpose(1, 2), B.transpose(1, 2)
-        return ExpertLora(A, B, slot.numbers.scaling)
+        return ExpertLora(A.expand(total, -1, -1), B.expand(total, -1, -1), slot.numbers.scaling)
 
     role = role_of(path, slot.parameter) or linear_role(slot.parameter)
     return Part(path, slot.parameter, role, slot.numbers.alpha, (slot,), load)
@@ -126,10 +133,15 @@ def plain_part(slot: LinearSlot) -> Part:
     """The LoRA of an ordinary linear, as that of a single expert."""
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
-        A, B = (tensors[name][None] for name in slot.names)
+        A, B = (factor if factor.ndim == 3 else factor[None] for factor in (tensors[name] for name in slot.names))
         return ExpertLora(A, B, slot.numbers.scaling)
 
     return Part(slot.path, slot.path.rpartition(".")[2], None, slot.numbers.alpha, (slot,), load)
+
+
+def _of_expert(factor: Tensor, expert: int) -> Tensor:
+    """An expert's matrix of a factor: its own, or that of a stack, which may be of one for all."""
+    return factor if factor.ndim == 2 else factor[expert if factor.shape[0] > 1 else 0]
 
 
 def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], total: int, fill: bool) -> Part:
@@ -143,7 +155,7 @@ def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], tota
             f"{what} has LoRA for {len(experts)} of {total} experts (expert {missing[0]} has none). Pass "
             "--fill-missing (fill_missing=True) to give the others a LoRA of zeros, which changes nothing."
         )
-    if len(sizes := {(slot.lora_A.shape[1], slot.lora_B.shape[0]) for slot in experts.values()}) > 1:
+    if len(sizes := {(slot.lora_A.shape[-1], slot.lora_B.shape[-2]) for slot in experts.values()}) > 1:
         raise AdapterFileError(f"{what} differs in size between experts: (in, out) are {sorted(sizes)}.")
     ((fan_in, fan_out),) = sizes
     numbers = {expert: slot.numbers for expert, slot in experts.items()}
@@ -165,7 +177,7 @@ def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], tota
     alpha = kept[0] if kept else scaling * (rank**0.5 if rslora else rank)
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
-        pairs = {e: (tensors[slot.lora_A.name], tensors[slot.lora_B.name]) for e, slot in experts.items()}
+        pairs = {e: [_of_expert(tensors[name], e) for name in slot.names] for e, slot in experts.items()}
         dtypes_A, dtypes_B = ([factor.dtype for factor in factors] for factors in zip(*pairs.values(), strict=True))
         dtypes_B += [torch.float32] if folds else []
         like, _ = next(iter(pairs.values()))

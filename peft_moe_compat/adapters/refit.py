@@ -29,13 +29,14 @@ def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) 
     for module in source.modules:
         parts = expert_parts(module, decision, base.num_experts if base else None, fill_missing)
         if base is not None and module.form != "fused":  # what is fused was checked by `decide`
+            if not base.gated:  # the up projection, as SGLang, Tinker and NeMo Automodel call it
+                parts = [replace(part, role="up") if part.role in ("gate", "gate_up") else part for part in parts]
             for part in parts:
                 lora = part.meta
                 base.require(part.path, part.name, part.role, lora.num_experts, (lora.in_features, lora.out_features))
-            if not base.gated:  # the up projection, as SGLang calls it
-                parts = [replace(part, role="up") if part.role == "gate" else part for part in parts]
             if module.form == "per_expert" and base.interleaved:
-                parts = [alternating(part) for part in parts]
+                # ms-swift has gate, then up; the linears of a list are the base's own, whose rows alternate.
+                parts = [part if part.name == "gate_up_projs" else alternating(part) for part in parts]
         found += parts
     return found
 

@@ -147,7 +147,7 @@ def _possible(
         if counts is None or (model is None and len(set(counts)) > 1):
             continue
         roles = [role_of(module.path, name) for name in nesting]
-        for orientation in ORIENTATIONS:
+        for orientation in ("linear",) if any(slot.unfolded for slot in module.slots) else ORIENTATIONS:
             each = slot_orientations(orientation, counts)
             sizes = [slot.features(one) for slot, one in zip(module.slots, each, strict=True)]
             stacks = zip(nesting, roles, counts, sizes, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
@@ -39,33 +40,41 @@ class Slot:
 
 @dataclass(frozen=True)
 class FusedSlot(Slot):
-    """PEFT's flat pair of one parameter: lora_A "(E r) p" and lora_B "q (E r)".
+    """PEFT's pair of one parameter: lora_A "(E r) p" and lora_B "q (E r)".
+
+    Or unfolded by others, and then linear: "E r in" with "E out r" (twinkle), or with "out r E" (for vLLM).
 
     Attributes:
         candidates: Parameters it may be on -> the numbers it has there.
+        expert_slowest: Whether lora_B is "E out r".
     """
 
     candidates: Mapping[str, Numbers]
+    expert_slowest: bool = False
 
     @property
     def rows(self) -> int:
         """E * r."""
-        return self.lora_A.shape[0]
+        return prod(self.lora_A.shape[:-1])
 
     def num_experts(self, parameter: str) -> int | None:
         """E on that parameter, None where the rows are no multiple of its rank."""
         count, rest = divmod(self.rows, self.candidates[parameter].rank)
         return None if rest else count or None
 
+    @property
+    def unfolded(self) -> bool:
+        return len(self.lora_A.shape) == 3
+
     def features(self, orientation: str) -> tuple[int, int]:
         """(in, out) under that orientation."""
-        p, q = self.lora_A.shape[1], self.lora_B.shape[0]
+        p, q = self.lora_A.shape[-1], self.lora_B.shape[self.expert_slowest]
         return (p, q) if orientation == "linear" else (q, p)
 
 
 @dataclass(frozen=True)
 class ExpertSlot(Slot):
-    """A pair of matrices, "r in" and "out r", on one expert's linear."""
+    """A pair of matrices, "r in" and "out r", on one expert's linear; one of them may be, or be in, a stack for all."""
 
     expert: int
     linear: str
@@ -74,17 +83,21 @@ class ExpertSlot(Slot):
 
 @dataclass(frozen=True)
 class StackSlot(Slot):
-    """A pair of stacks, or of matrices that all experts share.
+    """A pair of stacks. One that all experts share is a stack of one, or a matrix.
 
     Attributes:
         parameter: Parameter or linear, as the file names it.
-        layout: `"stacked"`, "E r in" and "E out r"; `"transposed"`, "E in r" and "E r out"; `"shared"`, "r in" and
-            "out r".
+        layout: `"stacked"`, "E r in" and "E out r", or `"transposed"`, "E in r" and "E r out".
     """
 
     parameter: str
     layout: str
     numbers: Numbers
+
+    @property
+    def num_experts(self) -> int:
+        """E; 1 where all experts share both factors."""
+        return max(_stack(self.lora_A)[0], _stack(self.lora_B)[0])
 
 
 @dataclass(frozen=True)
@@ -157,23 +170,27 @@ def experts_modules(
 
 def _fused_slot(path: str, pair: Factors, parameters: Iterable[str], config: AdapterConfig) -> FusedSlot:
     lora_A, lora_B = pair
-    (rows, p), (q, columns) = lora_A.shape, lora_B.shape
-    if rows != columns or 0 in (rows, p, q):
+    A, B = lora_A.shape, lora_B.shape
+    flat = len(A) == len(B) == 2 and A[0] == B[1]
+    unfolded = [len(A) == len(B) == 3 and A[:2] == there for there in ((B[-1], B[-2]), (B[0], B[-1]))]
+    if 0 in (*A, *B) or [flat, *unfolded].count(True) != 1:
         raise AdapterFileError(
-            f"{lora_A.name!r} is {rows} x {p} and {lora_B.name!r} {q} x {columns}; '(E r) p' and 'q (r E)' with "
-            "the same E * r were expected. Do the two belong to the same adapter?"
+            f"{lora_A.name!r} is {A} and {lora_B.name!r} {B}; '(E r) p' and 'q (r E)' with the same E * r were "
+            "expected, or 'E r in' with either 'E out r' or 'out r E'. Do the two belong to the same adapter?"
         )
-    return FusedSlot(lora_A, lora_B, {name: lora_numbers(config.raw, f"{path}.{name}") for name in parameters})
+    numbers = {name: lora_numbers(config.raw, f"{path}.{name}") for name in parameters}
+    return FusedSlot(lora_A, lora_B, numbers, expert_slowest=unfolded[1])
 
 
 def _expert_slot(place: Place, pair: Factors, config: AdapterConfig) -> ExpertSlot:
     A, B = (factor.shape for factor in pair)
-    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+    fits = all(len(shape) == 2 or 1 == shape[0] or place.expert < shape[0] for shape in (A, B))
+    if not fits or A[-2] != B[-1]:
         raise AdapterFileError(
             f"{place.path!r}, {place.name}, expert {place.expert}: lora_A is {A} and lora_B {B}; 'r in', 'out r' "
             "were expected."
         )
-    numbers = lora_numbers(config.raw, f"{place.path}.{place.expert}.{place.name}", A[0])
+    numbers = lora_numbers(config.raw, f"{place.path}.{place.expert}.{place.name}", A[-2])
     return ExpertSlot(*pair, place.expert, place.name, numbers)
 
 
@@ -181,26 +198,33 @@ def _stack_slot(place: Place, pair: Factors, config: AdapterConfig, layouts: set
     """A tie between two layouts is broken by the rank in the config, and then by the file's other stacks."""
     A, B = (factor.shape for factor in pair)
     fitting = _layouts(place, pair, config)
-    if len(A) == len(B) == 2 and A[0] == B[1]:
-        fitting = [("shared", A[0])]
-    elif len(fitting) > 1:
+    if len(fitting) > 1:
         fitting = [(layout, rank) for layout, rank in fitting if layout in layouts]
     if len(fitting) != 1:
         raise AdapterFileError(
             f"{pair[0].name!r} is {A} and {pair[1].name!r} {B}; either 'E r in' with 'E out r' or 'E in r' with 'E r "
-            "out' was expected, with the rank that adapter_config.json gives. Is it the config of this file?"
+            "out' was expected, with the rank that adapter_config.json gives; 1 in place of E, or a matrix, where all "
+            "experts share a factor. Is it the config of this file?"
         )
     ((layout, rank),) = fitting
     numbers = lora_numbers(config.raw, f"{place.path}.{place.name}", rank)
     return StackSlot(*pair, place.name, layout, numbers)
 
 
+def _stack(factor: TensorInfo) -> tuple[int, ...]:
+    """Its shape as a stack; a matrix is one for all experts."""
+    return factor.shape if len(factor.shape) == 3 else (1, *factor.shape)
+
+
 def _layouts(place: Place, pair: Factors, config: AdapterConfig) -> list[tuple[str, int]]:
-    """(layout, rank) of each 3-D layout the two shapes allow, by the rank in the config where they allow both."""
-    A, B = (factor.shape for factor in pair)
-    if not (len(A) == len(B) == 3 and A[0] == B[0]):
+    """(layout, rank) of each layout the two shapes allow, by the rank in the config where they allow both."""
+    A, B = map(_stack, pair)
+    # A matrix beside a stack is one expert's, whose names overwrote each other (Megatron-Bridge's packed families).
+    if (A[0] != B[0] and 1 not in (A[0], B[0])) or len(pair[0].shape) != len(pair[1].shape):
         return []
-    both = (("stacked", A[1], B[2]), ("transposed", A[2], B[1]))
+    both = [("stacked", A[1], B[2])]
+    if len(pair[0].shape) == 3:
+        both.append(("transposed", A[2], B[1]))
     fitting = [(layout, a) for layout, a, b in both if a == b]
     if len(fitting) < 2:
         return fitting
@@ -226,10 +250,14 @@ def linear_slots(
     for name in list(rest):
         stem = name.removesuffix(".lora_A.weight")
         lora_B = f"{stem}.lora_B.weight"
-        if stem != name and lora_B in rest and len(shape := infos[rest[name]].shape) == 2 and shape[0]:
+        if stem == name or lora_B not in rest:
+            continue
+        A, B = infos[rest[name]], infos[rest[lora_B]]
+        stack_of_one = len(A.shape) == len(B.shape) == 3 and (A.shape[0], B.shape[0], B.shape[2]) == (1, 1, A.shape[1])
+        if (stack_of_one or len(A.shape) == 2) and (rank := A.shape[-2]):
+            del rest[name], rest[lora_B]
             path = stem.removeprefix(PREFIX)
             target = targeted_matrix(config.target_parameters, path)
             key = path if target is None else f"{path}.{target.rpartition('.')[2]}"
-            A, B = infos[rest.pop(name)], infos[rest.pop(lora_B)]
-            found.append(LinearSlot(A, B, path, lora_numbers(config.raw, key, shape[0])))
+            found.append(LinearSlot(A, B, path, lora_numbers(config.raw, key, rank)))
     return tuple(found), rest

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import AdapterError, AdapterFileError
 from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_config
 from .base_model import BaseModel, base_model_of
-from .files import find_adapter, read_json
+from .files import find_adapter, read_json, show
 from .names import Names, sort_names
 from .slots import ExpertsModule, LinearSlot, experts_modules, linear_slots
 from .stamp import Stamp, read_stamp
@@ -88,6 +88,13 @@ def open_adapter(adapter: str | Path, stated: Stated) -> AdapterSource:
 
 
 def _check_experts(folder: Path, names: Names) -> None:
+    if names.unknown:
+        shown = ", ".join(map(show, names.unknown[:4])) + (", ..." if len(names.unknown) > 4 else "")
+        raise AdapterFileError(
+            f"{folder} has {len(names.unknown)} LoRA tensors on experts under names that are not understood: {shown}. "
+            "Left out, the adapter would be another one, so nothing is done with it. Does its writer have an export to "
+            "PEFT's form? docs/adapter-files.md lists the forms that are read."
+        )
     forms = sorted({place.form for places in names.pairs.values() for place in places})
     if len(forms) > 1:
         raise AdapterFileError(

@@ -24,6 +24,7 @@ _SENTENCES = {
     "from_stacked": "the experts' LoRA in another form than these 3-D factors",
     "orientation": "{} factors",
     "nesting": "the wrappers nested the other way round",
+    "unfolded": "matrices for each pair instead of stacks",
     "packing": "lora_B's columns in another order",
     "path": "the experts under another path ({})",
     "linears": "linears called {}",

@@ -147,6 +147,8 @@ def _layout(how: Refit) -> Iterator[Step]:
     """How the same numbers are laid out, or called, otherwise."""
     source, decision, reader = how.source, how.decision, how.target.reader
     if how.form == "fused":
+        if any(slot.unfolded for module in source.modules for slot in module.slots):
+            yield Step("unfolded")
         if decision.orientation.value != how.orientation:
             yield Step("orientation", (how.orientation,))
         if any(r.nesting != parameter_order(path, r.nesting) for path, r in decision.readings.items()):
@@ -176,7 +178,7 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     elif not isclose(lora_alpha({"lora_alpha": given.get("lora_alpha")}, "all"), planned["lora_alpha"], rel_tol=1e-9):
         yield Step("scaling")
     if reader.scaling == "uniform":
-        ranks = {info.shape[-2] for name, info in source.tensors.infos.items() if ".lora_A" in name}
+        ranks = {info.shape[-2] for name, info in source.tensors.infos.items() if ".lora_A" in name and info.shape[1:]}
         if ranks != {given.get("r")}:
             yield Step("rank")
     keys = [lora.key for lora in loras]

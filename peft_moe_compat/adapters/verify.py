@@ -113,6 +113,8 @@ def verify_adapters(
         first, second = _parted(first), _parted(second)
     keys = list(dict.fromkeys([*first.parts, *second.parts]))
     tensors = list(dict.fromkeys([*first.source.rest, *second.source.rest]))
+    if not keys and not tensors:
+        raise AdapterError(f"There is nothing to compare: neither {adapter} nor {other} holds a tensor.")
     rows = []
     for done, key in enumerate(keys):
         rows.append(_compare_parts(key, first, second))

@@ -199,6 +199,8 @@ def known_of_this_pair(*codes: str) -> str:
 def differences(module: ExpertsModule, wrappers: Wrappers, decision: Decision) -> set[str]:
     """What a module's tensors in the file are that its wrappers' are not, in words; empty where they are the same."""
     reading, found = decision.readings[module.path], set()
+    if any(slot.unfolded for slot in module.slots):
+        found.add("its factors are stacks")
     for level, name in enumerate(reversed(reading.nesting)):
         depth, wrapper = wrappers[name]
         if wrapper.num_experts > 1 and orientation_of(wrapper) != reading.orientation:

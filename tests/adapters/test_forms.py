@@ -1,0 +1,255 @@
+"""Every way in which writers spell the LoRA of experts is read as the same updates, and what no rule places is refused.
+
+The names and shapes are those of tests/fixtures/FORMS.md.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support.adapter_files import (
+    FAMILIES,
+    GPT_OSS,
+    PREFIX,
+    QWEN,
+    Spec,
+    assert_updates,
+    attention,
+    lora_config,
+    read_adapter,
+    save,
+    save_per_expert,
+)
+
+from peft_moe_compat import convert_adapter, inspect_adapter, verify_adapters
+from peft_moe_compat.errors import AdapterError, AdapterFileError
+
+NEW = "peft==0.21.2,transformers==5.24.0"
+OUTER = {"gate": "A", "up": "A", "gate_up": "A", "down": "B"}  # the side that faces the hidden size
+
+
+def stem(spec, layer, *parts):
+    return ".".join([PREFIX + spec.family.fused.format(layer), *map(str, parts)])
+
+
+def pair(stem, A, B, end=".weight"):
+    return {f"{stem}.lora_A{end}": A, f"{stem}.lora_B{end}": B}
+
+
+def shared_outer(spec, roles):
+    """Factors whose outer side is the same for all experts."""
+    found = {}
+    for (layer, role), (A, B) in spec.factors(roles).items():
+        sides = {"A": A, "B": B}
+        side = OUTER[role]
+        sides[side] = sides[side][:1].expand_as(sides[side]).contiguous()
+        found[layer, role] = sides["A"], sides["B"]
+    return found
+
+
+def one(role, side, factor):
+    return factor[:1] if OUTER[role] == side else factor
+
+
+def stacks(names):
+    """One stack for each projection, those of the shared sides of one."""
+
+    def tensors(spec, factors):
+        found = {}
+        for (layer, role), (A, B) in factors.items():
+            found |= pair(stem(spec, layer, names[role]), one(role, "A", A), one(role, "B", B))
+        return found
+
+    return tensors
+
+
+def stack_and_matrices(spec, factors):
+    """The shared side a stack of one, the other a matrix for each expert."""
+    found = {}
+    for (layer, role), sides in factors.items():
+        for side, factor in zip("AB", sides, strict=True):
+            if OUTER[role] == side:
+                found[stem(spec, layer, spec.family.linear(role), f"lora_{side}.weight")] = factor[:1]
+            else:
+                for e, matrix in enumerate(factor):
+                    found[stem(spec, layer, e, spec.family.linear(role), f"lora_{side}.weight")] = matrix
+    return found
+
+
+def lists(spec, factors):
+    """Lists of linears, as gpt_oss has them in 4 bit."""
+    found = {}
+    for (layer, role), (A, B) in factors.items():
+        for e in range(spec.E):
+            found |= pair(stem(spec, layer, f"{role}_proj" + "s", e), A[e], B[e])
+    return found
+
+
+def native(spec, factors):
+    """NeMo Automodel's own parameters."""
+    found = {}
+    for (layer, role), (A, B) in factors.items():
+        name = stem(spec, layer, f"lora_{'gate_and_up' if role in ('gate_up', 'up') else role}")
+        found |= {f"{name}_A": A.mT, f"{name}_B": B.mT}
+    return found
+
+
+def unfolded(expert_slowest):
+    """Stacks under the names of PEFT's flat pairs."""
+
+    def tensors(spec, factors):
+        found = {}
+        for (layer, role), (A, B) in factors.items():
+            depth = [] if role == "down" else ["base_layer"]
+            found |= pair(stem(spec, layer, *depth), A, B if expert_slowest else B.permute(1, 2, 0))
+        return found
+
+    return tensors
+
+
+W123 = {"gate": "w1", "up": "w3", "down": "w2"}
+PROJ = {role: f"{role}_proj" for role in OUTER}
+# Spelling -> (factors, tensors, form).
+LINEARS, FUSED = Spec.linear_roles, Spec.fused_roles
+FORMS = {
+    "Tinker": (shared_outer, LINEARS, stacks(W123), "stacked"),
+    "stacks of one": (shared_outer, LINEARS, stacks(PROJ), "stacked"),
+    "gate and up in one": (shared_outer, FUSED, stacks(PROJ), "stacked"),
+    "Megatron-Bridge": (shared_outer, LINEARS, stack_and_matrices, "per_expert"),
+    "lists": (Spec.factors, FUSED, lists, "per_expert"),
+    "NeMo Automodel": (Spec.factors, FUSED, native, "stacked"),
+    "twinkle": (Spec.factors, FUSED, unfolded(True), "fused"),
+    "for vLLM": (Spec.factors, FUSED, unfolded(False), "fused"),
+}
+
+
+def written(folder, spec, form, **config):
+    make, roles, tensors, _ = FORMS[form]
+    factors = make(spec, roles(spec))
+    targets = {"target_parameters": [f"experts.{name}" for name in spec.family.parameters]}
+    config = {**lora_config(spec), **(targets if FORMS[form][3] == "fused" else {}), **config}
+    return save(folder, tensors(spec, factors) | attention(spec), config), spec.updates(factors)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("to", [NEW, "peft==0.18.1,transformers==5.0.0", "per-expert"])
+def test_every_spelling_is_read(tmp_path, family, form, to):
+    spec = Spec(family, attention=True)
+    source, updates = written(tmp_path / "in", spec, form)
+    found = inspect_adapter(source, model=spec.model())
+    assert (found.form, found.other_tensors) == (FORMS[form][3], 4)
+    assert all(verdict.verdict != "reads" for verdict in found.readers.values())
+    done = convert_adapter(source, tmp_path / "out", to=to, model=spec.model())
+    assert done.exactness == "bits"
+    orientation = "linear" if to == NEW or family == GPT_OSS else "reversed"
+    how = {} if to == "per-expert" else {"orientation": orientation, "nesting": family.parameters}
+    assert_updates(read_adapter(tmp_path / "out", family, spec.E, **how).experts, updates)
+    verified = verify_adapters(source, tmp_path / "out", model=spec.model())
+    assert verified.same
+    assert len(verified.rows) >= 4
+
+
+def test_a_projection_that_a_model_has_not_may_be_empty(tmp_path):
+    spec = Spec(FAMILIES[2])
+    factors = spec.factors(("up", "down"))
+    tensors = {}
+    for (layer, role), (A, B) in factors.items():
+        tensors |= pair(stem(spec, layer, "w1" if role == "up" else "w2"), A, B)
+        tensors |= pair(stem(spec, layer, "w3"), torch.empty(0), torch.empty(0))
+    source = save(tmp_path / "in", tensors, lora_config(spec))
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+    found = read_adapter(tmp_path / "out", spec.family, 4, orientation="linear", nesting=spec.family.parameters)
+    assert_updates(found.experts, spec.updates(factors))
+    assert not found.rest
+
+
+UNKNOWN = {
+    "a list of another name": lambda s: pair(stem(s, 0, "gate_up_linears", 0), torch.ones(2, 8), torch.ones(12, 2)),
+    "an expert's linear of another name": lambda s: pair(
+        stem(s, 0, 3, "linear_fc1"), torch.ones(2, 8), torch.ones(12, 2)
+    ),
+    "experts in a list of modules": lambda s: pair(stem(s, 0, "expert_3", "wi"), torch.ones(2, 8), torch.ones(12, 2)),
+    "parameters of another name": lambda s: {
+        stem(s, 0, "lora_gate_and_up_alpha"): torch.ones(4),
+        stem(s, 0, "w13_lora_a"): torch.ones(4, 2, 8),
+    },
+    "an absurd number": lambda s: pair(stem(s, 0, "9" * 5000, "up_proj"), torch.ones(2, 8), torch.ones(6, 2)),
+    "four dimensions": lambda s: pair(stem(s, 0), torch.ones(1, 4, 2, 8), torch.ones(1, 4, 6, 2)),
+}
+
+
+@pytest.mark.parametrize("beside", ["nothing", "attention", "experts"])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_lora_on_experts_that_no_rule_places_is_refused(tmp_path, name, beside):
+    spec = Spec(attention=beside != "nothing", layers=(1,))
+    tensors = UNKNOWN[name](spec) | attention(spec)
+    if beside == "experts":
+        for (layer, role), (A, B) in spec.factors(("gate", "up", "down")).items():
+            tensors |= pair(stem(spec, layer, PROJ[role]), A, B)
+    source = save(tmp_path / "in", tensors, lora_config(spec))
+    for call in (
+        lambda: inspect_adapter(source, model=spec.model()),
+        lambda: convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model()),
+        lambda: verify_adapters(source, source, model=spec.model()),
+    ):
+        with pytest.raises(
+            AdapterFileError, match="2 LoRA tensors on experts under names that are not understood"
+        ) as error:
+            call()
+        assert len(str(error.value)) < 1500
+
+
+def test_what_is_beside_the_experts_is_ordinary(tmp_path):
+    """Shared experts, routers, linears whose names only speak of experts; biases and magnitudes of experts' LoRA."""
+    spec = Spec(layers=(0,))
+    linears = ["mlp.shared_experts.up_proj", "mlp.shared_expert_gate", "mlp.gate", "mlp.pre_expert_proj"]
+    tensors = {}
+    for name in linears:
+        tensors |= pair(f"{PREFIX}model.layers.0.{name}", torch.ones(2, 8), torch.ones(8, 2))
+    tensors |= {stem(spec, 0, 1, "up_proj", "lora_magnitude_vector"): torch.ones(6)}
+    factors = spec.factors(("gate", "up", "down"))
+    source = save_per_expert(tmp_path / "in", spec, factors, extra=tensors)
+    assert inspect_adapter(source, model=spec.model()).other_tensors == 9
+
+
+def test_a_matrix_beside_a_stack_of_one_is_damaged(tmp_path):
+    """Megatron-Bridge gives the experts of packed families one name; the last of them is what is left."""
+    spec = Spec(layers=(0,))
+    tensors = pair(stem(spec, 0, "gate_up_proj"), torch.ones(1, 2, 8), torch.ones(12, 2))
+    source = save(tmp_path / "in", tensors, lora_config(spec))
+    with pytest.raises(AdapterFileError, match="expected"):
+        inspect_adapter(source, model=spec.model())
+
+
+def test_a_comparison_of_nothing_is_refused(tmp_path):
+    for name in ("one", "other"):
+        save(tmp_path / name, {}, lora_config(Spec()))
+    with pytest.raises(AdapterError, match="nothing to compare"):
+        verify_adapters(tmp_path / "one", tmp_path / "other")
+
+
+@pytest.mark.parametrize("form", ["twinkle", "for vLLM"])
+def test_stacks_under_pefts_names_are_linear_whatever_the_config_claims(tmp_path, form):
+    """Of square experts the shapes say nothing, and the release in the config speaks of its flat pairs."""
+    spec = Spec(QWEN, H=12, I=6)
+    source, updates = written(tmp_path / "in", spec, form, peft_version="0.18.1")
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+    found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=QWEN.parameters)
+    assert_updates(found.experts, updates)
+
+
+def test_a_router_may_be_a_stack_of_one(tmp_path):
+    spec = Spec(layers=(0,))
+    factors = spec.factors(("gate_up", "down"))
+    router = pair(f"{PREFIX}model.layers.0.mlp.gate", torch.ones(1, 2, 8), torch.ones(1, 4, 2))
+    tensors = unfolded(True)(spec, factors) | router
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    source = save(tmp_path / "in", tensors, lora_config(spec, target_parameters=targets))
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+    found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=QWEN.parameters)
+    assert_updates(found.experts, spec.updates(factors))
+    assert torch.equal(found.linears["model.layers.0.mlp.gate"], torch.full((4, 8), 2 * spec.alpha / 2).double())
+    assert "mlp.gate.weight" in json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_parameters"]
