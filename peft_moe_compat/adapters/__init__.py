@@ -5,6 +5,7 @@ adapter_config, ranks, names     the config, and the names and numbers of the Lo
 base_model, stated               the base model's config; what the caller says
 source, slots                    an adapter opened: every LoRA a typed slot with all of its numbers
 shapes, packing, writer, stamp   what shapes, data, marks and stamps say; `decide` concludes from all of it
+health, contents                 what the numbers show: of one projection, of the whole file
 conclusions, steps               what is concluded and done, as values with their sentences
 parts, shaping, orientations     the experts' LoRA part by part, and how releases lay it out
 readers, refit, outputs, config  what each reader takes; what is written for it, and its adapter_config.json

@@ -12,6 +12,7 @@ __all__ = [
     "Conclusion",
     "Evidence",
     "ExpertsSummary",
+    "Finding",
     "Inspection",
     "ProjectionSummary",
     "ReaderVerdict",
@@ -76,6 +77,22 @@ SENTENCES = {
     ),
     "data_unclear": "{data}: no clear difference",
     "data_or_ranks": "{data}, but ranks that differ, read as {other}, would explain that too",
+}
+# Code of a finding -> how grave it is, and its sentence, of the fields of `Finding.detail`.
+FINDINGS = {
+    "not_finite": ("error", "{nan} NaN and {infinite} infinite entries"),
+    "zero_experts": ("warning", "lora_A of {count} of {of} experts is zero or missing, as training never leaves it"),
+    "untrained_experts": ("note", "lora_B of {count} of {of} experts is zero: no token reached them, or it was lost"),
+    "not_trained": ("note", "lora_B is zero: not trained"),
+    "zero_half": ("warning", "all rows of the update of {half} are zero"),
+    "zero_rows": ("warning", "{count} of {of} rows of the update are zero in every expert"),
+    "sparse_experts": ("warning", "a quarter or more of the update's rows are zero in {count} of {of} experts"),
+    "zero_columns": ("warning", "{count} of {of} columns of the update are zero in every expert"),
+    "lost_ranks": ("warning", "ranks of lora_A are zero where lora_B has numbers, in {count} of {of} experts"),
+    "far_experts": ("warning", "the updates of {count} of {of} experts are far from the others' in norm"),
+    "far_layers": ("warning", "the updates of layers {layers} are far from those of the other layers in norm"),
+    "missing_layers": ("warning", "layers {layers} have none, between layers that do"),
+    "not_settled": ("note", "looked at without telling experts apart: what the file holds is not settled"),
 }
 # When a flag settles something -> how that is said; "otherwise" goes with the flag before it.
 _WHEN = {
@@ -168,6 +185,35 @@ class Conclusion:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something about the numbers of a LoRA that training does not explain, or that says it is not trained.
+
+    Attributes:
+        code: One of `FINDINGS`; `str` is its sentence.
+        path: Of the module, with `*` for the layer where it is about several.
+        projection: Parameter or linear; None where that is undecided.
+        detail: What the sentence is about, the numbers of experts or layers among it.
+    """
+
+    code: str
+    path: str
+    projection: str | None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def level(self) -> str:
+        """`"error"`: of no use; `"warning"`: something was lost or is out of line; `"note"`."""
+        return FINDINGS[self.code][0]
+
+    def __str__(self) -> str:
+        shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in self.detail.items()}
+        return FINDINGS[self.code][1].format(**shown)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "level": self.level, "text": str(self)}
+
+
+@dataclass(frozen=True)
 class ProjectionSummary:
     """One adapted projection of an experts module.
 
@@ -227,6 +273,7 @@ class Inspection:
         modules: The experts modules, in the order of the file.
         other_tensors, other_bytes: What the file holds besides, all of it carried along unchanged.
         readers: Reader -> what it does with the file.
+        content: What the numbers show; None where they were not read.
         notes: Whatever else is worth knowing.
     """
 
@@ -245,6 +292,7 @@ class Inspection:
     other_tensors: int
     other_bytes: int
     readers: dict[str, ReaderVerdict]
+    content: tuple[Finding, ...] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -255,7 +303,9 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the attributes, `undecided`, and `schema_version`, which counts changes of that form."""
         conclusions = {name: getattr(self, name).to_dict() for name in ("writer", "orientation", "packing", "nesting")}
-        return {"schema_version": SCHEMA_VERSION, **asdict(self), **conclusions, "undecided": self.undecided}
+        content = None if self.content is None else [finding.to_dict() for finding in self.content]
+        found = {**asdict(self), **conclusions, "content": content, "undecided": self.undecided}
+        return {"schema_version": SCHEMA_VERSION, **found}
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)

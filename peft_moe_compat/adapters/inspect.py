@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..releases import installed_versions
 from .base_model import BaseModel
 from .conclusions import ExpertsSummary, Inspection, ProjectionSummary
+from .contents import contents
 from .decide import Decision, decide
 from .parts import expert_parts
 from .slots import ExpertsModule
@@ -27,6 +28,8 @@ def inspect_adapter(
     orientation: str | None = None,
     packing: str | None = None,
     nesting: Sequence[str] | None = None,
+    content: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Says who wrote an adapter, how its experts' LoRA is laid out, and what each reader would do with it.
 
@@ -35,6 +38,9 @@ def inspect_adapter(
     Args:
         adapter: A folder, or a Hub id.
         model, written_by, orientation, packing, nesting: As `convert_adapter` takes them.
+        content: Whether to read every tensor, once and a projection at a time, and to say what the numbers show: about
+            as fast as the disk gives them. Without it hardly more than headers is read.
+        progress: Called with (bytes done, bytes in all) while they are read.
 
     Raises:
         AdapterFileError: The file is damaged, or contradicts itself or the model.
@@ -67,6 +73,7 @@ def inspect_adapter(
         other_tensors=len(others),
         other_bytes=sum(infos[name].nbytes for name in others),
         readers=reader_verdicts(source, decision, None if beside == "not installed" else beside),
+        content=contents(source, decision, progress) if content else None,
         notes=tuple(notes),
     )
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from ..errors import PeftMoeCompatError
 
 if TYPE_CHECKING:
-    from ..adapters.conclusions import Conclusion, ExpertsSummary, Inspection
+    from ..adapters.conclusions import Conclusion, ExpertsSummary, Finding, Inspection
     from ..adapters.convert import Conversion
     from ..adapters.verify import Verification
 
@@ -82,11 +82,19 @@ def _with_stated(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def inspect(adapter: _Adapter, *, stated: dict[str, Any], as_json: _Json = False) -> None:
-    """Says who wrote an adapter, how its experts' LoRA is laid out, how sure that is, and who can read it."""
+def inspect(
+    adapter: _Adapter,
+    *,
+    stated: dict[str, Any],
+    content: Annotated[bool, typer.Option(help="Read every tensor and say what is wrong with the numbers.")] = True,
+    as_json: _Json = False,
+) -> None:
+    """Says who wrote an adapter, how its experts' LoRA is laid out, who can read it, and what its numbers show."""
     from ..adapters.inspect import inspect_adapter
 
-    _answer(inspect_adapter(adapter, **stated), _show_inspection, as_json)
+    with _progress("reading") as advance:
+        found = inspect_adapter(adapter, **stated, content=content, progress=advance)
+    _answer(found, _show_inspection, as_json)
 
 
 def convert(
@@ -167,6 +175,8 @@ def _show_inspection(found: Inspection, console: Console) -> None:
     console.print(table)
     if found.modules:
         console.print(_modules_table(found.modules))
+    if found.content is not None:
+        console.print(_contents_table(found.content) if found.content else "content: nothing out of the ordinary")
     readers = Table(title="What each reader would do with it", show_header=False)
     readers.add_column()
     readers.add_column()
@@ -202,6 +212,24 @@ def _modules_table(modules: tuple[ExpertsSummary, ...]) -> Table:
             shown = ["?" if cell is None else str(cell) for cell in cells]
             first = (escape(where), "?" if count is None else str(count)) if index == 0 else ("", "")
             table.add_row(*first, *map(escape, shown))
+    return table
+
+
+_LEVELS = {"error": "[red]error[/]", "warning": "[yellow]warning[/]", "note": "note"}
+
+
+def _contents_table(content: tuple[Finding, ...]) -> Table:
+    """Modules about which the same is to be said share a row."""
+    table = Table(title="What the numbers show", show_header=False)
+    for _ in range(4):
+        table.add_column(overflow="fold")
+    alike: dict[tuple[str, str | None], list[Finding]] = {}
+    for finding in content:
+        alike.setdefault((finding.code, finding.projection), []).append(finding)
+    for (_, projection), group in alike.items():
+        first, *more = group
+        where = first.path if not more else f"{first.path} and {len(more)} more"
+        table.add_row(_LEVELS[first.level], escape(where), escape(projection or ""), escape(str(first)))
     return table
 
 

@@ -45,6 +45,20 @@ def test_inspect_shows_what_it_found(files):
         assert text in result.output
 
 
+def test_inspect_shows_what_the_numbers_show_a_row_for_modules_alike(files):
+    assert "nothing out of the ordinary" in run("inspect", files / "in", "--model", files / "config.json").output
+    factors = SPEC.factors(("gate_up", "down"))
+    for (_, role), (_, B) in factors.items():
+        if role == "down":
+            B[1:] = 0
+    save_fused(files / "lost", SPEC, factors, peft_version="0.21.2")
+    shown = run("inspect", files / "lost", "--model", files / "config.json").output
+    assert "lora_B of 3 of 4 experts is zero" in shown
+    assert "model.layers.0.mlp.experts and 1 more" in shown.partition("What the numbers show")[2]
+    shown = run("inspect", files / "lost", "--model", files / "config.json", "--no-content").output
+    assert "lora_B of 3 of 4 experts" not in shown
+
+
 def test_convert_then_verify(files):
     model = ("--model", files / "config.json")
     result = run("convert", files / "in", files / "out", "--to", TO, *model)
@@ -146,6 +160,8 @@ TEXT, COUNT = (str, type(None)), (int, type(None))
 CONCLUSION = {"value": TEXT, "confidence": {"certain", "stated", "likely", "none"}, "evidence": [str], "settle": str}
 NUMBERS = {"rank": COUNT, "scaling": (float, int, type(None)), "in_features": COUNT, "out_features": COUNT}
 MODULE = {"path": str, "form": {"fused", "per_expert", "stacked"}, "num_experts": COUNT}
+LEVELS = {"error", "warning", "note"}
+FINDING = {"code": str, "path": str, "projection": TEXT, "detail": dict, "level": LEVELS, "text": str}
 # Whoever changes this changes what scripts read: it counts in SCHEMA_VERSION and has a line in the changelog.
 INSPECTION = {
     "schema_version": {1},
@@ -161,6 +177,7 @@ INSPECTION = {
     "other_tensors": int,
     "other_bytes": int,
     "readers": dict,
+    "content": [FINDING],
     "notes": [str],
     "undecided": [{"orientation", "packing", "nesting"}],
 }

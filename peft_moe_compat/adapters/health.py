@@ -1,0 +1,192 @@
+"""What the numbers of a LoRA show that its sizes do not: what is zero, not finite, or far from its neighbours.
+
+Pure tensor code. Training leaves lora_A nowhere zero, since it starts at random, and lora_B zero only where no token
+came by; a copy that lost rows, columns or experts leaves zeros in a pattern. Experts of one projection are updated in
+like measure, so the norms of their updates lie within a few powers of ten of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import ExpertLora
+
+__all__ = ["Numbers", "examine", "far", "findings", "gaps", "not_finite"]
+
+# Of log norms: robust standard deviations from the median, and the factor from it, upwards and downwards, that count
+# as far. Adam moves every entry alike, whatever its gradient; an expert that few tokens reached moves less.
+_DEVIATIONS, _ABOVE, _BELOW = 8.0, 30.0, 3000.0
+_FEWEST = 4  # that a median says something of
+_MOST_RANKS = 512  # whose Gram matrices cost no more than reading the factors does
+_SPARSE = 4  # one in so many of an expert's rows
+_AT_ONCE = 2**22  # entries of a factor
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What one projection's factors hold.
+
+    Attributes:
+        nan, infinite: How many entries of both factors.
+        zero_A, zero_B: "E": the experts whose lora_A or lora_B, as PEFT has them, is all zero.
+        zero_rows: "out": how many of the experts with an update have that row of it all zero.
+        rows_without: "E": how many rows of the update are all zero.
+        zero_columns: "in": whether every expert with an update has that column of it all zero.
+        lost_ranks: "E": how many ranks have lora_A zero and lora_B not, which training never makes.
+        norms: "E", float64: of each expert's update; empty where the rank is too large for it to be cheap.
+    """
+
+    nan: int
+    infinite: int
+    zero_A: Tensor  # noqa: N815
+    zero_B: Tensor  # noqa: N815
+    zero_rows: Tensor
+    rows_without: Tensor
+    zero_columns: Tensor
+    lost_ranks: Tensor
+    norms: Tensor
+
+
+def examine(lora: ExpertLora, is_reversed: bool = False) -> Numbers:
+    """Looks at every number of a projection, a few experts at a time.
+
+    Args:
+        lora: The factors in canonical form.
+        is_reversed: Whether lora_A, which starts at random, is the canonical B, and lora_B the canonical A.
+    """
+    nan = infinite = 0
+    rows = torch.zeros(lora.out_features, dtype=torch.int64)
+    columns = torch.ones(lora.in_features, dtype=torch.bool)
+    per_expert: list[tuple[Tensor, ...]] = []
+    for A, B in _few(lora):
+        of_A, of_B = torch.linalg.vector_norm(A, dim=2), torch.linalg.vector_norm(B, dim=2)  # "E r", "E out"
+        if not (bool(of_A.isfinite().all()) and bool(of_B.isfinite().all())):
+            for factor in (A, B):
+                of_factor = not_finite(factor)
+                nan, infinite = nan + of_factor[0], infinite + of_factor[1]
+        ranks = of_A == 0, torch.linalg.vector_norm(B, dim=1) == 0  # "E r"
+        first, second = reversed(ranks) if is_reversed else ranks
+        updated = ~(first.all(1) | second.all(1))
+        without = of_B == 0
+        rows += without[updated].sum(0)
+        for expert in updated.nonzero().flatten().tolist():
+            if not bool(columns.any()):  # as a rule after the first
+                break
+            columns &= (A[expert] == 0).all(0)
+        lost = (first & ~second).sum(1)
+        per_expert.append((first.all(1), second.all(1), without.sum(1), lost, _norms(A, B) * abs(lora.scaling)))
+    first, second, without, lost, norms = (torch.cat(parts) for parts in zip(*per_expert, strict=True))
+    return Numbers(nan, infinite, first, second, rows, without, columns, lost, norms)
+
+
+def not_finite(tensor: Tensor) -> tuple[int, int]:
+    """How many entries are NaN, and how many infinite; of any dtype and shape."""
+    nan = infinite = 0
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    for part in torch.split(real.reshape(-1), _AT_ONCE):
+        wide = part.float() if part.is_floating_point() else part
+        nan, infinite = nan + int(wide.isnan().sum()), infinite + int(wide.isinf().sum())
+    return nan, infinite
+
+
+def _few(lora: ExpertLora) -> Iterator[tuple[Tensor, Tensor]]:
+    """A and B of a few experts after the other, in float32 at least."""
+    size = max(lora.rank * max(lora.in_features, lora.out_features), 1)
+    for first in range(0, lora.num_experts, step := max(1, _AT_ONCE // size)):
+        few = (factor[first : first + step] for factor in (lora.A, lora.B))
+        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)).contiguous() for factor in few)
+        yield A, B.to(A.dtype)
+
+
+def _norms(A: Tensor, B: Tensor) -> Tensor:
+    """The norm of B @ A, from "r r" matrices: |B A|^2 = trace((B^T B) (A A^T))."""
+    if A.shape[1] > _MOST_RANKS:
+        return A.new_empty(0, dtype=torch.float64)
+    grams = (A @ A.transpose(1, 2)).double(), (B.transpose(1, 2) @ B).double()
+    norms = (grams[0] * grams[1]).sum((1, 2)).clamp(min=0).sqrt()
+    # Squares leave float32's range before the numbers do.
+    if A.dtype != torch.float64 and not bool((norms.isfinite() & (norms > 0)).all()):
+        return _norms(A.double(), B.double())
+    return norms
+
+
+def far(norms: Sequence[float]) -> list[int]:
+    """Which of the norms are far from the others, by their median; none where they are too few to tell."""
+    logs = torch.tensor(norms, dtype=torch.float64).log()
+    known = logs.isfinite()
+    if int(known.sum()) < _FEWEST:
+        return []
+    distances = logs - logs[known].quantile(0.5)
+    spread = 1.4826 * float(distances[known].abs().quantile(0.5))
+    margins = torch.where(distances > 0, torch.tensor(_ABOVE).log(), torch.tensor(_BELOW).log())
+    outside = known & (distances.abs() > margins.clamp(min=_DEVIATIONS * spread))
+    return [int(index) for index in outside.nonzero()]
+
+
+def findings(numbers: Numbers, halves: Sequence[bool]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(code, detail) of everything in a projection that is not as training leaves it.
+
+    Args:
+        numbers: What `examine` found.
+        halves: Of gate_up, whether gate and up rows alternate, or both where that is not known; else nothing.
+    """
+    if numbers.nan or numbers.infinite:
+        yield "not_finite", {"nan": numbers.nan, "infinite": numbers.infinite}
+    experts, updated = len(numbers.zero_A), ~(numbers.zero_A | numbers.zero_B)
+    untrained = numbers.zero_B & ~numbers.zero_A
+    if bool(untrained.all()):
+        yield "not_trained", {}
+        return
+    for code, these in (("zero_experts", numbers.zero_A), ("untrained_experts", untrained)):
+        if bool(these.any()):
+            yield code, {"experts": _which(these), "count": int(these.sum()), "of": experts}
+    if not bool(updated.any()):
+        return
+    empty, columns = numbers.zero_rows == updated.sum(), numbers.zero_columns
+    half = next((half for way in halves if (half := _empty_half(empty, way)) is not None), None)
+    if half is not None:
+        yield "zero_half", {"half": half}
+    elif bool(empty.any()):
+        yield "zero_rows", {"count": int(empty.sum()), "of": len(empty)}
+    sparse = updated & ((numbers.rows_without - empty.sum()) * _SPARSE >= len(empty))
+    if bool(sparse.any()):
+        yield "sparse_experts", {"experts": _which(sparse), "count": int(sparse.sum()), "of": experts}
+    if bool(columns.any()):
+        yield "zero_columns", {"count": int(columns.sum()), "of": len(columns)}
+    if bool((lost := numbers.lost_ranks > 0).any()):
+        yield "lost_ranks", {"experts": _which(lost), "count": int(lost.sum()), "of": experts}
+    if outside := far(numbers.norms.tolist()):
+        median = float(numbers.norms[numbers.norms > 0].quantile(0.5))
+        ratios = [float(f"{numbers.norms[index] / median:.2g}") for index in outside]
+        yield "far_experts", {"experts": outside, "count": len(outside), "of": experts, "ratios": ratios}
+
+
+def _which(mask: Tensor) -> list[int]:
+    return [int(index) for index in mask.nonzero()]
+
+
+def _empty_half(empty: Tensor, interleaved: bool) -> str | None:
+    """`"gate"` or `"up"`, where the rows of that one are zero and the other's are not all."""
+    if len(empty) % 2:
+        return None
+    halves = empty.view(-1, 2).T if interleaved else empty.view(2, -1)
+    found = [name for name, half in zip(("gate", "up"), halves, strict=True) if bool(half.all())]
+    return found[0] if len(found) == 1 else None
+
+
+def gaps(layers: Sequence[int]) -> list[int]:
+    """The layers missing in the middle of those given, where they otherwise follow each other at one distance."""
+    there = sorted(set(layers))
+    steps = [after - before for before, after in pairwise(there)]
+    step = min(steps, default=1)
+    wider = [wide for wide in steps if wide > step]
+    # What is irregular was chosen so, or is the model's own pattern.
+    if len(wider) * 4 > len(steps) or any(wide % step for wide in wider):
+        return []
+    return sorted(set(range(there[0], there[-1] + 1, step)) - set(there)) if there else []
