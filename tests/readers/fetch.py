@@ -2,26 +2,32 @@
 
     python tests/readers/fetch.py FOLDER
 
-About 450 MB are downloaded with pip and about 20 MB kept; a folder that has the pinned versions already is left alone.
-pip builds the metadata of the llama.cpp sdist, so scikit-build-core must be installed.
+About 120 MB are downloaded and about 50 MB kept; a folder that has the pinned versions already is left alone. pip says
+where the wheels lie, and their members are read there one by one; what needs all of a file is left to pip, as is a
+wheel whose server does not hand out parts. pip builds the metadata of the llama.cpp sdist, so scikit-build-core must be
+installed.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import io
 import json
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["SOURCES", "fetch"]
+__all__ = ["SOURCES", "fetch", "releases"]
 
 # Wheels are unpacked, not installed: any Python may fetch those of CPython 3.11 on Linux.
 _WHEEL = (
@@ -51,25 +57,18 @@ class Source:
     strip: str = ""
 
 
+_VLLM = (
+    "vllm/lora/*.py",
+    "vllm/model_executor/utils.py",
+    "vllm/model_executor/models/*.py",
+    "vllm/model_executor/layers/fused_moe/*.py",
+    "vllm/utils/cache.py",
+)
+_SGLANG = ("sglang/srt/lora/*.py", "sglang/srt/models/*.py", "sglang/srt/layers/utils/*.py")
+# The releases that the tests run: the newest, and those before a change of what is read; see FACTS.md.
 SOURCES = (
-    Source(
-        "vllm",
-        "vllm==0.33.0",
-        _WHEEL,
-        (
-            "vllm/lora/*.py",
-            "vllm/model_executor/utils.py",
-            "vllm/model_executor/models/*.py",
-            "vllm/model_executor/layers/fused_moe/*.py",
-            "vllm/utils/cache.py",
-        ),
-    ),
-    Source(
-        "sglang",
-        "sglang==0.5.23",
-        _WHEEL,
-        ("sglang/srt/lora/*.py", "sglang/srt/models/*.py", "sglang/srt/layers/utils/*.py"),
-    ),
+    *(Source(f"vllm-{r}", f"vllm=={r}", _WHEEL, _VLLM) for r in ("0.28.0", "0.30.0", "0.32.0", "0.33.0")),
+    *(Source(f"sglang-{r}", f"sglang=={r}", _WHEEL, _SGLANG) for r in ("0.5.23",)),
     Source(
         "llama.cpp",
         "llama-cpp-python==0.3.36",
@@ -78,6 +77,11 @@ SOURCES = (
         strip="*/vendor/llama.cpp/",
     ),
 )
+
+
+def releases(reader: str) -> list[str]:
+    """The releases of `vllm` or `sglang` that are fetched, the oldest first."""
+    return [s.requirement.partition("==")[2] for s in SOURCES if s.requirement.startswith(f"{reader}==")]
 
 
 def fetch(folder: Path) -> None:
@@ -93,9 +97,7 @@ def fetch(folder: Path) -> None:
         if stamp.is_file() and stamp.read_text(encoding="utf-8") == content:
             continue
         start = time.monotonic()
-        with tempfile.TemporaryDirectory() as scratch:
-            archive = _download(source, Path(scratch))
-            size, kept = archive.stat().st_size, _extract(archive, source, target)
+        size, kept = _remote(source, target) if source.options == _WHEEL else _whole(source, target)
         if not kept:
             raise SystemExit(f"{source.requirement} holds none of {source.keep}: was it laid out anew? See fetch.py.")
         stamp.write_text(content, encoding="utf-8")
@@ -103,20 +105,89 @@ def fetch(folder: Path) -> None:
         sys.stdout.write(f"{source.requirement}: {size / 1e6:.0f} MB downloaded, {kept} files kept, {seconds:.0f} s\n")
 
 
-def _download(source: Source, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", str(scratch)]
-    done = subprocess.run([*command, *source.options, source.requirement], capture_output=True, text=True, check=False)
-    files = list(scratch.iterdir())
-    if done.returncode or len(files) != 1:
-        raise SystemExit(
-            f"pip could not download {source.requirement} for the reader tests:\n{done.stdout}{done.stderr}"
-        )
-    return files[0]
+def _remote(source: Source, target: Path) -> tuple[int, int]:
+    """Fetches single members of a wheel; (bytes downloaded, files kept)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        options = ("--dry-run", "--ignore-installed", f"--target={scratch}", f"--report={report}")
+        _pip(source, "install", *options)
+        url = json.loads(report.read_text(encoding="utf-8"))["install"][0]["download_info"]["url"]
+    try:
+        with closing(_Remote(url)) as remote, zipfile.ZipFile(remote) as wheel:
+            kept = _extract(_in_wheel(wheel), source, target)
+            return remote.downloaded, kept
+    except (urllib.error.URLError, io.UnsupportedOperation) as error:
+        sys.stdout.write(f"{url} is not handed out in parts ({error}); pip downloads all of it.\n")
+        return _whole(source, target)
 
 
-def _extract(archive: Path, source: Source, target: Path) -> int:
+def _whole(source: Source, target: Path) -> tuple[int, int]:
+    """Fetches the file with pip; (bytes downloaded, files kept)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _pip(source, "download", "--no-cache-dir", "-d", scratch)
+        (archive,) = Path(scratch).iterdir()
+        size = archive.stat().st_size
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                return size, _extract(_in_wheel(wheel), source, target)
+        with tarfile.open(archive) as sdist:
+            return size, _extract(_in_sdist(sdist), source, target)
+
+
+def _pip(source: Source, verb: str, *options: str) -> None:
+    command = [sys.executable, "-m", "pip", verb, "-q", "--no-deps", *options, *source.options, source.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"pip could not {verb} {source.requirement} for the reader tests:\n{done.stdout}{done.stderr}")
+
+
+class _Remote(io.RawIOBase):
+    """A file on a server, read in blocks; `downloaded` counts their bytes."""
+
+    block = 1 << 20
+
+    def __init__(self, url: str) -> None:
+        self.url, self.at, self.downloaded = url, 0, 0
+        self.blocks: dict[int, bytes] = {}
+        self.size = 0
+        self._get(0)
+
+    def _get(self, index: int) -> bytes:
+        if index not in self.blocks:
+            start = index * self.block
+            request = urllib.request.Request(self.url, headers={"Range": f"bytes={start}-{start + self.block - 1}"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                if answer.headers.get("Content-Range") is None:
+                    raise io.UnsupportedOperation("no ranges")
+                self.size = int(answer.headers["Content-Range"].rpartition("/")[2])
+                self.blocks[index] = answer.read()
+            self.downloaded += len(self.blocks[index])
+        return self.blocks[index]
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, count: int | None = -1) -> bytes:
+        end = self.size if count is None or count < 0 else min(self.size, self.at + count)
+        found = bytearray()
+        while self.at < end:
+            index, start = divmod(self.at, self.block)
+            piece = self._get(index)[start : start + end - self.at]
+            found += piece
+            self.at += len(piece)
+        return bytes(found)
+
+
+def _extract(members: Iterator[tuple[str, Callable[[], IO[bytes]]]], source: Source, target: Path) -> int:
     kept = 0
-    for member, opened in _members(archive):
+    for member, opened in members:
         name = _cut(member, source.strip)
         if any(fnmatch.fnmatch(name, pattern) for pattern in source.keep) and ".." not in Path(name).parts:
             path = target / name
@@ -136,17 +207,16 @@ def _cut(name: str, strip: str) -> str:
     return "/".join(parts[depth:]) if fnmatch.fnmatch("/".join(parts[:depth]) + "/", strip) else ""
 
 
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            for entry in wheel.infolist():
-                if not entry.is_dir():
-                    yield entry.filename, lambda entry=entry: wheel.open(entry)
-        return
-    with tarfile.open(archive) as sdist:
-        for member in sdist:
-            if member.isfile():
-                yield member.name, lambda member=member: sdist.extractfile(member)
+def _in_wheel(wheel: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
+    for entry in wheel.infolist():
+        if not entry.is_dir():
+            yield entry.filename, lambda entry=entry: wheel.open(entry)
+
+
+def _in_sdist(sdist: tarfile.TarFile) -> Iterator[tuple[str, Any]]:
+    for member in sdist:
+        if member.isfile():
+            yield member.name, lambda member=member: sdist.extractfile(member)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .fetch import releases
 from .stubs import ModelFile, Package, Placeholder
 
-__all__ = ["read"]
+__all__ = ["RELEASES", "read"]
 
+RELEASES = releases("sglang")
 _MEMBERS = (
     "supported_lora_modules",
     "get_hidden_dim",
@@ -111,21 +113,29 @@ def _kernel(*, output: Tensor, lora_a_stacked: list[Tensor], lora_b_stacked: lis
     )
 
 
-def _sources() -> Path:
-    return Path(os.environ["PEFT_MOE_COMPAT_READERS"]) / "sglang"
+def _sources(release: str) -> Path:
+    return Path(os.environ["PEFT_MOE_COMPAT_READERS"]) / f"sglang-{release}"
+
+
+# `get_lora()` of newer releases, `server_args` of older ones: the defaults of the flags that LoRAManager reads.
+_SETTINGS = SimpleNamespace(
+    enable_lora_overlap_loading=False,
+    lora_eviction_policy="lru",
+    experts_shared_outer_loras=None,
+    lora_use_virtual_experts=False,
+    lora_strict_loading=False,
+    enable_dp_attention=False,
+    enable_dp_lm_head=False,
+    speculative_algorithm=None,
+)
 
 
 @functools.cache
 def _package(sources: Path) -> Package:
     sizes = dict.fromkeys(("tp_size", "attn_tp_size", "attn_cp_size", "moe_ep_size", "moe_tp_size"), 1)
     ranks = dict.fromkeys(("tp_rank", "moe_ep_rank", "moe_tp_rank"), 0)
-    one = SimpleNamespace(**sizes, **ranks, attn_dp_enabled=False, dcp_replicate_q_proj=False)
-    settings = SimpleNamespace(
-        enable_lora_overlap_loading=False,
-        lora_eviction_policy="lru",
-        experts_shared_outer_loras=None,
-        lora_use_virtual_experts=False,
-        lora_strict_loading=False,
+    one = SimpleNamespace(
+        **sizes, **ranks, attn_dp_enabled=False, enable_dp_attention=False, dcp_replicate_q_proj=False
     )
     return Package(
         sources,
@@ -134,7 +144,7 @@ def _package(sources: Path) -> Package:
         reexports={"sglang.srt.layers.utils": ("sglang.srt.layers.utils.common",)},
         doubles={
             ("sglang.srt.runtime_context", "get_parallel"): lambda: one,
-            ("sglang.srt.runtime_context", "get_lora"): lambda: settings,
+            ("sglang.srt.runtime_context", "get_lora"): lambda: _SETTINGS,
             ("sglang.srt.runtime_context", "get_spec"): lambda: SimpleNamespace(speculative_algorithm=None),
             ("sglang.srt.layers.moe.fused_moe_triton.layer", "FusedMoE"): _Experts,
             ("sglang.srt.lora.backend.lora_registry", "get_backend_from_name"): lambda name: _Backend,
@@ -202,7 +212,9 @@ def _model(file: ModelFile, architecture: str, hf_config: Any) -> nn.Module:
     return model
 
 
-def read(folder: Path, base_config: Mapping[str, Any]) -> dict[tuple[int, int, str], Tensor]:
+def read(
+    folder: Path, base_config: Mapping[str, Any], *, release: str = RELEASES[-1]
+) -> dict[tuple[int, int, str], Tensor]:
     """(layer, expert, "gate" | "up" | "down") -> the update "out in" in float64 that SGLang adds.
 
     As a server started with `--lora-paths` of this one adapter. Empty where the experts are not wrapped at all.
@@ -215,10 +227,11 @@ def read(folder: Path, base_config: Mapping[str, Any]) -> dict[tuple[int, int, s
     architecture = base_config["architectures"][0]
     rest = {key: value for key, value in base_config.items() if key not in ("model_type", "transformers_version")}
     hf_config = AutoConfig.for_model(base_config["model_type"], **rest)
-    with _package(_sources()):
+    sources = _sources(release)
+    with _package(sources):
         from sglang.srt.lora.lora_manager import LoRAManager
 
-        model = _model(_model_file(_sources(), architecture), architecture, hf_config)
+        model = _model(_model_file(sources, architecture), architecture, hf_config)
         reference = SimpleNamespace(lora_id="a", lora_name="a", lora_path=str(Path(folder).resolve()), pinned=False)
         manager = LoRAManager(
             base_model=model,
@@ -226,7 +239,7 @@ def read(folder: Path, base_config: Mapping[str, Any]) -> dict[tuple[int, int, s
             max_loras_per_batch=2,
             load_config=Placeholder(),
             dtype=torch.float64,
-            server_args=None,
+            server_args=_SETTINGS,
             lora_paths=[reference],
         )
         manager.fetch_new_loras({"a"})

@@ -134,11 +134,11 @@ def per_expert(factors: Lora, path: str, names: Mapping[str, str] = HF) -> dict[
     return found
 
 
-def stacked(factors: Lora, pattern: str) -> dict[str, Tensor]:
-    """3-D tensors; `pattern` is formatted with the role."""
+def stacked(factors: Lora, pattern: str, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """3-D tensors; `pattern` is formatted with the role, or with its name where there are names."""
     found = {}
     for role in factors.A:
-        key = f"base_model.model.{pattern.format(role)}"
+        key = f"base_model.model.{pattern.format(names[role] if names else role)}"
         found[f"{key}.lora_A.weight"], found[f"{key}.lora_B.weight"] = factors.A[role], factors.B[role]
     return found
 

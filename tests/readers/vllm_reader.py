@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fetch import releases
 from .stubs import ModelFile, Package, StubClass
 
-__all__ = ["read"]
+__all__ = ["RELEASES", "read"]
 
+RELEASES = releases("vllm")
 _MEMBERS = (
     "hf_to_vllm_mapper",
     "packed_modules_mapping",
@@ -106,8 +108,8 @@ class _NoSync:
     def __exit__(self, *exc: object) -> None: ...
 
 
-def _sources() -> Path:
-    return Path(os.environ["PEFT_MOE_COMPAT_READERS"]) / "vllm"
+def _sources(release: str) -> Path:
+    return Path(os.environ["PEFT_MOE_COMPAT_READERS"]) / f"vllm-{release}"
 
 
 @functools.cache
@@ -241,18 +243,22 @@ def read(
     folder: Path,
     base_config: Mapping[str, Any],
     *,
+    release: str = RELEASES[-1],
     max_lora_rank: int = 64,
     mixed_format: bool = False,
     is_3d: bool = False,
+    shared: bool = False,
 ) -> dict[tuple[int, int, str], Tensor]:
     """(layer, expert, "gate" | "up" | "down") -> the update "out in" in float64 that vLLM adds, where it adds any.
 
     Args:
         folder: The adapter.
         base_config: The base model's config.json; its `architectures[0]` picks vLLM's model class.
+        release: Of vLLM, one of `RELEASES`.
         max_lora_rank: `--max-lora-rank`.
         mixed_format: `--enable-mixed-moe-lora-format`.
         is_3d: `is_3d_lora_weight` of the request; read under `mixed_format` only.
+        shared: `--enable-moe-shared-loras`.
 
     Raises:
         Whatever vLLM raises when it refuses the adapter.
@@ -267,15 +273,16 @@ def read(
         target_modules=None,
         enable_tower_connector_lora=False,
         enable_mixed_moe_lora_format=mixed_format,
-        enable_moe_shared_loras=False,
+        enable_moe_shared_loras=shared,
     )
-    with _package(_sources()):
+    sources = _sources(release)
+    with _package(sources):
         from vllm.lora.model_manager import LRUCacheLoRAModelManager
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.models.utils import WeightsMapper
 
-        source = _ModelSource(_sources(), architecture, WeightsMapper)
+        source = _ModelSource(sources, architecture, WeightsMapper)
         model = _model(source, base_config, architecture, RoutedExperts.build_expert_params_mapping)
         vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(enable_expert_parallel=False), model_config=None)
         manager = LRUCacheLoRAModelManager(model, 1, 8, 32, lora_config, torch.device("cpu"), vllm_config)
@@ -293,6 +300,7 @@ def read(
             lora_int_id=1,
             is_3d_lora_weight=is_3d,
             load_inplace=False,
+            tensorizer_config_dict=None,
         )
         worker.add_adapter(request)
         return _updates(model, architecture)
