@@ -44,7 +44,7 @@ class Decision:
         readings: Path of a fused module -> how it is read; empty unless orientation and nesting are decided.
         expert_counts: Path of a fused module -> E of each of its slots, innermost first, where it is known.
         packings: Parameter -> packing of lora_B where Unsloth packed them differently; see `packing_of`.
-        peft: The PEFT release whose layout rule the file follows, if known.
+        peft, transformers: The PEFT release whose layout rule the file follows, if known, and what was beside it.
     """
 
     writer: Conclusion
@@ -55,6 +55,7 @@ class Decision:
     expert_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     packings: Mapping[str | None, str] = field(default_factory=dict)
     peft: str | None = None
+    transformers: str | None = None
 
     def packing_of(self, parameter: str) -> str:
         """`"rank_major"` or `"grouped"`, once the packing is decided."""
@@ -100,7 +101,8 @@ def decide(source: AdapterSource, stated: Stated) -> Decision:
     if writer.peft and oriented.decided and oriented.value not in _orientations_of(writer, source.base, patched=False):
         remark = Evidence("not_its_own", {"orientation": oriented.value, "name": named.value})
         named = replace(named, evidence=(*named.evidence, remark))
-    return Decision(named, oriented, packed, nested, readings, possible.counts, writer.packings, writer.peft)
+    known = possible.counts, writer.packings, writer.peft, writer.transformers
+    return Decision(named, oriented, packed, nested, readings, *known)
 
 
 def _orientation(source: AdapterSource, readings: Readings, writer: Writer, stated: Stated) -> Conclusion:

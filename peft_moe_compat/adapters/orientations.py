@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from ..families import family
+from ..families import FAMILIES, family
 from ..releases import FIRST_PEFT_FOR_TRANSFORMERS_5, LayoutRule, base_release, parse_version, release_for
 
 __all__ = ["expert_parameter", "has_separate_experts", "orientations", "orientations_after"]
@@ -35,10 +35,18 @@ def orientations(
     """
     rules = [release_for(peft)]
     beside = None if transformers is None else _release(transformers)
-    if patched and rules[0].reads_swap_flag and (beside is None or Version("5.0") <= beside < Version("5.13")):
-        rules.append(LayoutRule(rules[0].since, 2, 2, reads_swap_flag=True))
+    if patched:
+        rules += _patched(rules[0], transformers)
     kinds = _KINDS if model_type is None else _kinds_of(model_type, _release(peft), beside)
     return frozenset(_orientation_of(rule, *kind) for rule in rules for kind in kinds)
+
+
+def _patched(rule: LayoutRule, transformers: str | None) -> list[LayoutRule]:
+    """The rule as transformers 5.0 to 5.12 change it in `load_adapter`, if they do."""
+    beside = None if transformers is None else _release(transformers)
+    if rule.reads_swap_flag and (beside is None or Version("5.0") <= beside < Version("5.13")):
+        return [LayoutRule(rule.since, 2, 2, reads_swap_flag=True)]
+    return []
 
 
 def _release(version: str) -> Version:
@@ -56,16 +64,31 @@ def _kinds_of(model_type: str, peft: Version, transformers: Version | None) -> s
     return {stored.at(version) for version in (Version("4.57"), *later) if version is not None}
 
 
-def orientations_after(written_by: str, orientation: str, read_by: str) -> frozenset[str]:
+def orientations_after(
+    written_by: tuple[str, str | None], orientation: str, read_by: tuple[str, str | None]
+) -> frozenset[str]:
     """What an adapter's orientation can be under another PEFT release, where the base model is unknown.
 
-    The orientation it has under the release that wrote it tells how its experts may be stored.
+    The orientation it has under the release that wrote it, patched by transformers or not, tells how its experts may be
+    stored.
+
+    Args:
+        written_by, read_by: PEFT, and the transformers release beside it or None.
+        orientation: In the file.
     """
-    writer, reader = release_for(written_by), release_for(read_by)
-    kinds = {kind for kind in _KINDS if _orientation_of(writer, *kind) == orientation}
-    if (True, False) in kinds:  # may declare what it is under a later transformers; what does so keeps doing so
-        kinds.add((True, True))
-    return frozenset(_orientation_of(reader, *kind) for kind in kinds)
+    writer, reader = release_for(written_by[0]), release_for(read_by[0])
+    rules = [writer, *_patched(writer, written_by[1])]
+    beside = None if written_by[1] is None else _release(written_by[1])
+    found = set()
+    for model_type in ("", *FAMILIES):
+        kinds = _kinds_of(model_type, _release(written_by[0]), beside)
+        kinds = {kind for kind in kinds for rule in rules if _orientation_of(rule, *kind) == orientation}
+        if kinds and read_by[1] is not None:
+            kinds = _kinds_of(model_type, _release(read_by[0]), _release(read_by[1]))
+        elif (True, False) in kinds:  # may declare what it is under a later transformers; what does so keeps doing so
+            kinds.add((True, True))
+        found |= {_orientation_of(reader, *kind) for kind in kinds}
+    return frozenset(found)
 
 
 def _orientation_of(rule: LayoutRule, stored_transposed: bool, declared: bool) -> str:

@@ -225,7 +225,8 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
         written = decision.orientation.value
         fused_source = source.form == "fused" and decision.peft is not None and written is not None
         if fused_source:
-            possible = orientations_after(str(decision.peft), str(written), target.peft)
+            writer = str(decision.peft), decision.transformers
+            possible = orientations_after(writer, str(written), (target.peft, target.transformers))
         else:
             possible = orientations(target.peft, target.transformers, None)
         flag = f"--model {source.config.base_model_name or 'BASE'} (the base model's config.json)"

@@ -69,7 +69,14 @@ def part_gate_up(part: Part, interleaved: bool, joined: tuple[int, int] | None, 
                     f"The stamp says that {part.path!r} joins ranks {joined}, but its rank is {whole.rank}. Was the "
                     "file edited?"
                 )
-            ranks = slice(joined[0], None) if second else slice(0, joined[0])
+            ranks, others = slice(0, joined[0]), slice(joined[0], None)
+            if second:
+                ranks, others = others, ranks
+            if whole.has_data() and B[:, :, others].any():
+                raise AdapterFileError(
+                    f"The stamp says that {part.path!r} joins ranks {joined} block-diagonally, but {role} has values "
+                    "in the ranks of the other. Was the file edited? Save it again with PEFT, which drops the stamp."
+                )
             return ExpertLora(whole.A[:, ranks], B[:, :, ranks], whole.scaling)
 
         alpha = part.alpha if joined is None else _rank_alpha(part.alpha, sum(joined), joined[second], rslora)

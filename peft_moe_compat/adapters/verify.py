@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from ..errors import AdapterError
 from ..layout import ExpertLora, relative
 from .base_model import BaseModel
 from .decide import decide
-from .outputs import LAYER
 from .parts import Part, plain_part
 from .refit import module_parts
 from .shaping import part_gate_up
@@ -24,6 +23,8 @@ from .source import AdapterSource, open_adapter
 from .stated import Stated
 
 __all__ = ["Comparison", "Verification", "verify_adapters"]
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # the first number of a path is that of a layer
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ def _or_null(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two adapters, opened and decided: its LoRA by (place, role)."""
+    """One of the two adapters, opened and decided: its LoRA by (place, role), its other tensors as `AdapterSource`."""
 
     source: AdapterSource
     parts: Mapping[tuple[str, str], Part]
+    rest: Mapping[str, str]
 
 
 def verify_adapters(
@@ -111,8 +113,14 @@ def verify_adapters(
     second = _side(other, Stated(model if model is not None else first.source.base))
     if any(role == "gate_up" for _, role in first.parts) != any(role == "gate_up" for _, role in second.parts):
         first, second = _parted(first), _parted(second)
+    linears = _renamed(*([path for path, role in side.parts if role == "linear"] for side in (first, second)))
+    second = replace(
+        second,
+        parts={(linears.get(path, path), role): part for (path, role), part in second.parts.items()},
+        rest=_under_first_names(first.rest, second.rest),
+    )
     keys = list(dict.fromkeys([*first.parts, *second.parts]))
-    tensors = list(dict.fromkeys([*first.source.rest, *second.source.rest]))
+    tensors = list(dict.fromkeys([*first.rest, *second.rest]))
     if not keys and not tensors:
         raise AdapterError(f"There is nothing to compare: neither {adapter} nor {other} holds a tensor.")
     rows = []
@@ -132,7 +140,28 @@ def _side(adapter: str | Path, stated: Stated) -> _Side:
     paths = [module.path for module in source.modules]
     for part in module_parts(source, decision, fill_missing=True):
         parts[_place(part.path, paths), part.role or part.name] = part
-    return _Side(source, parts | {(slot.path, "linear"): plain_part(slot) for slot in source.linears})
+    return _Side(source, parts | {(slot.path, "linear"): plain_part(slot) for slot in source.linears}, source.rest)
+
+
+def _renamed(first: Sequence[str], second: Sequence[str]) -> dict[str, str]:
+    """What of the second is called otherwise in the first: the only one there alike from the layer on."""
+
+    def by_tail(names: Sequence[str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in dict.fromkeys(names):
+            if name not in there and (layer := _LAYER.search(name)):
+                found.setdefault(name[layer.start(1) :], []).append(name)
+        return found
+
+    there = {*first} & {*second}
+    ours, theirs = by_tail(first), by_tail(second)
+    alike = ((ours.get(tail, []), names) for tail, names in theirs.items())
+    return {b: a for found, names in alike if len(found) == len(names) == 1 for a, b in zip(found, names, strict=True)}
+
+
+def _under_first_names(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    renamed = _renamed([*first], [*second])
+    return {renamed.get(name, name): there for name, there in second.items()}
 
 
 def _place(path: str, paths: Sequence[str]) -> str:
@@ -140,10 +169,10 @@ def _place(path: str, paths: Sequence[str]) -> str:
 
     granitemoe's and aria's two modules of one layer count as one: their parts differ in role.
     """
-    layer = LAYER.search(path)
+    layer = _LAYER.search(path)
     if layer is None:
         return path
-    beside = [p for p in paths if (found := LAYER.search(p)) is not None and found[1] == layer[1]]
+    beside = [p for p in paths if (found := _LAYER.search(p)) is not None and found[1] == layer[1]]
     stems = {re.sub(r"\.(experts|experts\.fc[12]|input_linear|output_linear)$", "", p) for p in beside}
     return f"layer {layer[1]}" if len(stems) == 1 else path
 
@@ -162,7 +191,7 @@ def _parted(side: _Side) -> _Side:
             )
         for half in part_gate_up(part, source.base.interleaved, None, source.config.use_rslora):
             parts[place, half.name] = half
-    return _Side(source, parts)
+    return replace(side, parts=parts)
 
 
 def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Comparison:
@@ -198,16 +227,19 @@ def _delta(lora: ExpertLora | None, expert: int, shape: tuple[int, int]) -> Tens
 
 def _compare_tensor(name: str, first: _Side, second: _Side) -> Comparison:
     """A tensor that is no LoRA of a linear: an embedding, a magnitude, a module saved whole."""
-    values = []
+    values: list[Tensor] = []
     for side, other in ((first, "second"), (second, "first")):
-        if name not in side.source.rest:
+        if name not in side.rest:
             return Comparison(name, "", math.inf, math.inf, f"only the {other} adapter has it")
-        with side.source.tensors.reading([side.source.rest[name]]) as tensors:
-            values += [tensor.double() for tensor in tensors.values()]
+        with side.source.tensors.reading([side.rest[name]]) as tensors:
+            values += tensors.values()
     if values[0].shape != values[1].shape:
         return Comparison(name, "", math.inf, math.inf, "the two have different sizes")
-    difference = values[0] - values[1]
-    if not difference.any():
+    if values[0].dtype == values[1].dtype and torch.equal(values[0], values[1]):
         return Comparison(name, "", 0.0, 0.0)
-    distance = relative(difference.norm().item(), values[0].norm().item())
+    if not all(value.is_floating_point() or value.is_complex() for value in values):
+        return Comparison(name, "", math.inf, math.inf, "the two are whole numbers, and not the same")
+    wide = [torch.view_as_real(value.to(torch.complex128)) for value in values]
+    difference = wide[0] - wide[1]
+    distance = relative(difference.norm().item(), wide[0].norm().item())
     return Comparison(name, "", difference.abs().max().item(), distance)
