@@ -2,6 +2,7 @@
 
 files, safetensors_io, tensors   bytes on disk, checked before they are believed; tensors read one at a time
 adapter_config, ranks, names     the config, and the names and numbers of the LoRA in a file
+patterns, targets                its patterns and target_parameters, matched as PEFT matches them
 base_model, stated               the base model's config; what the caller says
 source, slots                    an adapter opened: every LoRA a typed slot with all of its numbers
 shapes, packing, writer, stamp   what shapes, data, marks and stamps say; `decide` concludes from all of it

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import AdapterFileError
 from .files import show
+from .patterns import Patterns
+from .targets import Targets
 
 __all__ = ["AUTOMODEL_NAME", "CONFIG_NAME", "UNSLOTH_DETAIL", "UNSLOTH_LAYOUT", "AdapterConfig", "parse_config"]
 
@@ -44,7 +46,7 @@ class AdapterConfig:
     """What an adapter's config says.
 
     Attributes:
-        raw: All of it.
+        raw: All of it; rank_pattern and alpha_pattern as `Patterns`.
         base_model_name: Folder or Hub id of the base model; None where there is none.
         target_parameters: As PEFT matches them, by suffix.
         use_rslora, use_dora: Whether scalings are alpha / sqrt(r); whether there are magnitudes.
@@ -59,7 +61,7 @@ class AdapterConfig:
 
     raw: Mapping[str, Any]
     base_model_name: str | None
-    target_parameters: tuple[str, ...]
+    target_parameters: Targets
     use_rslora: bool
     use_dora: bool
     rank_pattern: bool
@@ -76,7 +78,7 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
     """The config of a LoRA adapter.
 
     Raises:
-        AdapterFileError: A field this package reads holds what PEFT never writes there.
+        AdapterFileError: A field this package reads holds what PEFT never writes there, or a pattern is none to match.
     """
     for name, (expected, fits) in _FIELDS.items():
         value = raw.get(name)
@@ -84,8 +86,9 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
             raise AdapterFileError(
                 f"{CONFIG_NAME} has {name} {show(value)}; {expected} was expected. Is it the config of a LoRA adapter?"
             )
+    raw = {**raw, **{name: Patterns(raw[name]) for name in ("rank_pattern", "alpha_pattern") if raw.get(name)}}
     named, start, version = raw.get("base_model_name_or_path"), raw.get("init_lora_weights"), raw.get("peft_version")
-    targets = tuple(raw.get("target_parameters") or ())
+    targets = Targets(raw.get("target_parameters") or ())
     auto_mapping = raw.get("auto_mapping") or {}
     library = re.match(r"transformers\.models\.(\w+)\.", str(auto_mapping.get("parent_library")))
     return AdapterConfig(

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..releases import stamps_its_version
 from .adapter_config import UNSLOTH_DETAIL, UNSLOTH_LAYOUT
-from .names import LINEAR_NAMES, reaches_parameter, targeted_matrix
+from .names import LINEAR_NAMES
 from .outputs import Output
+from .patterns import Patterns
 from .ranks import lora_alpha, lora_rank
 from .refit import Refit
 
@@ -40,7 +41,7 @@ def target_config(how: Refit, experts: Sequence[Output], others: Sequence[str]) 
             if narrowing:
                 config |= {**dict.fromkeys(narrowing), "target_modules": None}
         targeted = source.config.target_parameters
-        _retarget(config, how.form, experts, {path: targeted_matrix(targeted, path) for path in others})
+        _retarget(config, how.form, experts, {path: targeted.matrix(path) for path in others})
     ranks = {output: output.part.meta.rank for output in experts}
     alphas = {output: number(output.part.alpha) for output in experts}
     config["rank_pattern"] = _patterns(config, "rank_pattern", lora_rank, ranks)
@@ -56,7 +57,7 @@ def _keeps_targets(how: Refit, experts: Iterable[Output]) -> bool:
         return False
     before = {f"{path}.{name}" for path, reading in how.decision.readings.items() for name in reading.nesting}
     after = {output.key for output in experts}
-    return before == after and all(reaches_parameter(how.source.config.target_parameters, key) for key in after)
+    return before == after and all(map(how.source.config.target_parameters.reach, after))
 
 
 def number(value: float) -> int | float:
@@ -83,7 +84,7 @@ def _retarget(config: dict[str, Any], form: str, experts: Iterable[Output], othe
     """target_parameters and target_modules for experts that are called otherwise than before.
 
     Args:
-        others: Path of every other module with LoRA -> see `targeted_matrix`.
+        others: Path of every other module with LoRA -> see `Targets.matrix`.
     """
     kept = sorted({target for target in others.values() if target is not None})
     linears = [path for path, target in others.items() if target is None]
@@ -110,9 +111,7 @@ def _patterns(
 ) -> dict[str, Any]:
     """The table of patterns under which PEFT finds each wanted value, with as few new entries as that takes."""
     table = dict(config.get(patterns) or {})
-    missed = {
-        output: value for output, value in wanted.items() if find({**config, patterns: table}, output.key) != value
-    }
+    missed = {output: value for output, value in wanted.items() if find(config, output.key) != value}
     if not missed:
         return table
     by_pattern: dict[str, set[int | float]] = {}
@@ -122,6 +121,10 @@ def _patterns(
         output.pattern if len(by_pattern[output.pattern]) == 1 else output.full_pattern: value
         for output, value in missed.items()
     }
-    if any(find({**config, patterns: {**new, **table}}, output.key) != value for output, value in wanted.items()):
+    before = {**config, patterns: Patterns({pattern: table.get(pattern, value) for pattern, value in new.items()})}
+    if any(
+        find(before if before[patterns].find(output.key) else config, output.key) != value
+        for output, value in wanted.items()
+    ):
         new = {output.full_pattern: value for output, value in wanted.items()}
     return {**new, **table}  # PEFT takes the first pattern that matches

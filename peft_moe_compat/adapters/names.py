@@ -14,7 +14,7 @@ One factor of the last two may be shared by all experts: a matrix, or a stack of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .. import families
@@ -22,6 +22,7 @@ from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
 from .ranks import lora_rank
 from .safetensors_io import TensorInfo
+from .targets import Targets
 
 __all__ = [
     "LINEAR_NAMES",
@@ -31,12 +32,9 @@ __all__ = [
     "Place",
     "linear_role",
     "peft_name",
-    "reaches_parameter",
     "role_of",
     "same_tensor",
     "sort_names",
-    "targeted_matrix",
-    "targeted_parameters",
     "unwrapped",
 ]
 
@@ -114,26 +112,6 @@ def linear_role(name: str) -> str | None:
     return LINEAR_NAMES.get(name)
 
 
-def targeted_parameters(target_parameters: Iterable[str], path: str) -> tuple[str, ...]:
-    """Names of the module's parameters that `target_parameters` reach, matched as PEFT does, by suffix."""
-    parted = (target.rpartition(".") for target in target_parameters)
-    return tuple(dict.fromkeys(name for module, _, name in parted if not module or _reaches(module, path)))
-
-
-def reaches_parameter(target_parameters: Iterable[str], key: str) -> bool:
-    """Whether targets reach a parameter, by its full name, as PEFT matches them: by suffix."""
-    return any(key == target or key.endswith(f".{target}") for target in target_parameters)
-
-
-def targeted_matrix(target_parameters: Iterable[str], path: str) -> str | None:
-    """The entry of `target_parameters` that LoRA on an ordinary module is for, a router's weight, say; else None.
-
-    PEFT matches its patterns with the name of that parameter, and those of a linear with the linear's own.
-    """
-    modules = {target: target.rpartition(".")[0] for target in target_parameters}
-    return next((target for target, module in modules.items() if module and _reaches(module, path)), None)
-
-
 def peft_name(name: str, prefix: str) -> str:
     """A tensor's name as PEFT saves it: with its prefix, and without the name of the adapter.
 
@@ -158,11 +136,6 @@ def same_tensor(name: str, other: str) -> AdapterFileError:
         f"{name!r} and {other!r} are the same tensor under two names. Does the file hold two adapters? "
         "Save each one by itself."
     )
-
-
-def _reaches(target: str, path: str) -> bool:
-    """Whether a targeted module's name and a module's path can mean the same: one ends with the other."""
-    return path == target or path.endswith(f".{target}") or target.endswith(f".{path}")
 
 
 def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
@@ -271,14 +244,14 @@ def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig
     (place, (lora_A, _)), *more = places.items()
     if more or place.form != "fused" or len(lora_A.shape) != 2:
         return False
-    targets = config.target_parameters
+    targets, parameters = config.target_parameters, tuple[str, ...]()
     if "expert" not in path.rpartition(".")[2]:  # bare names, `gate_up_proj`, are experts' wherever another one fits
-        targets = tuple(target for target in targets if targeted_matrix((target,), path)) or targets
-    parameters = targeted_parameters(targets, path) or ("",)
+        parameters = targets.parameters(path, bare=False)
+    parameters = parameters or targets.parameters(path) or ("",)
     return all(lora_rank(config.raw, f"{path}.{name}") == lora_A.shape[0] for name in parameters)
 
 
-def _place(name: str, ndim: int, target_parameters: Sequence[str]) -> tuple[Place, str] | None:
+def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
     """(place, "A" or "B") of a tensor; None where it is no experts' LoRA."""
     native = _NATIVE.match(name)
     if native and ndim == 3 and _EXPERTS.search(native["path"].rpartition(".")[2]):
@@ -300,7 +273,6 @@ def _place(name: str, ndim: int, target_parameters: Sequence[str]) -> tuple[Plac
     shared = parameter in LINEAR_NAMES and module.rpartition(".")[2] == "experts"
     if (ndim == 3 and (parameter in LINEAR_NAMES or "expert" in module)) or (ndim == 2 and shared):
         return Place("stacked", module, name=parameter), match["factor"]
-    targeted = ndim == 2 and targeted_matrix(target_parameters, path) is not None
-    if targeted or depth or parts[-1] == "experts":
+    if (ndim == 2 and targets.matrix(path)) or depth or parts[-1] == "experts":
         return Place("fused", path, depth), match["factor"]
     return None

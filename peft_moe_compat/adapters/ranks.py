@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..errors import AdapterFileError
 from .files import show
+from .patterns import Patterns
 
 __all__ = ["Numbers", "lora_alpha", "lora_numbers", "lora_rank"]
 
@@ -60,14 +60,10 @@ def lora_numbers(config: Mapping[str, Any], key: str, rank: int | None = None) -
 
 def _pattern(config: Mapping[str, Any], patterns: str, key: str, default: str) -> Any:
     """The value of the first pattern that PEFT's `get_pattern_key` matches with `key`, else the default's."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", key):
-                return value
-        except (re.error, OverflowError) as error:
-            raise AdapterFileError(
-                f"adapter_config.json has the pattern {show(pattern)}, no regular expression: {error}."
-            ) from None
+    table = config.get(patterns) or {}
+    found = (table if isinstance(table, Patterns) else Patterns(table)).find(key)
+    if found is not None:
+        return table[found]
     if default not in config:
         raise AdapterFileError(f"adapter_config.json lacks {default!r}, which the LoRA on {key!r} needs.")
     return config[default]

@@ -9,7 +9,7 @@ from math import prod
 from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
 from .base_model import BaseModel
-from .names import PREFIX, Factors, Names, Place, peft_name, same_tensor, targeted_matrix, targeted_parameters
+from .names import PREFIX, Factors, Names, Place, peft_name, same_tensor
 from .ranks import Numbers, lora_numbers, lora_rank
 from .safetensors_io import TensorInfo
 from .stamp import Stamp
@@ -154,7 +154,7 @@ def experts_modules(
     found = []
     for path, places in names.pairs.items():
         said = stamp.modules.get(path) if stamp else None
-        parameters = said.nesting if said else targeted_parameters(config.target_parameters, path)
+        parameters = said.nesting if said else config.target_parameters.parameters(path)
         parameters = parameters or (tuple(base.parameters.values()) if base else ("gate_up_proj", "down_proj"))
         fused, experts, stacked = [], [], []
         for place, pair in sorted(places.items(), key=lambda item: -item[0].depth):
@@ -257,7 +257,7 @@ def linear_slots(
         if (stack_of_one or len(A.shape) == 2) and (rank := A.shape[-2]):
             del rest[name], rest[lora_B]
             path = stem.removeprefix(PREFIX)
-            target = targeted_matrix(config.target_parameters, path)
+            target = config.target_parameters.matrix(path)
             key = path if target is None else f"{path}.{target.rpartition('.')[2]}"
             found.append(LinearSlot(A, B, path, lora_numbers(config.raw, key, rank)))
     return tuple(found), rest

@@ -6,8 +6,7 @@ without a step of the conversion is a fact of its row in `readers`, or follows f
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import isclose
 from typing import Any
 
@@ -16,8 +15,9 @@ from ..releases import FIRST_PEFT_FOR_TRANSFORMERS_5, NEWEST_TESTED, RULES
 from .conclusions import ReaderVerdict
 from .decide import Decision
 from .files import read_json
-from .names import linear_role, reaches_parameter
+from .names import linear_role
 from .outputs import GGUF_PATH, Output
+from .patterns import Expression
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
 from .readers import READERS, NotTakenError, Target
@@ -25,6 +25,7 @@ from .refit import Refit, refit
 from .shapes import parameter_order
 from .source import CONFIG_NAME, AdapterSource
 from .steps import Step
+from .targets import any_ending
 from .tensors import SAFETENSORS
 
 __all__ = ["reader_verdicts"]
@@ -184,8 +185,10 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     keys = [lora.key for lora in loras]
     if reader.targets is not None:
         yield from _targets(how, given, keys, reader.targets)
-    elif target.peft and (missed := [k for k in keys if _reached(planned, k) and not _reached(given, k)]):
-        yield Step("targets", ("some",) if len(missed) < len(keys) else ())
+    elif target.peft:
+        ours, theirs = _reaching(planned), _reaching(given)
+        if missed := [key for key in keys if ours(key) and not theirs(key)]:
+            yield Step("targets", ("some",) if len(missed) < len(keys) else ())
     if heeded := [name for name in reader.heeds if (given.get(name) or None) != (planned.get(name) or None)]:
         yield Step("heeded", (", ".join(heeded),))
 
@@ -204,11 +207,11 @@ def _targets(how: Refit, config: Mapping[str, Any], keys: list[str], same: Mappi
             return
 
 
-def _reached(config: Mapping[str, Any], key: str) -> bool:
-    """Whether the config's targets reach a linear or parameter as PEFT matches them."""
-    targets = config.get("target_modules")
-    if reaches_parameter(config.get("target_parameters") or (), key):
-        return True
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, key) is not None
-    return any(key == target or key.endswith(f".{target}") for target in targets or ())
+def _reaching(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether the config's targets reach a linear or parameter, by its name, as PEFT matches them."""
+    modules, parameters = config.get("target_modules"), set(config.get("target_parameters") or ())
+    if isinstance(modules, str):
+        expression = Expression(modules) if modules != "all-linear" else None
+        return lambda key: any_ending(key, parameters) or expression is None or expression.matches(key)
+    names = parameters.union(modules or ())
+    return lambda key: any_ending(key, names)
