@@ -18,6 +18,7 @@ from .files import atomic_folder, usable_path
 from .plan import Plan, plan_conversion
 from .readers import parse_target
 from .refit import refit
+from .renaming import parse_renames
 from .safetensors_io import write_safetensors
 from .source import CONFIG_NAME, AdapterSource, open_adapter
 from .stated import Stated
@@ -70,6 +71,7 @@ def convert_adapter(
     orientation: str | None = None,
     packing: str | None = None,
     nesting: Sequence[str] | None = None,
+    rename: Mapping[str, str] | Sequence[str] = (),
     fill_missing: bool = False,
     allow_lossy: bool = False,
     progress: Progress | None = None,
@@ -89,6 +91,8 @@ def convert_adapter(
         orientation: `linear` or `reversed`, where neither shapes nor writer tell.
         packing: `rank_major` or `grouped`, where the file does not show how lora_B is packed.
         nesting: The parameters, innermost wrapper first, where the file does not show it.
+        rename: Parts of module paths in the file -> what the reader's model calls them, or texts `OLD=NEW`:
+            `model.layers=model.language_model.layers` from a text-only class to a multimodal one.
         fill_missing: Gives experts without LoRA one of zeros, where the form needs one for each.
         allow_lossy: Leaves out what the reader cannot take, instead of refusing.
         progress: Called with (bytes done, bytes in all) as the work goes on.
@@ -102,7 +106,7 @@ def convert_adapter(
     """
     target = parse_target(to)
     stated = Stated(model, written_by, orientation, packing, nesting)
-    source = open_adapter(adapter, stated)
+    source = open_adapter(adapter, stated, parse_renames(rename))
     decision = decide(source, stated)
     if source.form == "none":
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")

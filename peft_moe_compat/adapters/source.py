@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from ..errors import AdapterError, AdapterFileError
 from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_config
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, read_json, show
-from .names import Names, sort_names
+from .names import PREFIX, Names, sort_names
+from .renaming import renamed, renamed_config
+from .safetensors_io import TensorInfo
 from .slots import ExpertsModule, LinearSlot, experts_modules, linear_slots
 from .stamp import Stamp, read_stamp
 from .stated import Stated
@@ -63,25 +66,83 @@ class AdapterSource:
         return {name: torch.empty(infos[name].shape, dtype=infos[name].dtype, device="meta") for name in names}
 
 
-def open_adapter(adapter: str | Path, stated: Stated) -> AdapterSource:
+def open_adapter(
+    adapter: str | Path, stated: Stated, renames: Mapping[str, str] = MappingProxyType({})
+) -> AdapterSource:
     """Opens an adapter folder, or the one behind a hub id.
+
+    Args:
+        adapter: It.
+        stated: What the caller says of it.
+        renames: Parts of module paths in the file -> what they are called from here on.
 
     Raises:
         AdapterFileError: A file is missing or damaged, or this is no LoRA adapter.
-        AdapterError: The model's config is needed to read this adapter, or describes no routed experts.
+        AdapterError: The model's config is needed to read this adapter, or describes no routed experts; or `renames`
+            cannot be meant.
     """
+    if renames:
+        return _opened_renamed(adapter, stated, renames)
     folder = find_adapter(adapter)
-    raw = read_json(folder / CONFIG_NAME)
+    return _opened(folder, read_json(folder / CONFIG_NAME), open_tensors(folder), stated)
+
+
+def _opened_renamed(adapter: str | Path, stated: Stated, renames: Mapping[str, str]) -> AdapterSource:
+    """The adapter as if it had the new paths; its numbers must be those that it has under the old ones."""
+    before = open_adapter(adapter, stated)
+    names = {name: _renamed_tensor(name, renames) for name in before.tensors.infos}
+    for old in renames:
+        if all(renamed(name, {old: ""}) == name for name in names):
+            raise AdapterError(f"rename: no tensor of {before.folder} lies under {old!r}, {show([*names][:2])} do not.")
+    infos: dict[str, TensorInfo] = {}
+    for name, new in names.items():
+        if new in infos:
+            raise AdapterError(f"rename gives two tensors of {before.folder} one name, {new!r}.")
+        infos[new] = replace(before.tensors.infos[name], name=new)
+    raw = renamed_config(read_json(before.folder / CONFIG_NAME), renames)
+    after = _opened(before.folder, raw, replace(before.tensors, infos=infos), stated, renames)
+    if _numbers(before) != _numbers(after):
+        raise AdapterError(
+            f"{before.folder} has expressions in rank_pattern or alpha_pattern that mean the old paths and cannot be "
+            "renamed. Write its adapter_config.json with full names or the last parts of names, and convert that."
+        )
+    return after
+
+
+def _renamed_tensor(name: str, renames: Mapping[str, str]) -> str:
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    return prefix + renamed(name.removeprefix(prefix), renames)
+
+
+def _numbers(source: AdapterSource) -> list[Any]:
+    """Ranks and alphas of every LoRA, in the order of the file."""
+    modules = source.modules
+    return [
+        *(sorted(slot.candidates.items(), key=str) for module in modules for slot in module.slots),
+        *(slot.numbers for module in modules for slot in module.experts),
+        *(slot.numbers for module in modules for slot in module.stacks),
+        *(slot.numbers for slot in source.linears),
+    ]
+
+
+def _opened(
+    folder: Path,
+    raw: Mapping[str, Any],
+    tensors: AdapterTensors,
+    stated: Stated,
+    renames: Mapping[str, str] = MappingProxyType({}),
+) -> AdapterSource:
     config = parse_config(raw)
     beside = folder / AUTOMODEL_NAME
     automodel = read_json(beside) if beside.is_file() else None
-    tensors = open_tensors(folder)
     names = sort_names(tensors.infos, config)
     _check_experts(folder, names)
     base = base_model_of(config.base_model_name, stated.model)
     if automodel and automodel.get("moe_rank_scaling") and (ranks := _automodel_ranks(folder, names, base)):
         config = parse_config({**raw, "rank_pattern": ranks | (raw.get("rank_pattern") or {})})
     stamp = read_stamp(tensors.metadata)
+    if stamp is not None:
+        stamp = replace(stamp, modules={renamed(path, renames): said for path, said in stamp.modules.items()})
     modules = experts_modules(names, config, base, stamp)
     linears, rest = linear_slots(names, tensors.infos, config)
     return AdapterSource(folder, config, automodel, tensors, base, stamp, names.prefix, modules, linears, rest)

@@ -108,6 +108,13 @@ def convert(
         ),
     ] = "peft",
     stated: dict[str, Any],
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Part of module paths -> what the model calls it, as model.layers=model.language_model.layers.",
+        ),
+    ] = None,
     fill_missing: Annotated[bool, typer.Option(help="Give experts without LoRA one of zeros.")] = False,
     allow_lossy: Annotated[bool, typer.Option(help="Leave out what the reader cannot take.")] = False,
     as_json: _Json = False,
@@ -115,7 +122,7 @@ def convert(
     """Writes an adapter in the form a reader takes. The input is never changed, and nothing is overwritten."""
     from ..adapters.convert import convert_adapter
 
-    stated |= {"fill_missing": fill_missing, "allow_lossy": allow_lossy}
+    stated |= {"rename": rename or (), "fill_missing": fill_missing, "allow_lossy": allow_lossy}
     with _progress("converting") as advance:
         done = convert_adapter(adapter, out, to=to, **stated, progress=advance)
     _answer(done, _show_conversion, as_json)
