@@ -59,7 +59,9 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
     steps = list(dict.fromkeys(steps))
     if reader.scaling != "config":
         outputs, rank, alpha, said = evened(outputs, reader.scaling)
-        config |= {"r": rank, "lora_alpha": number(alpha), "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+        config |= {"lora_alpha": number(alpha), "use_rslora": False, "alpha_pattern": {}}
+        if reader.scaling == "uniform":
+            config |= {"r": rank, "rank_pattern": {}}
         steps += said
     return Plan((*outputs, *rest), config, _stamp(how, experts), (*steps, *dropped))
 

@@ -108,7 +108,7 @@ def test_stacked_to_apart_keeps_the_updates(spec, to):
             found = {(i, {"gate": "up"}.get(role, role)): update for (i, role), update in found.items()}
         assert_updates(found, spec.updates(factors), 1e-6)
         config = read_config(folder / "out")
-        if to != "per-expert":
+        if to == "sglang":
             assert config["rank_pattern"] == {} == config["alpha_pattern"]
 
 
@@ -174,6 +174,14 @@ def test_llama_cpps_names_are_for_llama_cpp_alone(tmp_path):
     for to in (NEW, "per-expert", "vllm", "sglang"):
         with pytest.raises(AdapterError, match="under llama.cpp's names"):
             convert_adapter(once, tmp_path / "out", to=to, model=spec.model())
+
+
+def test_what_is_written_for_llama_cpp_is_read_again(tmp_path):
+    """Where hidden and intermediate size are the same, the ranks alone tell "E r in" from "E in r"."""
+    spec = Spec(H=8, I=8, ranks={"down": 4}, attention=True)
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")), peft_version="0.21.2")
+    done = convert_adapter(source, tmp_path / "out", to="llama.cpp", model=spec.model())
+    assert verify_adapters(source, done.out, model=spec.model()).same
 
 
 @pytest.mark.parametrize("role", ["gate", "up"])
