@@ -50,11 +50,13 @@ def check_fused(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
 
 
 def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> None:
-    """Whether a per-expert adapter was turned into what it holds, where the model has its experts fused.
+    """Whether per-expert LoRA in an adapter was turned into what it holds, where the model has its experts fused.
 
     Raises:
         LayoutError: It was not.
     """
+    if source.form != "per_expert":
+        return
     facts, around = facts_of(model), chains(model)
     paths = counterparts((facts.fused_path(module.path) for module in source.modules), facts)
     for module in source.modules:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -26,22 +26,39 @@ from ..adapters.names import PREFIX
 from ..adapters.source import AdapterSource
 from ..errors import AdapterError
 from .arrival import check_fused, check_per_expert
+from .lost import check_names
 from .matching import UnderstoodFile, convert, differences, live_namer, live_wrappers
 from .opening import understand
 
-__all__ = ["from_pretrained", "load_adapter", "load_peft_weights", "load_pretrained_model", "load_weights_to_swap"]
+__all__ = [
+    "from_pretrained",
+    "load_adapter",
+    "load_peft_weights",
+    "load_pretrained_model",
+    "load_weights_to_swap",
+]
 
 logger = logging.getLogger("peft_moe_compat")
 
 
 @dataclass(frozen=True)
 class _Load:
-    """One call that loads an adapter into a model. `file` is None where there is nothing to say of it."""
+    """One call that loads an adapter into a model.
+
+    Attributes:
+        file: None where there is nothing to say of it.
+        names: Of the tensors that upstream was given, once it was.
+    """
 
     model: Any
     model_id: str
     adapter_name: str
     file: UnderstoodFile | AdapterSource | None
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def source(self) -> AdapterSource | None:
+        return self.file.source if isinstance(self.file, UnderstoodFile) else self.file
 
 
 _loading: ContextVar[_Load | None] = ContextVar("peft_moe_compat_loading", default=None)
@@ -88,6 +105,9 @@ def load_adapter(stock: Any) -> Any:
         hub = {**(getattr(config, "download_kwargs", None) or {}), **given, **(given.get("adapter_kwargs") or {})}
         with _load(given[model_name], model_id, given.get("adapter_name") or "default", hub) as load:
             result = stock(*args, **kwargs)
+            # What does not fit is left out where the caller says so, and upstream names it.
+            said = None if given.get("ignore_mismatched_sizes") else result
+            check_names(load.model, load.model_id, load.adapter_name, load.names, said, load.source)
             if isinstance(load.file, AdapterSource):
                 check_per_expert(load.file, load.model, load.adapter_name)
             elif load.file is not None:
@@ -102,7 +122,10 @@ def load_peft_weights(stock: Any) -> Any:
     def replacement(model_id: Any, device: Any = None, key_mapping: Any = None, **kwargs: Any) -> Any:
         weights = stock(model_id, device=device, key_mapping=key_mapping, **kwargs)
         load = _loading.get()
-        if load is None or not isinstance(load.file, UnderstoodFile):
+        if load is None:
+            return weights
+        load.names[:] = weights
+        if not isinstance(load.file, UnderstoodFile):
             return weights
         names = {name: _renamed(name, key_mapping) for name in load.file.source.tensors.infos}
         if set(names.values()) != weights.keys():
@@ -115,7 +138,9 @@ def load_peft_weights(stock: Any) -> Any:
         if held is not None:
             weights = {_renamed(name, key_mapping): tensor for name, tensor in held.items()}
         named = live_namer(load.model)
-        return {named(name): tensor for name, tensor in weights.items()}
+        weights = {named(name): tensor for name, tensor in weights.items()}
+        load.names[:] = weights
+        return weights
 
     return replacement
 
@@ -154,6 +179,8 @@ def load_pretrained_model(stock: Any) -> Any:
     @wraps(stock.__func__)
     def replacement(cls: Any, *args: Any, **kwargs: Any) -> Any:
         load = _loading.get()
+        if load is not None and load.source is not None:
+            load.names[:] = kwargs.get("state_dict") or load.source.tensors.infos
         if load is not None and isinstance(load.file, UnderstoodFile):
             tensors, given = load.file.source.tensors, kwargs.get("state_dict")
 
@@ -167,6 +194,7 @@ def load_pretrained_model(stock: Any) -> Any:
             if held is not None or any(named(name) != name for name in tensors.infos):
                 held = dict(read()) if held is None else held
                 kwargs["state_dict"] = {named(name): tensor for name, tensor in held.items()}
+                load.names[:] = kwargs["state_dict"]
         return stock.__get__(None, cls)(*args, **kwargs)
 
     return classmethod(replacement)

@@ -20,6 +20,7 @@ from ..adapters.stated import Stated
 from ..adapters.tensors import BIN, SAFETENSORS
 from ..errors import AdapterError, AmbiguousAdapterError, LayoutError
 from ..model.experts import bare
+from .lost import difference
 from .matching import UnderstoodFile, counterparts, facts_of, live_path
 
 __all__ = ["understand", "written_by"]
@@ -86,11 +87,12 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
             f"`peft-moe-compat convert {model_id} OUT --to peft --model BASE`."
         )
     if source.form != "fused":
-        return source if source.form == "per_expert" else None
+        return source
     paths = counterparts((module.path for module in source.modules), facts)
     if not paths:
         _refuse_other_names(model_id, source, facts, model)
-        return None
+        return source
+    _refuse_other_targets(model_id, source, paths, model)
     modules = tuple(module for module in source.modules if module.path in paths)
     # The model's sizes under the file's own paths.
     stacks = {(path, p): size for path, live in paths.items() for (at, p), size in facts.stacks.items() if at == live}
@@ -134,6 +136,18 @@ def _argument(settle: Settle) -> str | None:
         case "packing":
             return f'packing="{settle.value}"'
     return None
+
+
+def _refuse_other_targets(model_id: str, source: AdapterSource, paths: Mapping[str, str], model: Any) -> None:
+    """Raises where the targets are full names, and those of modules that this model has under another prefix."""
+    targets = source.config.target_parameters
+    for path, live in paths.items():
+        names = targets.parameters(path)
+        if names and not any(targets.reach(f"{live}.{name}") for name in names):
+            raise AdapterError(
+                f"The target_parameters of {model_id} reach {path!r}, and not {live!r}. "
+                f"{difference(model, model_id, list(paths))}"
+            )
 
 
 def _refuse_other_names(model_id: str, source: AdapterSource, facts: BaseModel, model: Any) -> None:

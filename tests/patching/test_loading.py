@@ -15,6 +15,7 @@ from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import zoo
+from support.saved_adapters import FAMILY, HERE, SQUARE, E, assert_equal, flipped, rewrite, save, written_otherwise
 from support.written_files import told
 
 import peft_moe_compat
@@ -28,70 +29,6 @@ from peft_moe_compat.errors import (
 )
 from peft_moe_compat.patching.opening import written_by
 from peft_moe_compat.patching.replacements import replacements
-
-FAMILY = zoo.FAMILIES[0]
-
-
-def flipped(A, B, E):
-    """PEFT's flat pair "(E r) p", "q (r E)" the other way round, by a loop over experts and ranks."""
-    r = A.shape[0] // E
-    flipped_A, flipped_B = torch.empty(E * r, B.shape[0]), torch.empty(A.shape[1], r * E)
-    for e in range(E):
-        for j in range(r):
-            flipped_A[e * r + j] = B[:, j * E + e]
-            flipped_B[:, j * E + e] = A[e * r + j]
-    return flipped_A, flipped_B
-
-
-def rewrite(folder, change=lambda A, B, E: (A, B), **config):
-    """Changes the expert pairs and the config of a saved adapter, and drops the stamp; None drops an entry."""
-    file, path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors = load_file(file)
-    for name in [n for n in tensors if "experts" in n and ".lora_A." in n]:
-        other = name.replace(".lora_A.", ".lora_B.")
-        A, B = change(tensors[name], tensors[other], E)
-        tensors[name], tensors[other] = A.contiguous(), B.contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
-    content = json.loads(path.read_text()) | config
-    path.write_text(json.dumps({key: value for key, value in content.items() if config.get(key, "") is not None}))
-    return folder
-
-
-E = 6  # experts of every family in the zoo
-SQUARE = {"hidden_size": 24}  # I == H
-HERE = f"peft=={peft.__version__},transformers=={transformers.__version__}"
-RELEASES = ("0.18.1", "0.19.1", "0.19.0")
-
-
-def save(folder, family=FAMILY, sizes=None, **lora):
-    """An adapter with random factors as the installed PEFT writes it: its model, and a fresh copy of the base."""
-    torch.manual_seed(1)
-    model = zoo.tiny_model(family, **(sizes or {})).eval()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-    def fresh():
-        base = zoo.tiny_model(family, **(sizes or {})).eval()
-        base.load_state_dict(state)
-        return base
-
-    wrapped = zoo.peft_model(model, **lora).eval()
-    wrapped.save_pretrained(folder)
-    return wrapped, fresh
-
-
-def assert_equal(model, expected, adapter="default"):
-    """Bit for bit the same factors: converting only moves values."""
-    pairs = list(zip(zoo.wrappers(model), zoo.wrappers(expected), strict=True))
-    assert pairs
-    for found, wanted in pairs:
-        for linears, others in ((found.lora_A, wanted.lora_A), (found.lora_B, wanted.lora_B)):
-            assert torch.equal(linears[adapter].weight, others["default"].weight)
-
-
-def written_otherwise(family=FAMILY):
-    """A PEFT release that lays the family out the other way than the installed one does."""
-    here, *others = (orientations(v, transformers.__version__, family) for v in (peft.__version__, *RELEASES))
-    return next(version for version, there in zip(RELEASES, others, strict=True) if there != here)
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
