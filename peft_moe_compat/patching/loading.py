@@ -29,8 +29,10 @@ from .arrival import check_fused, check_per_expert
 from .lost import check_names
 from .matching import UnderstoodFile, convert, differences, live_namer, live_wrappers
 from .opening import understand
+from .targets import convert_config
 
 __all__ = [
+    "convert_peft_config",
     "from_pretrained",
     "load_adapter",
     "load_peft_weights",
@@ -198,6 +200,19 @@ def load_pretrained_model(stock: Any) -> Any:
         return stock.__get__(None, cls)(*args, **kwargs)
 
     return classmethod(replacement)
+
+
+def convert_peft_config(stock: Any) -> Any:
+    """For `convert_peft_config_for_transformers` of PEFT, which changes a config, and of transformers, which copies."""
+
+    @wraps(stock)
+    def replacement(peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        load = _loading.get()
+        if load is None or load.source is None:
+            return stock(peft_config, *args, **kwargs)
+        return convert_config(lambda config: stock(config, *args, **kwargs), peft_config, load.source)
+
+    return replacement
 
 
 def _as_held(load: _Load, file: UnderstoodFile, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,7 @@ def replacements() -> list[Replacement]:
         _attribute(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),
         _attribute(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
         _attribute(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
+        *_of_converted_configs(),
         *_of_sharded_experts(ParamWrapper),
     ]
 
@@ -94,6 +96,18 @@ def _registry_entries() -> list[Replacement]:
                 mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping
                 what = f"transformers' {whose}experts implementation {key!r}"
                 found.append(Replacement(mapping, key, "transformers.", registered_forward, what, of_forward=True))
+    return found
+
+
+def _of_converted_configs() -> list[Replacement]:
+    """Where the targets of transformers 4 become those of 5: in PEFT from 0.19, in transformers from 5.0 to 5.12."""
+    if importlib.util.find_spec(REGISTRY_MODULE) is None:
+        return []  # transformers 4, beside which PEFT's module cannot be imported
+    name, found = "convert_peft_config_for_transformers", []
+    for module in ("peft.utils.transformers_weight_conversion", "transformers.integrations.peft"):
+        owner = importlib.import_module(module) if importlib.util.find_spec(module) else None
+        if hasattr(owner, name):
+            found.append(_attribute(owner, name, module.partition(".")[0] + ".", loading.convert_peft_config))
     return found
 
 

@@ -1,0 +1,195 @@
+"""Names of experts' linears in `target_modules`, which newer releases take for the experts' stacks when they load.
+
+Oracles: the model that stock PEFT saved, and a base model with the updates added by a loop.
+"""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import PeftModel
+from safetensors.torch import save_file
+from support import zoo
+from support.processes import result_of
+from support.saved_adapters import (
+    HERE,
+    E,
+    assert_equal,
+    assert_same_logits,
+    change_file,
+    flipped,
+    save,
+    written_otherwise,
+)
+
+import peft_moe_compat
+from peft_moe_compat.errors import AdapterError, LayoutError
+from peft_moe_compat.patching.opening import written_by
+
+LINEARS = ["gate_proj", "up_proj", "down_proj"]
+NAMES = {
+    "linears": ["q_proj", *LINEARS],
+    "mixtral": ["q_proj", "w1", "w2", "w3", "gate_proj"],
+    "half": ["q_proj", "down_proj", "gate_proj"],
+    "full": ["q_proj", *(f"model.layers.0.mlp.experts.3.{name}" for name in LINEARS)],
+    "pattern": r".*\.(q_proj|gate_proj|up_proj|down_proj|w1|w2|w3)",
+}
+SHARED = [
+    family for family in zoo.FAMILIES if any("shared_experts" in n for n, _ in zoo.tiny_model(family).named_modules())
+]
+has_shared = pytest.mark.parametrize(
+    "family",
+    SHARED
+    or [pytest.param(None, marks=pytest.mark.skip(reason="this transformers fuses no experts beside shared ones"))],
+)
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_fused_experts_that_are_targeted_keep_their_targets(family, names, tmp_path):
+    expected, fresh = save(tmp_path, family, target_modules=["q_proj"])
+    change_file(tmp_path, lambda tensors: tensors, target_modules=names)
+    with written_by(HERE):
+        model = PeftModel.from_pretrained(fresh(), tmp_path)
+    assert_equal(model, expected)
+    config = model.peft_config["default"]
+    assert (config.rank_pattern, config.alpha_pattern) == ({}, {})
+    model.save_pretrained(tmp_path / "again")
+    assert_equal(PeftModel.from_pretrained(fresh(), tmp_path / "again"), expected)
+
+
+@pytest.mark.parametrize("family", [family for family in zoo.FAMILIES if family != "nemotron_h"])
+def test_so_do_those_of_another_layout(family, tmp_path):
+    """nemotron_h: what is said of its writer would be wrong for a file that is only turned round."""
+    expected, fresh = save(tmp_path, family, target_modules=["q_proj"])
+
+    def turned(tensors):
+        for name in [name for name in tensors if "experts" in name and ".lora_A." in name]:
+            other = name.replace(".lora_A.", ".lora_B.")
+            tensors[name], tensors[other] = flipped(tensors[name], tensors[other], E)
+        return tensors
+
+    change_file(tmp_path, turned, target_modules=NAMES["linears"], peft_version=written_otherwise(family))
+    assert_equal(PeftModel.from_pretrained(fresh(), tmp_path), expected)
+
+
+def mlp_linears(model):
+    """Names of the linears of dense layers and shared experts."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return [name for name in linears if name.rpartition(".")[2] in LINEARS]
+
+
+@has_shared
+@pytest.mark.parametrize("names", [LINEARS, r".*\.(gate|up|down)_proj"], ids=["list", "pattern"])
+def test_shared_experts_and_dense_layers_beside_fused_ones_keep_their_lora(family, names, tmp_path):
+    base = zoo.tiny_model(family)
+    stacks, linears = peft_moe_compat.expert_parameters(base), mlp_linears(base)
+    targets = [*stacks, *(f"{name}.weight" for name in linears)]
+    expected, fresh = save(tmp_path, family, target_parameters=targets)
+    change_file(tmp_path, lambda tensors: tensors, target_modules=names, target_parameters=stacks)
+    with written_by(HERE):
+        model = PeftModel.from_pretrained(fresh(), tmp_path)
+    assert_same_logits(model, expected)
+    for name in linears:  # linears, as they were trained, and not wrapped as parameters
+        assert model.get_base_model().get_submodule(name) not in zoo.wrappers(model)
+        assert "default" in model.get_base_model().get_submodule(name).lora_A
+    model.save_pretrained(tmp_path / "again")
+    assert_same_logits(PeftModel.from_pretrained(fresh(), tmp_path / "again"), expected)
+
+
+def one_by_one(base, folder, shared):
+    """A file as transformers 4 has it, LoRA on every expert's linears; adds its updates to the model.
+
+    Args:
+        base: A model with fused experts, `gate_up_proj` and `down_proj`.
+        folder: Where the file goes.
+        shared: Whether shared experts and dense layers have LoRA too.
+    """
+    r, scaling, tensors = 2, 4.0, {}
+
+    def update(name, fan_in, fan_out):
+        A, B = torch.randn(r, fan_in) * 0.2, torch.randn(fan_out, r) * 0.2
+        tensors[f"base_model.model.{name}.lora_A.weight"], tensors[f"base_model.model.{name}.lora_B.weight"] = A, B
+        return (scaling * B.double() @ A.double()).float()
+
+    with torch.no_grad():
+        for path, experts in list(base.named_modules()):
+            for e in range(E if hasattr(experts, "gate_up_proj") else 0):
+                H, I = experts.down_proj.shape[1:]
+                gate, up = (update(f"{path}.{e}.{name}", H, I) for name in ("gate_proj", "up_proj"))
+                experts.gate_up_proj[e] += torch.cat([gate, up])
+                experts.down_proj[e] += update(f"{path}.{e}.down_proj", I, H)
+        for name in mlp_linears(base) if shared else ():
+            linear = base.get_submodule(name)
+            linear.weight += update(name, linear.in_features, linear.out_features)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": r * scaling, "target_modules": LINEARS, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_version": "0.18.1"}))
+
+
+@has_shared
+@pytest.mark.parametrize("names", [LINEARS, r".*\.(gate|up|down)_proj"], ids=["list", "pattern"])
+def test_shared_experts_beside_experts_one_by_one_keep_their_lora(family, names, tmp_path, stock):
+    """Wherever stock PEFT fuses the same file rightly without them; elsewhere an error, and never wrong logits."""
+    state = {name: tensor.clone() for name, tensor in zoo.tiny_model(family).state_dict().items()}
+
+    def fresh():
+        model = zoo.tiny_model(family)
+        model.load_state_dict(state)
+        return model
+
+    torch.manual_seed(3)
+    plain, whole = fresh(), fresh()
+    one_by_one(plain, tmp_path / "plain", shared=False)
+    one_by_one(whole, tmp_path / "whole", shared=True)
+    for folder in ("plain", "whole"):
+        change_file(tmp_path / folder, lambda tensors: tensors, target_modules=names)
+    try:
+        assert_same_logits(stock(PeftModel.from_pretrained, fresh(), tmp_path / "plain"), plain)
+    except (RuntimeError, TypeError, ValueError, AssertionError):
+        with pytest.raises((LayoutError, AdapterError, RuntimeError, TypeError, ValueError)):
+            PeftModel.from_pretrained(fresh(), tmp_path / "whole")
+        return
+    assert_same_logits(PeftModel.from_pretrained(fresh(), tmp_path / "whole"), whole)
+
+
+OWN_LOADER_SCRIPT = """
+import json, pathlib, tempfile
+import peft_moe_compat
+from support import zoo
+from support.saved_adapters import assert_same_logits, change_file, save
+
+def outcome(folder, fresh, expected):
+    model = fresh()
+    try:
+        model.load_adapter(str(folder))
+    except (RuntimeError, TypeError, ValueError) as error:
+        return type(error).__name__
+    assert_same_logits(model, expected)
+    return "right"
+
+folder, found = pathlib.Path(tempfile.mkdtemp()), []
+for family in [family for family in zoo.FAMILIES if family != "nemotron_h"]:
+    expected, fresh = save(folder / family, family, target_modules=["q_proj"])
+    plain = outcome(folder / family, fresh, expected)
+    names = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    change_file(folder / family, lambda tensors: tensors, target_modules=names)
+    found.append((family, plain, outcome(folder / family, fresh, expected)))
+print("RESULT" + json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) >= Version("5.5") and Version(peft.__version__) < Version("0.19"),
+    reason="transformers 5.5 loads by peft.utils.transformers_weight_conversion, which PEFT 0.19 brought",
+)
+def test_transformers_own_loader_keeps_them_too():
+    """In a process of its own: transformers 5.0 to 5.12 rewrite PEFT when this is called."""
+    for family, plain, named in result_of(OWN_LOADER_SCRIPT, timeout=300):
+        assert named == plain, family
