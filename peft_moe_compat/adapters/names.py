@@ -175,11 +175,8 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     pairs = {path: places for path, places in by_path.items() if not _is_matrix(path, places, config)}
     experts = {factor.name for places in pairs.values() for pair in places.values() for factor in pair}
     other = [name for name in infos if name not in experts and name not in empty]
-    # What stands beside a pair, a magnitude or a bias, is part of its LoRA.
     stems = {_stem(name, prefix) for places in by_path.values() for pair in places.values() for name in _names(pair)}
-    unknown = tuple(
-        n for n in other if _is_of_experts(unwrapped(n.removeprefix(prefix))) and _stem(n, prefix) not in stems
-    )
+    unknown = tuple(name for name in other if _is_unknown(unwrapped(name.removeprefix(prefix)), stems))
     return Names(prefix, pairs, unknown, tuple(other))
 
 
@@ -190,6 +187,13 @@ def _names(pair: Factors) -> tuple[str, str]:
 def _stem(name: str, prefix: str) -> str:
     """What a tensor is the LoRA of."""
     return unwrapped(name.removeprefix(prefix)).rpartition(".lora_")[0]
+
+
+def _is_unknown(name: str, stems: Container[str]) -> bool:
+    """Whether a tensor that no rule places is LoRA of experts; a magnitude or a bias beside a pair is part of that."""
+    stem, _, factor = name.rpartition(".lora_")
+    beside = stem in stems and (factor[:2] not in ("A.", "B.") or factor.endswith("bias"))
+    return not beside and _is_of_experts(name)
 
 
 def _is_of_experts(name: str) -> bool:

@@ -78,15 +78,15 @@ def orientations_after(
     """
     writer, reader = release_for(written_by[0]), release_for(read_by[0])
     rules = [writer, *_patched(writer, written_by[1])]
-    beside = None if written_by[1] is None else _release(written_by[1])
+    before, after = (None if release is None else _release(release) for release in (written_by[1], read_by[1]))
     found = set()
     for model_type in ("", *FAMILIES):
-        kinds = _kinds_of(model_type, _release(written_by[0]), beside)
-        kinds = {kind for kind in kinds for rule in rules if _orientation_of(rule, *kind) == orientation}
-        if kinds and read_by[1] is not None:
-            kinds = _kinds_of(model_type, _release(read_by[0]), _release(read_by[1]))
-        elif (True, False) in kinds:  # may declare what it is under a later transformers; what does so keeps doing so
-            kinds.add((True, True))
+        kinds = _kinds_of(model_type, _release(written_by[0]), before)
+        # Not what the release makes of most models: of another family, or not its work at all, which tells nothing.
+        if orientation == writer.orientation(is_transposed=False):
+            kinds = {kind for kind in kinds if any(_orientation_of(rule, *kind) == orientation for rule in rules)}
+        if kinds and after is not None:
+            kinds = _kinds_of(model_type, _release(read_by[0]), after)
         found |= {_orientation_of(reader, *kind) for kind in kinds}
     return frozenset(found)
 

@@ -177,6 +177,10 @@ UNKNOWN = {
         stem(s, 0, "w13_lora_a"): torch.ones(4, 2, 8),
     },
     "an absurd number": lambda s: pair(stem(s, 0, "9" * 5000, "up_proj"), torch.ones(2, 8), torch.ones(6, 2)),
+    "a third name beside a pair": lambda s: {
+        n.replace("weight", "default.other.weight"): t
+        for n, t in pair(stem(s, 1, "gate_up_proj"), torch.ones(4, 2, 8), torch.ones(4, 12, 2)).items()
+    },
     "four dimensions": lambda s: pair(stem(s, 0), torch.ones(1, 4, 2, 8), torch.ones(1, 4, 6, 2)),
 }
 
