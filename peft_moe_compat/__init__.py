@@ -33,6 +33,12 @@ Convert, for another PEFT or for a reader that is none. Of the base model only i
     same = peft_moe_compat.verify_adapters("adapter", "for-vllm", model="Qwen/Qwen3-30B-A3B")
     print(same.same, same.worst)
 
+Merge into the base's checkpoint, shard by shard, in its own dtypes and packed formats (FP8 in blocks, MXFP4).
+
+    done = peft_moe_compat.merge_adapter("Qwen/Qwen3-30B-A3B", "adapter", "merged")
+    right = peft_moe_compat.verify_merge("Qwen/Qwen3-30B-A3B", "adapter", "merged").same
+    print(right, max(row.relative for row in done.rows))
+
 Look inside, and switch. `expert_loras` gives a module's factors in canonical form, `declare_layout` says how a class of
 your own is stored, `set_backend` chooses what computes.
 
@@ -43,7 +49,7 @@ your own is stored, `set_backend` chooses what computes.
         model(input_ids=tokens)
 
 Errors on purpose are `PeftMoeCompatError`s. On the command line: `peft-moe-compat check`, `inspect`, `convert`,
-`verify`, `bench` and `demo`.
+`merge`, `verify`, `bench` and `demo`.
 """
 
 from __future__ import annotations
@@ -69,7 +75,9 @@ if TYPE_CHECKING:
     from .adapters.conclusions import Inspection
     from .adapters.convert import Conversion, convert_adapter
     from .adapters.inspect import inspect_adapter
+    from .adapters.merge import Merge, merge_adapter
     from .adapters.verify import Verification, verify_adapters
+    from .adapters.verify_merge import MergeVerification, verify_merge
     from .forward.backend import set_backend
     from .layout import ExpertLora
     from .model.experts import declare_layout
@@ -93,6 +101,8 @@ __all__ = [
     "LayoutError",
     "LayoutRule",
     "LossyConversionError",
+    "Merge",
+    "MergeVerification",
     "NoExpertParametersError",
     "ParallelismError",
     "PatchConflictError",
@@ -109,10 +119,12 @@ __all__ = [
     "expert_parameters",
     "inspect_adapter",
     "is_active",
+    "merge_adapter",
     "release_for",
     "report",
     "set_backend",
     "verify_adapters",
+    "verify_merge",
     "written_by",
 ]
 
@@ -122,6 +134,8 @@ _LAZY = {
     "ExpertLora": "layout",
     "Inspection": "adapters.conclusions",
     "LayoutRule": "releases",
+    "Merge": "adapters.merge",
+    "MergeVerification": "adapters.verify_merge",
     "Report": "reporting",
     "Verification": "adapters.verify",
     "convert_adapter": "adapters.convert",
@@ -129,10 +143,12 @@ _LAZY = {
     "expert_loras": "model.wrappers",
     "expert_parameters": "model.targets",
     "inspect_adapter": "adapters.inspect",
+    "merge_adapter": "adapters.merge",
     "release_for": "releases",
     "report": "reporting",
     "set_backend": "forward.backend",
     "verify_adapters": "adapters.verify",
+    "verify_merge": "adapters.verify_merge",
     "written_by": "patching.opening",
 }
 

@@ -230,7 +230,7 @@ def test_every_public_name_is_explained_somewhere():
 def tiny(tmp_path, monkeypatch):
     """Runs code of the documents in an empty folder, on a tiny model in place of theirs; returns its names."""
     base = zoo.tiny_model(zoo.FAMILIES[0])
-    base.config.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
 
     def from_pretrained(name, **kwargs):
@@ -260,9 +260,10 @@ def test_the_script_of_the_readme_runs(tiny):
 def test_the_docstring_tells_a_life_that_runs(tiny, tmp_path):
     assert (peft_moe_compat.__doc__ or "").count("\n") < 60
     blocks = docstring_blocks()
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = tiny("".join(blocks))
     assert names["same"].same
+    assert names["right"]
     assert (tmp_path / "for-vllm" / "adapter_model.safetensors").exists()
     assert names["model"](input_ids=names["tokens"]).logits.isfinite().all()
 

@@ -11,5 +11,6 @@ conclusions, steps               what is concluded and done, as values with thei
 parts, shaping, orientations     the experts' LoRA part by part, and how releases lay it out
 readers, refit, outputs, config  what each reader takes; what is written for it, and its adapter_config.json
 plan, verdicts                   a conversion, before anything is read; what it would change, as a reader's verdict
-inspect, convert, verify         the public functions
+checkpoint, stored, placing      a base checkpoint, how it stores its weights, and which of them an adapter updates
+inspect, convert, verify, merge, verify_merge   the public functions
 """

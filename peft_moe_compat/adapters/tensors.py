@@ -21,7 +21,16 @@ from ..errors import AdapterFileError
 from .files import read_json, show
 from .safetensors_io import TensorInfo, opened, read_header
 
-__all__ = ["BIN", "INDEX", "SAFETENSORS", "AdapterTensors", "check_finite", "open_tensors"]
+__all__ = [
+    "BIN",
+    "INDEX",
+    "SAFETENSORS",
+    "AdapterTensors",
+    "check_finite",
+    "open_safetensors",
+    "open_shards",
+    "open_tensors",
+]
 
 SAFETENSORS, INDEX, BIN = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
 
@@ -97,9 +106,9 @@ def open_tensors(folder: Path) -> AdapterTensors:
         raise AdapterFileError(f"{folder} holds both {SAFETENSORS} and {INDEX}; remove the one that is out of date.")
     tensors = AdapterTensors()
     if index.is_file():
-        _open_shards(tensors, index)
+        open_shards(tensors, index)
     elif single.is_file():
-        _open_safetensors(tensors, single)
+        open_safetensors(tensors, single)
     elif old.is_file():
         raise AdapterFileError(
             f"{folder} holds {BIN}, a pickle, and only safetensors are read: save its tensors again, in that folder, "
@@ -118,7 +127,7 @@ def _names(files: Iterable[Path]) -> str:
     return ", ".join(file.name for file in files)
 
 
-def _open_safetensors(tensors: AdapterTensors, file: Path) -> None:
+def open_safetensors(tensors: AdapterTensors, file: Path) -> None:
     """Adds the tensors of one safetensors file."""
     metadata, infos = read_header(file)
     for info in infos:
@@ -132,7 +141,7 @@ def _open_safetensors(tensors: AdapterTensors, file: Path) -> None:
     tensors.files.append(file)
 
 
-def _open_shards(tensors: AdapterTensors, index: Path) -> None:
+def open_shards(tensors: AdapterTensors, index: Path) -> None:
     """Adds the tensors of the shards an index lists, once index and shards agree."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -145,7 +154,7 @@ def _open_shards(tensors: AdapterTensors, index: Path) -> None:
                 f"{index}: {show(name)} is said to be in {show(value)}; a plain file name in its own folder was needed."
             )
     for value in sorted(set(weight_map.values())):
-        _open_safetensors(tensors, _shard(index, value))
+        open_safetensors(tensors, _shard(index, value))
     for name in {**weight_map, **tensors.infos}:
         listed, info = weight_map.get(name), tensors.infos.get(name)
         if info is None or info.file.name != listed:

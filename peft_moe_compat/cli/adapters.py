@@ -1,4 +1,4 @@
-"""The commands on adapter files: inspect, convert, verify. Exit code 2 for input that cannot be used."""
+"""The commands on adapter files: inspect, convert, merge, verify. Exit code 2 for input that cannot be used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from ..errors import PeftMoeCompatError
 if TYPE_CHECKING:
     from ..adapters.conclusions import Conclusion, ExpertsSummary, Finding, Inspection
     from ..adapters.convert import Conversion
+    from ..adapters.merge import Merge, Rounding
     from ..adapters.verify import Verification
+    from ..adapters.verify_merge import MergeVerification
 
 __all__ = ["register"]
 
@@ -50,7 +52,7 @@ _MARKS = {"reads": "[green]reads it[/]", "wrong": "[red]wrong, silently[/]", "fa
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    for command in (inspect, convert, verify):
+    for command in (inspect, convert, merge, verify):
         app.command()(_with_stated(command))
 
 
@@ -128,17 +130,42 @@ def convert(
     _answer(done, _show_conversion, as_json)
 
 
+def merge(
+    base: Annotated[str, typer.Argument(help="Folder of the base model, with safetensors, or a Hub id.")],
+    adapter: _Adapter,
+    out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.", show_default=False)],
+    *,
+    stated: dict[str, Any],
+    as_json: _Json = False,
+) -> None:
+    """Writes the base model with the adapter in its weights, in the base's own dtypes and packed formats."""
+    from ..adapters.merge import merge_adapter
+
+    with _progress("merging") as advance:
+        done = merge_adapter(base, adapter, out, **stated, progress=advance)
+    _answer(done, _show_merge, as_json)
+
+
 def verify(
     adapter: _Adapter,
     other: Annotated[str, typer.Argument(help="What became of it: a folder or a Hub id.", show_default=False)],
     *,
     stated: dict[str, Any],
+    base: Annotated[
+        str | None, typer.Option(help="The other is this base model with the adapter merged: compare the outputs.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest relative difference that counts as the same.")] = 1e-6,
     as_json: _Json = False,
 ) -> None:
-    """Compares two adapters by the updates they make to each expert. Exit code 1 where they differ."""
+    """Compares two adapters, or a merged model, by the updates made to each expert. Exit code 1 where they differ."""
     from ..adapters.verify import verify_adapters
+    from ..adapters.verify_merge import verify_merge
 
+    if base is not None:
+        with _progress("comparing") as advance:
+            merged = verify_merge(base, adapter, other, **stated, progress=advance)
+        _answer(merged, _show_merge_verification, as_json)
+        raise typer.Exit(0 if merged.same else 1)
     with _progress("comparing") as advance:
         found = verify_adapters(adapter, other, **stated, tolerance=tolerance, progress=advance)
     _answer(found, _show_verification, as_json)
@@ -271,3 +298,37 @@ def _show_verification(found: Verification, console: Console) -> None:
         console.print(f"and {len(rows) - 20} more with smaller differences")
     verdict = "the same" if found.same else "[red]not the same[/]"
     console.print(f"{verdict}: largest relative difference {found.worst:.2g}, tolerance {found.tolerance:g}")
+
+
+def _show_merge(done: Merge, console: Console) -> None:
+    table = Table(title="What rounding to the base's format changes, relative to the update")
+    for column in ("module", "projection", "format", "overall", "worst"):
+        table.add_column(column, overflow="fold")
+    alike: dict[tuple[str, str], list[Rounding]] = {}
+    for row in done.rows:
+        alike.setdefault((row.projection, row.format), []).append(row)
+    for (projection, form), rows in alike.items():
+        where = rows[0].path if len(rows) == 1 else f"{rows[0].path} and {len(rows) - 1} more"
+        update = sum(row.update**2 for row in rows) ** 0.5
+        error = sum((row.relative * row.update) ** 2 for row in rows) ** 0.5
+        worst = max(row.relative for row in rows)
+        cells = escape(where), escape(projection), form, f"{error / (update or 1):.2g}", f"{worst:.2g}"
+        table.add_row(*cells)
+    console.print(table)
+    if done.replaced:
+        console.print(f"taken whole from the adapter: {', '.join(done.replaced)}", markup=False, highlight=False)
+    console.print(f"{done.out}: written.", markup=False, highlight=False)
+
+
+def _show_merge_verification(found: MergeVerification, console: Console) -> None:
+    table = Table(title="merged(x) against base(x) + adapter(x)")
+    for column in ("module", "projection", "error", "explained by rounding", "update", ""):
+        table.add_column(column, overflow="fold")
+    rows = sorted(found.rows, key=lambda row: (row.same, -row.error))
+    for row in rows[:20]:
+        numbers = (f"{row.error:.2g}", f"{row.explained:.2g}", f"{row.update:.2g}") if not row.note else ("", "", "")
+        table.add_row(escape(row.name), escape(row.projection), *numbers, escape(row.note))
+    console.print(table)
+    if len(rows) > 20:
+        console.print(f"and {len(rows) - 20} more with smaller errors")
+    console.print("merged as it should be" if found.same else "[red]not merged as it should be[/]")

@@ -101,6 +101,32 @@ def test_what_cannot_be_compared_is_null_in_json(files):
     assert None in [row["relative_difference"] for row in document["rows"]]
 
 
+def test_merge_then_verify(files):
+    stem = "model.layers.{}.{}"
+    weights = {stem.format(i, "self_attn.q_proj.weight"): torch.randn(SPEC.H, SPEC.H) for i in SPEC.layers}
+    for i in SPEC.layers:
+        weights[stem.format(i, "mlp.experts.gate_up_proj")] = torch.randn(SPEC.E, 2 * SPEC.I, SPEC.H)
+        weights[stem.format(i, "mlp.experts.down_proj")] = torch.randn(SPEC.E, SPEC.H, SPEC.I)
+    base = files / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(SPEC.model()))
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, base / "model.safetensors")
+    result = run("merge", base, files / "in", files / "merged")
+    assert result.exit_code == 0, result.output
+    for text in ("bfloat16", "gate_up_proj", "down_proj", "q_proj", "and 1 more", "written"):
+        assert text in result.output
+    assert run("merge", base, files / "in", files / "merged").exit_code == 2
+    document = json.loads(run("merge", base, files / "in", files / "again", "--json").stdout)
+    assert [row["format"] for row in document["rows"]] == ["bfloat16"] * 6
+    result = run("verify", files / "in", files / "merged", "--base", base)
+    assert result.exit_code == 0, result.output
+    assert "merged as it should be" in result.output
+    result = run("verify", files / "in", base, "--base", base)
+    assert result.exit_code == 1
+    assert "not merged" in result.output
+    assert json.loads(run("verify", files / "in", base, "--base", base, "--json").stdout)["same"] is False
+
+
 def test_convert_json(files):
     result = run("convert", files / "in", files / "out", "--to", "sglang", "--model", files / "config.json", "--json")
     assert result.exit_code == 0, result.output
@@ -109,7 +135,7 @@ def test_convert_json(files):
     assert (document["target"], document["out"]) == ("sglang", str(files / "out"))
 
 
-@pytest.mark.parametrize("command", [("inspect",), ("convert", "OUT"), ("verify", "OUT")])
+@pytest.mark.parametrize("command", [("inspect",), ("convert", "OUT"), ("verify", "OUT"), ("merge", "A", "B")])
 def test_errors_have_exit_code_2_and_a_json_form(tmp_path, command):
     name, *rest = command
     result = run(name, tmp_path / "nothing", *(str(tmp_path / part) for part in rest))
