@@ -219,14 +219,17 @@ def _features(update: Update) -> tuple[int, int]:
 
 def _transposed(stacks: Iterable[tuple[StoredWeight, Update]], base: BaseModel) -> bool:
     """Whether the checkpoint's plain stacks are "E in out": by the sizes of all of them, then by the family."""
-    possible = {False, True}
+    possible, stored = {False, True}, family(base.model_type).transposed
     for weight, update in stacks:
-        if len(weight.shape) == 3 and isinstance(weight.format, Plain):
-            out, fan_in = _features(update)
-            possible &= {
-                turned for turned in possible if weight.shape[1:] == ((fan_in, out) if turned else (out, fan_in))
-            }
-    stored = family(base.model_type).transposed
+        if len(weight.shape) != 3 or not isinstance(weight.format, Plain):
+            continue
+        out, fan_in = _features(update)
+        if out == fan_in and stored is not None and stored.until is not None:
+            raise AdapterError(
+                f"{weight.name!r} is a stack of square matrices, which transformers reads as 'E in out' before "
+                f"{stored.until}, and as 'E out in' since. It cannot be merged into without a guess."
+            )
+        possible &= {turned for turned in possible if weight.shape[1:] == ((fan_in, out) if turned else (out, fan_in))}
     return possible == {True} or (len(possible) == 2 and stored is not None)
 
 

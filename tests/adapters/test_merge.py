@@ -218,7 +218,7 @@ CASES = [
 @pytest.mark.parametrize("form", ["fused", "per_expert", "stacked"])
 @pytest.mark.parametrize(("family", "stored"), CASES, ids=lambda value: getattr(value, "model_type", value))
 def test_every_stored_form_and_every_form_of_adapter(tmp_path, family, stored, form):
-    spec = replace(SPEC, family=family)
+    spec = replace(SPEC, family=family, I=48 if family is VISION else SPEC.I)
     base = base_of(spec, stored)
     folder = write(tmp_path / "base", base, shards=3)
     source, factors = adapter(tmp_path / "in", spec, form)
@@ -385,6 +385,15 @@ def test_what_finds_no_weight_is_an_error_before_anything_is_written(tmp_path):
     of_64 = write(tmp_path / "square", base_of(unsure, "apart"))
     down = save_fused(tmp_path / "unsure", unsure, unsure.factors(("down",)))
     refused(tmp_path, of_64, down, "orientation", AmbiguousAdapterError)
+
+
+def test_square_stacks_that_releases_of_transformers_read_differently_are_refused(tmp_path):
+    """The `Transpose(check_dims=True)` of transformers 5 leaves them as they are; 4.57 reads them as "E in out"."""
+    for i, size in enumerate((32, 64)):  # gate_up 64 x 64, and down
+        spec = replace(SPEC, family=VISION, I=size)
+        folder = write(tmp_path / f"base{i}", base_of(spec, "transposed"))
+        source, _ = adapter(tmp_path / f"in{i}", spec, "stacked")
+        refused(tmp_path, folder, source, "square")
 
 
 def test_a_tied_head_is_refused(tmp_path):
