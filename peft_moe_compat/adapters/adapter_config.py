@@ -57,6 +57,8 @@ class AdapterConfig:
         unsloth_layouts: (parameter, or None for all; word) of every marker of lora_B's packing, not judged yet.
         unsloth_fixed: Whether Unsloth left its older sign, and there is LoRA on parameters.
         unsloth_family: model_type that the module named under auto_mapping is of; None where there is none.
+        for_vllm: Whether the experts are targeted as vLLM calls them, a module, and no parameter is.
+        pefts_own: Whether it has what only PEFT and Unsloth put in: a version, or a mapping.
     """
 
     raw: Mapping[str, Any]
@@ -72,6 +74,8 @@ class AdapterConfig:
     unsloth_layouts: tuple[tuple[str | None, Any], ...]
     unsloth_fixed: bool
     unsloth_family: str | None
+    for_vllm: bool
+    pefts_own: bool
 
 
 def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
@@ -105,6 +109,8 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
         unsloth_layouts=(*_layouts(raw), *_layouts(auto_mapping)),
         unsloth_fixed=bool(auto_mapping.get(_UNSLOTH_FINGERPRINT) and targets),
         unsloth_family=library[1] if library else None,
+        for_vllm=not targets and _names(raw.get("target_modules")) and "experts" in raw["target_modules"],
+        pefts_own=version is not None or bool(auto_mapping),
     )
 
 

@@ -32,6 +32,11 @@ SENTENCES = {
     "no_version": "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes",
     "automodel_layout": "paramwrapper_layout is {layout!r} in automodel_peft_config.json",
     "automodel_no_layout": "automodel_peft_config.json without paramwrapper_layout",
+    "for_vllm": "adapter_config.json targets 'experts' as a module, as SkyRL and prime-rl do for vLLM: '(r E)', linear",
+    "rewritten": (
+        "adapter_config.json is PEFT's, but targets 'experts' as a module and no parameters: rewritten, and perhaps "
+        "its factors exchanged, as ART does"
+    ),
     "not_its_own": (
         "its {orientation} orientation is not what {name} writes on its own: saved again by another release, or made "
         "in a process that transformers 5.0 to 5.12 had patched"

@@ -22,6 +22,8 @@ __all__ = ["Writer", "find_writer"]
 _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
 
 _UNSAID = Evidence("packing_unsaid")
+# PEFT and transformers whose pairs vLLM reads. Source: vllm 0.33, lora/model_manager.py, _stack_moe_lora_weights.
+_VLLM = "0.21.2", "5.24.0"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
         return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
     if stated.written_by is None and source.automodel is not None:
         return _automodel(source.automodel)
+    if stated.written_by is None and source.form == "fused" and source.config.for_vllm:
+        return _for_vllm(source.config)
     unsloth = _unsloth(source.config, source.base)
     writer = _release(source.config, stated)
     if unsloth is not None:
@@ -72,6 +76,14 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
         return writer
     packs = Evidence("peft_packs", {"peft": writer.peft})
     return replace(writer, packings={None: "rank_major"}, packing_evidence=packs)
+
+
+def _for_vllm(config: AdapterConfig) -> Writer:
+    """SkyRL and prime-rl write such a config; one of PEFT's own was rewritten, by ART, say, which exchanges factors."""
+    if config.pefts_own:
+        return Writer(Conclusion(None, "none", (Evidence("rewritten"),), (Settle("written_by", "peft==VERSION"),)))
+    reason = Evidence("for_vllm")
+    return Writer(Conclusion("SkyRL or prime-rl", "likely", (reason,)), *_VLLM, {None: "rank_major"}, reason)
 
 
 def _release(config: AdapterConfig, stated: Stated) -> Writer:

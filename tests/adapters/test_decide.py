@@ -55,6 +55,27 @@ def test_the_version_in_the_file_speaks_for_a_square_one(tmp_path, peft, value):
     assert (found.value, found.confidence) == (value, "stated")
 
 
+FOR_VLLM = {"target_modules": ["experts", "q_proj"], "target_parameters": None}
+
+
+@pytest.mark.parametrize("family", [QWEN, GPT_OSS])
+def test_a_config_for_vllm_says_how_it_packs_and_turns(tmp_path, family):
+    """SkyRL's and prime-rl's: no version, `experts` among the modules, and no parameters."""
+    source, model = square_down(tmp_path, family, **FOR_VLLM)
+    found = inspect_adapter(source, model=model)
+    assert (found.orientation.value, found.packing.value, found.undecided) == ("linear", "rank_major", ())
+
+
+@pytest.mark.parametrize("own", [{"peft_version": "0.18.1"}, {"auto_mapping": {"unsloth_fixed": True}}])
+def test_a_config_of_pefts_rewritten_for_vllm_says_nothing(tmp_path, own):
+    """ART takes target_parameters out and exchanges the factors: neither orientation nor packing are PEFT's."""
+    source, model = square_down(tmp_path, **FOR_VLLM, **own)
+    found = inspect_adapter(source, model=model)
+    assert {"orientation", "packing"} <= set(found.undecided)
+    assert "rewritten" in found.writer.why
+    assert inspect_adapter(source, model=model, written_by="peft==0.21.2").undecided == ()
+
+
 def test_what_the_caller_says_wins_over_the_version_in_the_file(tmp_path):
     source, model = square_down(tmp_path, peft_version="0.21.2")
     assert inspect_adapter(source, model=model, written_by="peft==0.18.1").orientation.value == "reversed"
