@@ -199,7 +199,9 @@ def test_norms_are_those_of_the_updates(E, r, fan_in, fan_out, seed):
     A = torch.randn(E, r, fan_in, generator=generator)
     B = torch.randn(E, fan_out, r, generator=generator)
     expected = torch.stack([torch.linalg.matrix_norm(B[e].double() @ A[e].double()) * 0.3 for e in range(E)])
-    torch.testing.assert_close(examine(ExpertLora(A, B, 0.3)).norms, expected)
+    # Products may cancel; what is lost goes by the size of the factors.
+    size = float(A.norm() * B.norm())
+    torch.testing.assert_close(examine(ExpertLora(A, B, 0.3)).norms, expected, rtol=1e-6, atol=1e-6 * size)
 
 
 @given(st.lists(st.floats(-0.4, 0.4), min_size=8, max_size=64), st.floats(0.1, 10))
