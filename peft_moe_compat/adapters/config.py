@@ -30,7 +30,7 @@ def target_config(how: Refit, experts: Sequence[Output], others: Sequence[str]) 
         others: Paths of all other modules with LoRA.
     """
     source, target = how.source, how.target
-    config = _without_marks(dict(source.config.raw))
+    config = _without_marks(dict(source.config.raw)) | {"peft_type": "LORA"}
     if target.peft is not None:
         config.pop("peft_version", None)
         if stamps_its_version(target.peft):

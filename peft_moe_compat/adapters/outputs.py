@@ -17,10 +17,12 @@ from .parts import Part
 from .shaping import folded
 from .steps import Step
 
-__all__ = ["GGUF_PATH", "LAYER", "Copied", "Output", "evened", "fused", "gguf", "per_expert", "plain"]
+__all__ = ["GGUF_PATH", "LAYER", "Copied", "Output", "evened", "fused", "gguf", "per_expert", "plain", "shared_outer"]
 
 GGUF_PATH = re.compile(r"blk\.\d+")  # where llama.cpp has the stacks of a layer
 LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)(?:\.|$)")
+# vLLM 0.28 to 0.33 want these names for shared factors, and SGLang renames them.
+_SHARED_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _GGUF_NAMES = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
 
 
@@ -94,6 +96,35 @@ def gguf(part: Part, path: str) -> Output:
         raise AdapterError(f"llama.cpp has no name for the {part.role or part.name} LoRA of {path!r}.")
     key = f"blk.{layer[1]}.{_GGUF_NAMES[part.role]}"
     return Output(part, path, key, key, key, lambda lora: [(key, lora.A, lora.B)])
+
+
+def shared_outer(part: Part, path: str, linear: str) -> Output:
+    """3-D factors under w1, w3 or w2, where the one that faces the hidden size is a stack of one, for all experts.
+
+    Config and targets know them by the names that the readers give these: gate_proj, up_proj, down_proj.
+    """
+    down = part.role == "down"
+
+    def factors(lora: ExpertLora) -> Iterator[tuple[str, Tensor, Tensor]]:
+        A = lora.A if down else _of_all(part, "lora_A", lora.A)
+        yield f"{path}.{_SHARED_NAMES[linear]}", A, _of_all(part, "lora_B", lora.B) if down else lora.B
+
+    key = f"{path}.{linear}"
+    return Output(part, path, key, key, key, factors)
+
+
+def _of_all(part: Part, side: str, factor: Tensor) -> Tensor:
+    """ "1 ..." of a factor "E ..." that is the same for all experts.
+
+    Raises:
+        AdapterError: It is not.
+    """
+    if not factor.is_meta and bool((differs := (factor != factor[:1]).flatten(1).any(1)).any()):
+        raise AdapterError(
+            f"{side} of {part.path!r}, {part.name}, has other values for expert {int(differs.nonzero()[0])} than for "
+            "expert 0. Only LoRA whose outer side all experts share is written so; convert it with --to vllm or sglang."
+        )
+    return factor[:1]
 
 
 def plain(part: Part) -> Output:

@@ -32,8 +32,8 @@ class Reader:
 
     Attributes:
         title: What it is called in text.
-        form: Of the experts' LoRA: `"fused"`, `"per_expert"`, or `"gguf"`: 3-D factors under the names that llama.cpp
-            gives its own tensors.
+        form: Of the experts' LoRA: `"fused"`, `"per_expert"`, `"gguf"`: 3-D factors under the names that llama.cpp
+            gives its own tensors, or `"shared_outer"`: 3-D factors, of one expert on the side that all share.
         fused: Families that it takes fused all the same, as the newest PEFT writes them.
         refuses: Families whose experts it takes no LoRA on.
         one_lora_A: Families whose gate and up have to share one lora_A.
@@ -141,6 +141,15 @@ READERS = {
             "dora": "fails",
             "no_experts": "fails",
         },
+    ),
+    "shared-outer": Reader(
+        "a server of shared factors",
+        "shared_outer",
+        refuses=frozenset({"llama4"}),
+        one_lora_A=frozenset({"gpt_oss"}),
+        complete=True,
+        scaling="uniform",
+        linears={"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
     ),
     "llama.cpp": Reader(
         "llama.cpp",

@@ -11,7 +11,7 @@ from ..errors import AdapterError, AmbiguousAdapterError
 from .base_model import BaseModel
 from .decide import Decision
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
-from .outputs import GGUF_PATH, Output, fused, gguf, per_expert
+from .outputs import GGUF_PATH, Output, fused, gguf, per_expert, shared_outer
 from .parts import Part, expert_parts
 from .readers import NotTakenError, Target
 from .shapes import parameter_order
@@ -164,7 +164,8 @@ class Refit:
             if self.form == "gguf":
                 outputs.append(gguf(part, path))
             else:
-                outputs.append(per_expert(part, self.model.per_expert_path(path), self.linear(role)))
+                make = shared_outer if self.form == "shared_outer" else per_expert
+                outputs.append(make(part, self.model.per_expert_path(path), self.linear(role)))
         return outputs
 
     def linear(self, role: str) -> str:

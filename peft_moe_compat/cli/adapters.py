@@ -106,7 +106,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="peft (the one installed), peft==VERSION[,transformers==VERSION], per-expert, vllm, sglang, llama.cpp."
+            help="peft (the one installed), peft==VERSION[,transformers==VERSION], per-expert, vllm, sglang, "
+            "llama.cpp, shared-outer."
         ),
     ] = "peft",
     stated: dict[str, Any],
