@@ -14,7 +14,7 @@ One factor of the last two may be shared by all experts: a matrix, or a stack of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from .. import families
