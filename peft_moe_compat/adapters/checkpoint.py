@@ -103,7 +103,8 @@ class Checkpoint:
                 f"{tuple(block)}. Is it the config.json of this checkpoint?"
             )
         exponents = scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
-        return BlockFP8((int(block[0]), int(block[1])), exponents)
+        height, width = (min(size, edge) for size, edge in zip(rows_columns, block, strict=True))
+        return BlockFP8((max(height, 1), max(width, 1)), exponents)
 
     def _mxfp4(self, name: str, blocks: TensorInfo, scales: TensorInfo) -> StoredWeight:
         fits = blocks.shape == (*scales.shape, 16) and len(scales.shape) == 3

@@ -22,6 +22,9 @@ __all__ = ["Placed", "Update", "place", "replaced"]
 _LAYER = re.compile(r"(?P<prefix>|.*?\.)(?P<tail>(?:layers|blocks|h)\.\d+\..+)")
 
 
+_TIED = ("lm_head.weight", "embed_tokens.weight")
+
+
 @dataclass(frozen=True)
 class Update:
     """An update, or some rows of it, that goes into a weight.
@@ -80,7 +83,8 @@ def place(source: AdapterSource, parts: Sequence[Part], checkpoint: Checkpoint, 
     Raises:
         AdapterError: One of them finds no weight, or several, or one of other sizes, or in a format not known.
     """
-    wanted = [(part, list(_expert_options(part, base))) for part in parts]
+    most = len(checkpoint.tensors.infos)
+    wanted = [(part, list(_expert_options(part, base, most))) for part in parts]
     for slot in source.linears:
         target = source.config.target_parameters.matrix(slot.path)
         parameter = "weight" if target is None else target.rpartition(".")[2]
@@ -101,16 +105,14 @@ def place(source: AdapterSource, parts: Sequence[Part], checkpoint: Checkpoint, 
             update = Update(part, expert, *option.sides[index % len(option.sides)])
             found.setdefault(weight.name, (weight, []))[1].append(update)
     tied = checkpoint.config.get("tie_word_embeddings") is True
-    for name in (name for name in found if tied and name.endswith("lm_head.weight")):
-        raise AdapterError(
-            f"{name!r} is tied to the embedding in {checkpoint.folder}: what is merged there is not loaded."
-        )
+    for name in (name for name in found if tied and name.endswith(_TIED)):
+        raise _is_tied(name, checkpoint)
     turned = _transposed([(weight, update) for weight, updates in found.values() for update in updates], base)
     return [_checked(weight, tuple(updates), turned) for weight, updates in found.values()]
 
 
-def _expert_options(part: Part, base: BaseModel) -> Iterator[_Option]:
-    """Fused as the model has it, under its older names, and expert by expert."""
+def _expert_options(part: Part, base: BaseModel, most: int) -> Iterator[_Option]:
+    """Fused as the model has it, under its older names, and expert by expert where there are `most` experts or less."""
     rows = part.meta.out_features
     whole = slice(None), slice(None)
     halves = _halves(2 * rows if part.role in ("gate", "up") else rows, base.interleaved)
@@ -126,7 +128,7 @@ def _expert_options(part: Part, base: BaseModel) -> Iterator[_Option]:
         places += [place for place in renamed if place is not None]
     for path, name in places:
         yield _Option((f"{path}.{name}",), False, (into,))
-    if part.role is None:
+    if part.role is None or part.meta.num_experts > most:
         return
     roles = ("gate", "up") if part.role == "gate_up" else (part.role,)
     sides = tuple((half, slice(None)) for half in halves) if part.role == "gate_up" else (whole,)
@@ -210,6 +212,13 @@ class _Names:
             self._settled[prefix] = prefix if prefix in candidates else next(iter(candidates))
 
 
+def _is_tied(name: str, checkpoint: Checkpoint) -> AdapterError:
+    return AdapterError(
+        f"Head and embedding are one tensor in {checkpoint.folder} (tie_word_embeddings); the adapter changes {name!r} "
+        "alone, which no checkpoint of this config can hold. Untie them in the base first."
+    )
+
+
 def _features(update: Update) -> tuple[int, int]:
     """(out, in) of the matrix that an update goes into."""
     lora = update.part.meta
@@ -253,9 +262,11 @@ def replaced(source: AdapterSource, checkpoint: Checkpoint) -> Mapping[str, str]
     Raises:
         AdapterError: What is neither LoRA nor a weight of the checkpoint.
     """
-    found = {}
+    found, tied = {}, checkpoint.config.get("tie_word_embeddings") is True
     for name, in_file in source.rest.items():
         plain = name.removeprefix(PREFIX)
+        if tied and plain.endswith(_TIED):
+            raise _is_tied(plain, checkpoint)
         info, ours = checkpoint.tensors.infos.get(plain), source.tensors.infos[in_file]
         if ".lora_" in plain or info is None or info.shape != ours.shape or info.dtype not in PLAIN:
             raise AdapterError(
