@@ -102,7 +102,9 @@ class BaseModel:
     def described(self) -> str:
         """Its name and what it has, for messages."""
         if self.stacks:
-            return f"{self.name} ({len(self.stacks)} expert parameters)"
+            stacks = ((name, *size) for (_, name), size in self.stacks.items())
+            held = [f"{name} of {E} experts, {a} in and {b} out" for name, E, a, b in dict.fromkeys(stacks)]
+            return f"{self.name} ({'; '.join(held[:4])}{' ...' if len(held) > 4 else ''})"
         scope = self.scopes[0]
         sizes = zip(("E", "H", "I"), (scope.num_experts, scope.hidden, scope.intermediate), strict=True)
         shown = ", ".join(f"{letter} {' or '.join(map(str, sorted(values)))}" for letter, values in sizes)

@@ -49,7 +49,6 @@ def check_names(
     if source is None and not any("expert" in key for key in (*given, *unexpected)):
         return
     here = f".{adapter_name}."
-    held = _held(model, adapter_name)
     missing = {_place(name)[0] for name in getattr(result, "missing_keys", None) or () if here in f"{name}."}
     held = _held(model, adapter_name)
     arrived = held - missing

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch.nn import ModuleList
 
 from ..adapters.base_model import BaseModel
 from ..adapters.conclusions import Settle
@@ -19,7 +21,9 @@ from ..adapters.source import CONFIG_NAME, AdapterSource, open_adapter
 from ..adapters.stated import Stated
 from ..adapters.tensors import BIN, SAFETENSORS
 from ..errors import AdapterError, AmbiguousAdapterError, LayoutError
-from ..model.experts import bare
+from ..families import PACKED_CLASSES
+from ..model.experts import bare, held_parameters
+from ..model.weights import unreadable_reason
 from .lost import difference
 from .matching import UnderstoodFile, counterparts, facts_of, live_path
 
@@ -89,6 +93,7 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     if source.form != "fused":
         return source
     paths = counterparts((module.path for module in source.modules), facts)
+    _refuse_packed(model_id, {*paths.values(), *(module.path for module in source.modules)}, model)
     if not paths:
         _refuse_other_names(model_id, source, facts, model)
         return source
@@ -150,17 +155,33 @@ def _refuse_other_targets(model_id: str, source: AdapterSource, paths: Mapping[s
             )
 
 
+def _refuse_packed(model_id: str, paths: Collection[str], model: Any) -> None:
+    """Raises where the experts are held as what PEFT can put no LoRA on."""
+    for name, module in bare(model).named_modules():
+        if type(module).__name__ in PACKED_CLASSES and live_path(name) in paths:
+            raise AdapterError(f"{model_id} has LoRA on {live_path(name)!r}: {unreadable_reason(module, '')}.")
+
+
 def _refuse_other_names(model_id: str, source: AdapterSource, facts: BaseModel, model: Any) -> None:
     """Raises unless the model has at least one of the file's targets: PEFT may load the rest and say nothing."""
-    holders = {live_path(name).rpartition(".")[0] for name, _ in bare(model).named_parameters()}
-    if any(module.path in holders for module in source.modules):
+    modules = {live_path(name): module for name, module in bare(model).named_modules()}
+    if any(held_parameters(modules[module.path]) for module in source.modules if module.path in modules):
         return
-    stacks = sorted({path for path, _ in facts.stacks})
+    path, stacks = source.modules[0].path, sorted({path for path, _ in facts.stacks})
+    lists = [name for name, module in modules.items() if name.endswith("experts") and isinstance(module, ModuleList)]
+    if stacks or lists:
+        has = f"has others, such as {stacks[0]!r}" if stacks else f"keeps each one as a module, in {lists[0]!r}"
+        text = (
+            f"{has}. If it is the adapter's base model, another transformers release built it. `peft-moe-compat "
+            f"convert {model_id} OUT --model BASE --to per-expert` makes what a release that keeps experts as separate "
+            "modules reads (before 5.0), `--to peft` what the others do."
+        )
+    else:
+        text = "has no experts at all."
+    named = source.config.base_model_name
     raise AdapterError(
-        f"{model_id} has LoRA on the stack of experts {source.modules[0].path!r}, and this {facts.name} has "
-        f"{'others, such as ' + repr(stacks[0]) if stacks else 'none'}. If it is the adapter's base model, another "
-        f"transformers release built it. `peft-moe-compat convert {model_id} OUT --model BASE --to per-expert` makes "
-        "what a release that keeps experts as separate modules reads (before 5.0), `--to peft` what the others do."
+        f"{model_id} has LoRA on the stack of experts {path!r}, and this {facts.name} {text}"
+        f"{f' adapter_config.json names the base model {named!r}.' if named else ''}"
     )
 
 

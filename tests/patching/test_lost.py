@@ -258,3 +258,35 @@ def test_names_that_upstream_itself_renames_are_no_loss(tmp_path, stock):
         return
     with pytest.raises((LayoutError, *([type(error)] if error else []))):
         PeftModel.from_pretrained(fresh(), tmp_path)
+
+
+@pytest.mark.parametrize("stamped", [True, False], ids=["stamped", ""])
+def test_other_sizes_are_named(stamped, tmp_path):
+    save(tmp_path)
+    if not stamped:
+        rewrite(tmp_path)
+    other = {"num_local_experts": 4, "intermediate_size": 20}
+    held = r"\(gate_up_proj of 4 experts, 32 in and 40 out; down_proj of 4 experts, 20 in and 32 out\)"
+    with pytest.raises(AdapterError, match=rf"6 experts of 32 in- and 48 out.*{held}|lora_A 18 x .*rank 3.*{held}"):
+        PeftModel.from_pretrained(zoo.tiny_model(FAMILY, **other), tmp_path)
+
+
+def test_a_model_without_experts_and_another_family_are_named(tmp_path):
+    _, fresh = save(tmp_path)
+    path = next(name for name, _ in fresh().named_modules() if name.endswith("layers.0.mlp.experts"))
+    with pytest.raises(AdapterError, match=rf"{re.escape(path)}.*this LlamaForCausalLM has no experts at all"):
+        PeftModel.from_pretrained(dense(), tmp_path)
+    change_file(tmp_path, renamed(f"{path}.", "model.layers.0.feed.experts."))
+    with pytest.raises(LayoutError, match=r"^4 of 8 .* has no module 'model\.layers\.0\.feed\.experts'"):
+        PeftModel.from_pretrained(fresh(), tmp_path)
+
+
+def test_packed_experts_are_named_with_what_to_load_instead(tmp_path):
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    save(tmp_path, "gpt_oss")
+    model = zoo.tiny_model("gpt_oss")
+    for layer in model.model.layers:
+        layer.mlp.experts = Mxfp4GptOssExperts(model.config)
+    with pytest.raises(AdapterError, match=r"mxfp4 weights cannot be wrapped.*Mxfp4Config\(dequantize=True\)"):
+        PeftModel.from_pretrained(model, tmp_path)
