@@ -176,7 +176,8 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     experts = {factor.name for places in pairs.values() for pair in places.values() for factor in pair}
     other = [name for name in infos if name not in experts and name not in empty]
     stems = {_stem(name, prefix) for places in by_path.values() for pair in places.values() for name in _names(pair)}
-    unknown = tuple(name for name in other if _is_unknown(unwrapped(name.removeprefix(prefix)), stems))
+    placed = {name for places in by_path.values() for pair in places.values() for name in _names(pair)}
+    unknown = tuple(n for n in other if n not in placed and _is_unknown(unwrapped(n.removeprefix(prefix)), stems))
     return Names(prefix, pairs, unknown, tuple(other))
 
 
