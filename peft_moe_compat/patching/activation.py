@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Activation", "activate", "deactivate", "is_active"]
 
+_TRAINER = "transformers.trainer"
 _lock = threading.RLock()
 _current: Activation | None = None
 
@@ -49,6 +51,8 @@ class Activation:
             PatchConflictError: Somebody has since replaced one of the functions; nothing is put back then.
         """
         global _current
+        from .replacements import forget_converted
+
         with _lock:
             if not self.active:
                 return
@@ -56,6 +60,7 @@ class Activation:
                 raise PatchConflictError(f"{displaced}, so it cannot be put back. Undo that patch first.")
             for replacement, stock, _ in self._done:
                 replacement.put(stock)
+            forget_converted()
             _current = None
 
     def displaced(self, *, anywhere: bool = False) -> Reason | None:
@@ -88,6 +93,25 @@ class Activation:
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
         for replacement, _, ours in self._done:
             replacement.put(ours)
+
+    def _install_in_trainer(self, trainer: Any) -> None:
+        """What is replaced in `transformers.trainer`, all of it or, where somebody else has been there, nothing."""
+        from .replacements import replacements_in_trainer
+
+        found = [(replacement, replacement.there()) for replacement in replacements_in_trainer(trainer)]
+        for replacement, stock in found:
+            if stock is None or not _owner(stock).startswith(replacement.home):
+                warnings.warn(
+                    f"{replacement.what} is {'not there' if stock is None else f'patched by {_owner(stock)}'}, so "
+                    "peft_moe_compat leaves it alone: a training checkpoint of another PEFT layout must be resumed "
+                    "without its optimizer.pt.",
+                    CompatWarning,
+                    stacklevel=2,
+                )
+                return
+        for replacement, stock in found:
+            self._done.append((replacement, stock, replacement.make(stock)))
+            replacement.put(self._done[-1][2])
 
     def __enter__(self) -> Activation:
         self._blocks.append(self._fresh)
@@ -136,6 +160,7 @@ def activate() -> Activation:
             handle = Activation()
             handle._install()
             _current = handle
+            _follow_trainer()
         else:
             _current._fresh = False
         return _current
@@ -155,6 +180,26 @@ def deactivate() -> None:
 
 
 _waiting = False
+_following = False
+
+
+def _follow_trainer() -> None:
+    """Sees to `transformers.trainer` now if it has been imported, and whenever it is from here on."""
+    global _following
+    if not _following:
+        from wrapt import register_post_import_hook
+
+        _following = True
+        register_post_import_hook(_trainer_imported, _TRAINER)
+    elif (trainer := sys.modules.get(_TRAINER)) is not None:
+        _trainer_imported(trainer)
+
+
+def _trainer_imported(trainer: Any) -> None:
+    with _lock:
+        # It imports peft, and so may activate, before it has its class: then it comes again when it is complete.
+        if _current is not None and hasattr(trainer, "Trainer"):
+            _current._install_in_trainer(trainer)
 
 
 def switched_off() -> bool:
@@ -174,6 +219,7 @@ def activate_on_import() -> None:
     from wrapt import register_post_import_hook
 
     _waiting = True
+    _follow_trainer()
     register_post_import_hook(_activate_or_warn, "peft")  # at once where peft is imported already
 
 

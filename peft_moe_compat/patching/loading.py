@@ -29,6 +29,7 @@ from .arrival import check_fused, check_per_expert
 from .lost import check_names
 from .matching import UnderstoodFile, convert, differences, live_namer, live_wrappers
 from .opening import understand
+from .resuming import remember_converted
 from .targets import convert_config
 
 __all__ = [
@@ -114,6 +115,7 @@ def load_adapter(stock: Any) -> Any:
                 check_per_expert(load.file, load.model, load.adapter_name)
             elif load.file is not None:
                 check_fused(load.file, load.model, load.adapter_name)
+                remember_converted(load.file, load.model, load.adapter_name)
             return result
 
     return replacement

@@ -24,10 +24,12 @@ from ..releases import known_issues
 
 __all__ = [
     "UnderstoodFile",
+    "Wrappers",
     "chains",
     "convert",
     "counterparts",
     "differences",
+    "factor_names",
     "facts_of",
     "known_of_this_pair",
     "live_namer",
@@ -216,11 +218,16 @@ def convert(file: UnderstoodFile, module: ExpertsModule, wrappers: Wrappers, ten
     """Replaces the tensors of a module, by their names in the file, with what its wrappers hold. Values move only."""
     parts = expert_parts(module, file.decision)
     loras = {part.name: part.load(tensors) for part in parts}
-    keys = module.slots[0].names
     for name in (name for slot in module.slots for name in slot.names):
         del tensors[name]
     for name, lora in loras.items():
         depth, wrapper = wrappers[name]
-        for key, tensor in zip(keys, layout.to_flat(lora, orientation=orientation_of(wrapper)), strict=True):
-            nested = rf"\g<module>{'.base_layer' * depth}\g<factor>"
-            tensors[_SLOT.sub(nested, key)] = tensor.contiguous()
+        flat = layout.to_flat(lora, orientation=orientation_of(wrapper))
+        for key, tensor in zip(factor_names(module, depth), flat, strict=True):
+            tensors[key] = tensor.contiguous()
+
+
+def factor_names(module: ExpertsModule, depth: int) -> tuple[str, ...]:
+    """What the file calls lora_A and lora_B of a module's wrapper that has `depth` others around it."""
+    nested = rf"\g<module>{'.base_layer' * depth}\g<factor>"
+    return tuple(_SLOT.sub(nested, key) for key in module.slots[0].names)

@@ -11,10 +11,11 @@ from typing import Any
 from ..model.experts import REGISTRY_MODULE
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS
-from . import hotswap, loading, saving, sharding
+from . import hotswap, loading, resuming, saving, sharding
 from .forward import experts_registry, registered_forward, wrapper_forward
+from .resuming import forget_converted
 
-__all__ = ["Replacement", "replacements"]
+__all__ = ["Replacement", "forget_converted", "replacements", "replacements_in_trainer"]
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,13 @@ def _of_sharded_experts(ParamWrapper: Any) -> list[Replacement]:
         found.append(_attribute(ParamWrapper, "update_layer", "peft.", sharding.update_layer))
         found.append(_attribute(lora_model, "get_tp_plan_and_mesh", "peft.", sharding.get_tp_plan_and_mesh))
     return found
+
+
+def replacements_in_trainer(trainer: Any) -> list[Replacement]:
+    """In the module `transformers.trainer`, which activation does not import: once somebody has."""
+    return [
+        _attribute(trainer.Trainer, "train", "transformers.", resuming.train),
+        _attribute(
+            trainer.Trainer, "_load_optimizer_and_scheduler", "transformers.", resuming.load_optimizer_and_scheduler
+        ),
+    ]
