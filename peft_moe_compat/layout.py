@@ -16,8 +16,9 @@ Flat, as PEFT stores it: lora_A.weight "(E r) p" and lora_B.weight "q (r E)".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "ExpertLora",
     "Factor",
     "FlatLora",
+    "common_dtype",
     "concat",
     "flat",
     "from_flat",
@@ -277,3 +279,11 @@ def relative(distance: float, norm: float) -> float:
     if norm:
         return distance / norm
     return float("inf") if distance else 0.0
+
+
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The one that holds all of them; float32 at least where float8 is among others, which torch does not promote."""
+    found = set(dtypes)
+    if len(found) > 1:
+        found = {torch.float32 if dtype.itemsize == 1 else dtype for dtype in found}
+    return reduce(torch.promote_types, found)

@@ -196,10 +196,12 @@ def parse_version(text: str) -> Version:
         UnsupportedPeftError: `text` is no version number.
     """
     try:
+        if len(text) > 200:
+            raise InvalidVersion
         return Version(text.partition("@")[0].strip())
-    except InvalidVersion:
+    except ValueError:  # packaging's own, and Python's for numbers of thousands of digits
         raise UnsupportedPeftError(
-            f"{text!r} is not a version number; one like '0.21.2' or '0.19.0.dev0@<hash>' was expected. "
+            f"{text[:50]!r} is not a version number; one like '0.21.2' or '0.19.0.dev0@<hash>' was expected. "
             "Give the PEFT release that is installed, or that wrote the adapter."
         ) from None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import AdapterFileError
 from .files import show
-from .patterns import Patterns
+from .patterns import Expression, Patterns
 from .targets import Targets
 
 __all__ = ["AUTOMODEL_NAME", "CONFIG_NAME", "UNSLOTH_DETAIL", "UNSLOTH_LAYOUT", "AdapterConfig", "parse_config"]
@@ -91,6 +91,8 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
                 f"{CONFIG_NAME} has {name} {show(value)}; {expected} was expected. Is it the config of a LoRA adapter?"
             )
     raw = {**raw, **{name: Patterns(raw[name]) for name in ("rank_pattern", "alpha_pattern") if raw.get(name)}}
+    if isinstance(modules := raw.get("target_modules"), str) and modules != "all-linear":
+        Expression(modules)
     named, start, version = raw.get("base_model_name_or_path"), raw.get("init_lora_weights"), raw.get("peft_version")
     targets = Targets(raw.get("target_parameters") or ())
     auto_mapping = raw.get("auto_mapping") or {}

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, AdapterFileError
 from ..families import family
-from .files import download, is_hub_id, read_json, usable_path
+from .bounds import MAX_EXPERTS
+from .files import download, is_hub_id, read_json, show, usable_path
 
 __all__ = [
     "DENSE_INTERMEDIATE",
@@ -31,6 +33,7 @@ NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_
 INTERMEDIATE = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size")
 DENSE_INTERMEDIATE = ("intermediate_size", "ffn_hidden_size")
 HIDDEN = ("hidden_size", "moe_hidden_size", "moe_latent_size")
+_MAX_SCOPES, _MAX_SIZES, _MAX_TYPE = 16, 64, 100
 
 
 def role_sizes(role: str, features: tuple[int, int]) -> tuple[int, int]:
@@ -178,7 +181,14 @@ def base_model_of(named: str | None, model: str | Path | Mapping[str, Any] | Bas
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:
-    found = list(_scopes(config))
+    found = list(islice(_scopes(config), _MAX_SCOPES + 1))
+    counts_of = {count for _, scope in found for count in scope.num_experts}
+    if len(found) > _MAX_SCOPES or max(counts_of, default=0) > MAX_EXPERTS:
+        said = max(counts_of) if len(found) <= _MAX_SCOPES else f"more than {_MAX_SCOPES} parts"
+        raise AdapterError(
+            f"{name} describes {said} of routed experts; at most {MAX_EXPERTS} in {_MAX_SCOPES} parts were expected. "
+            "Is the file damaged?"
+        )
     if not found:
         counts = ", ".join(NUM_EXPERTS)
         raise AdapterError(
@@ -187,7 +197,7 @@ def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:
         )
     model_types = {model_type for model_type, _ in found}
     if len(model_types) > 1:  # a multimodal model whose parts each have experts
-        model_types = {str(config.get("model_type", ""))}
+        model_types = {_model_type(config)}
     model_type = model_types.pop()
     return BaseModel(model_type.removesuffix("_text"), tuple(scope for _, scope in found), name=name)
 
@@ -201,7 +211,7 @@ def _scopes(config: Mapping[str, Any]) -> Iterator[tuple[str, Scope]]:
     zero = next(iter(_integers(config, ("zero_expert_num",))), 0)
     counts |= {count + zero for count in counts}
     if counts and hidden and intermediate:
-        yield str(config.get("model_type", "")), Scope(counts, hidden, intermediate)
+        yield _model_type(config), Scope(counts, hidden, intermediate)
     for value in config.values():
         if isinstance(value, Mapping):
             yield from _scopes(value)
@@ -211,4 +221,17 @@ def _integers(config: Mapping[str, Any], names: tuple[str, ...]) -> frozenset[in
     """Every positive number the config has under those names, singly or in lists."""
     values = [config.get(name) for name in names]
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return frozenset(item for item in flat if type(item) is int and item > 0)
+    found = frozenset(item for item in flat if type(item) is int and item > 0)
+    if len(found) > _MAX_SIZES:
+        raise AdapterError(
+            f"The base model's config has {len(found)} numbers as its {names[0]}; at most {_MAX_SIZES} were expected. "
+            "Is the file damaged?"
+        )
+    return found
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    found = config.get("model_type", "")
+    if not isinstance(found, str) or len(found) > _MAX_TYPE or not (found.isprintable() or not found):
+        raise AdapterError(f"The base model's config has the model_type {show(found)}; a name was expected.")
+    return found

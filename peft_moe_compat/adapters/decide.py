@@ -162,7 +162,7 @@ def _nesting(
     for path, readings in possible.by_path.items():
         fitting = [reading for reading in readings if reading.orientation == orientation.value]
         if len(fitting) > 1:
-            options = [",".join(reading.nesting) for reading in fitting]
+            options = [",".join(reading.nesting) for reading in fitting[:8]] + ["..."] * (len(fitting) > 8)
             if len(fitting[0].nesting) == 1:
                 reason = Evidence("which_parameter", {"path": path, "options": ", ".join(options)})
                 return Conclusion(None, "none", (reason,), (Settle("model", "BASE"),)), {}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import reprlib
 import secrets
 import shutil
+import socket
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +19,33 @@ from typing import Any, cast
 
 from ..errors import AdapterError, AdapterFileError
 
-__all__ = ["atomic_folder", "download", "find_adapter", "is_hub_id", "parse_json", "read_json", "show", "usable_path"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "atomic_folder",
+    "download",
+    "find_adapter",
+    "is_hub_id",
+    "ordinary_file",
+    "parse_json",
+    "read_json",
+    "show",
+    "usable_path",
+]
 
 _MAX_JSON_BYTES = 64 * 2**20
+# An entry for every linear of 61 layers of 384 experts, in three fields, has 210,816.
+_MAX_VALUES, _MAX_DEPTH = 1_000_000, 100
 _HUB_ID = re.compile(r"(?:\w[\w.\-]{0,95}/)?\w[\w.\-]{0,95}", re.ASCII)
 _HUB_FILES = ["adapter_config.json", "adapter_model*", "automodel_peft_config.json"]
+
+# Temporary folders: of this machine, as `atomic_folder` makes them.
+_PREFIX, _SETTLED_SECONDS, _OLD_SECONDS = ".peft-moe-compat-", 60, 86_400
+
+logger = logging.getLogger("peft_moe_compat")
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 200
@@ -104,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: No such file, too large, or not one JSON object.
     """
     try:
-        if not path.is_file():
+        if not ordinary_file(path):
             raise AdapterFileError(f"{path} was needed, but there is no such file. Is the folder complete?")
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
@@ -114,15 +140,37 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}. Check its access rights.") from error
-    return parse_json(raw, str(path))
+    value = parse_json(raw, str(path))
+    _require_shallow(value, str(path))
+    return value
 
 
-def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+def ordinary_file(path: Path) -> bool:
+    """Whether there is a file at this path, a link to one included; nothing at all is none.
+
+    Raises:
+        AdapterFileError: There is something else: a folder, a device, a pipe, a broken link; or nobody may ask.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not path.is_symlink():
+            return False
+        raise AdapterFileError(f"{path} cannot be read: {error}. Check where it points, and its rights.") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise AdapterFileError(f"{path} is {kind}; an ordinary file was needed.")
+    return True
+
+
+def parse_json(raw: bytes, what: str, most: int = _MAX_VALUES) -> dict[str, Any]:
     """One JSON object in UTF-8, no key twice at any level; numbers as Python reads them. `what` names it.
 
     Raises:
-        AdapterFileError: Anything else.
+        AdapterFileError: Anything else; more values than `most`.
     """
+    if (count := sum(map(raw.count, (b",", b"{", b"[")))) > most:
+        raise AdapterFileError(f"{what} holds {count} JSON values or more; at most {most} were expected.")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
@@ -130,6 +178,20 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterFileError(f"{what} holds a JSON {type(value).__name__}; an object, {{...}}, was needed.")
     return value
+
+
+def _require_shallow(value: dict[str, Any], what: str) -> None:
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise AdapterFileError(f"{what} holds JSON values more than {_MAX_DEPTH} within each other.")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -145,7 +207,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
     """A temporary folder beside `out` to write into; it becomes `out` when the block ends well, else it is removed.
 
-    A process killed half-way leaves the input as it was, no `out`, and a folder `.NAME.tmp-XXXXXXXX` to delete.
+    A process killed half-way leaves the input as it was, no `out`, and a folder `.peft-moe-compat-HOST-XXXXXXXX.tmp`,
+    which the next run on that machine removes: nobody holds its lock any more.
 
     Args:
         out: The folder to be made. Its parent exists; it does not.
@@ -159,27 +222,82 @@ def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
     _check_absent(out)
     if not out.parent.is_dir():
         raise AdapterError(f"{out} cannot be written: there is no folder {out.parent}. Create it first.")
-    temporary = out.parent / f".{out.name}.tmp-{secrets.token_hex(4)}"
+    _remove_left_over(out.parent)
+    temporary = out.parent / f"{_PREFIX}{_host()}-{secrets.token_hex(4)}.tmp"
     try:
         temporary.mkdir()
     except OSError as error:
         raise AdapterError(f"{out} cannot be written: {error}. Choose a folder you may write to.") from error
     try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        _check_absent(out)
-        temporary.rename(out)
-        _sync(out.parent)
+        with _locked(temporary):
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                _sync(path)
+            _check_absent(out)
+            temporary.rename(out)
     except OSError as error:
         raise AdapterError(f"{out} was not made: {error}. Is there room, and may you read and write there?") from error
     finally:
         if temporary.exists():
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)  # the next run tries again
+    try:
+        _sync(out.parent)
+    except OSError as error:  # a folder that may be written and not read; `out` is there all the same
+        logger.debug("%s could not be flushed: %s", out.parent, error)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_.]", "", socket.gethostname())[:40] or "host"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process holds the folder's lock, which the system gives back when it dies; none holds it twice."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # held by another one, or a file system without locks
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_left_over(parent: Path) -> None:
+    """Removes the temporary folders of this machine's runs that were killed, and names those of others'."""
+    try:
+        there = [Path(entry.path) for entry in os.scandir(parent) if entry.name.startswith(_PREFIX)]
+    except OSError as error:
+        logger.debug("%s cannot be listed: %s", parent, error)
+        return
+    for folder in there:
+        try:
+            status = folder.lstat()
+            # One that was made just now may not be locked yet.
+            if not stat.S_ISDIR(status.st_mode) or time.time() - status.st_mtime < _SETTLED_SECONDS:
+                continue
+            if re.fullmatch(rf"{re.escape(_PREFIX + _host())}-[0-9a-f]{{8}}\.tmp", folder.name):
+                with _locked(folder) as held:
+                    if held:
+                        shutil.rmtree(folder)
+                        logger.warning("%s was removed: the run that made it was killed.", folder)
+                        continue
+            if time.time() - status.st_mtime > _OLD_SECONDS:
+                logger.warning("%s was left by a run that was killed, unless one still writes there.", folder)
+        except OSError as error:
+            logger.warning("%s was left by a run that was killed, and cannot be removed: %s", folder, error)
 
 
 def _check_apart(out: Path, source: Path) -> None:
-    target, origin = out.resolve(), source.resolve()
+    try:
+        target, origin = out.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise AdapterError(f"{out} cannot be written: {error}. Choose another folder.") from error
     relations = {"is": target == origin, "lies inside": origin in target.parents, "contains": target in origin.parents}
     for relation, holds in relations.items():
         if holds:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import ExpertLora
+from ..layout import ExpertLora, common_dtype
 
 __all__ = ["Numbers", "examine", "far", "findings", "gaps", "not_finite"]
 
@@ -100,7 +100,7 @@ def _few(lora: ExpertLora) -> Iterator[tuple[Tensor, Tensor]]:
     size = max(lora.rank * max(lora.in_features, lora.out_features), 1)
     for first in range(0, lora.num_experts, step := max(1, _AT_ONCE // size)):
         few = (factor[first : first + step] for factor in (lora.A, lora.B))
-        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)).contiguous() for factor in few)
+        A, B = (factor.to(common_dtype({factor.dtype, torch.float32})).contiguous() for factor in few)
         yield A, B.to(A.dtype)
 
 

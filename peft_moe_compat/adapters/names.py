@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from .. import families
 from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
+from .bounds import MAX_MODULES, MAX_NAME
+from .files import show
 from .ranks import lora_rank
 from .safetensors_io import TensorInfo
 from .targets import Targets
@@ -152,6 +154,11 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     halves: dict[Place, dict[str, TensorInfo]] = {}
     empty = set()
     for name, info in infos.items():
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise AdapterFileError(
+                f"{show(name)} is no name of a tensor: at most {MAX_NAME} printable characters were expected. Is the "
+                "file damaged?"
+            )
         clean = unwrapped(name.removeprefix(prefix))
         found = _place(clean, len(info.shape), config.target_parameters)
         if found is None:
@@ -165,6 +172,11 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
             raise same_tensor(pair[factor].name, name)
         pair[factor] = info
     by_path = _paired(halves)
+    if len(by_path) > MAX_MODULES:
+        raise AdapterFileError(
+            f"There is LoRA on {len(by_path)} experts modules, {show(next(iter(by_path)))} first; at most "
+            f"{MAX_MODULES} were expected. Is the file damaged?"
+        )
     for path, places in by_path.items():
         depths = sorted(place.depth for place in places if place.form == "fused")
         if depths != list(range(len(depths))):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..layout import ExpertLora, to_flat
+from .bounds import require_room
 from .names import PREFIX
 from .parts import Part
 from .shaping import folded
@@ -153,6 +154,10 @@ def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, floa
     else:
         # llama.cpp takes an alpha of 0 for a scaling of 1.
         alpha = Counter(lora.scaling * lora.rank for lora in lead).most_common(1)[0][0] or 1.0
+    if how == "uniform":
+        sizes = [(lora.num_experts * (lora.in_features + lora.out_features), lora.A.element_size()) for lora in loras]
+        before = sum(lora.rank * numel * size for lora, (numel, size) in zip(loras, sizes, strict=True))
+        require_room(f"LoRA all of rank {rank}", sum(rank * numel * size for numel, size in sizes), 16 * before)
     found, folds, pads = [], 0, 0
     for output, lora in zip(outputs, loras, strict=True):
         new_rank = rank if how == "uniform" else lora.rank

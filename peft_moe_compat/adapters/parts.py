@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
-from ..layout import ExpertLora, from_flat
+from ..layout import ExpertLora, common_dtype, from_flat
+from .bounds import MAX_EXPERTS, require_room
 from .decide import Decision
 from .names import linear_role, role_of
 from .shapes import slot_orientations
@@ -80,6 +81,11 @@ def expert_parts(
     for slot in module.experts:
         by_linear.setdefault(slot.linear, {})[slot.expert] = slot
     total = num_experts or 1 + max(slot.expert for slot in module.experts)
+    if total > MAX_EXPERTS:
+        raise AdapterFileError(
+            f"{module.path!r} has LoRA for expert {total - 1}; fewer than {MAX_EXPERTS} were expected. Is the file "
+            "damaged?"
+        )
     return [_linear_part(module.path, linear, slots, total, fill_missing) for linear, slots in by_linear.items()]
 
 
@@ -119,6 +125,9 @@ def _stack_part(path: str, slot: StackSlot, num_experts: int | None) -> Part:
             "experts there are."
         )
 
+    (*_, a, b), (*_, c, d) = slot.lora_A.shape, slot.lora_B.shape
+    _require_room(f"{path!r}, {slot.parameter}", (slot,), total * (a * b + c * d))
+
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         A, B = (stack if stack.ndim == 3 else stack[None] for stack in (tensors[name] for name in slot.names))
         if slot.layout == "transposed":
@@ -127,6 +136,14 @@ def _stack_part(path: str, slot: StackSlot, num_experts: int | None) -> Part:
 
     role = role_of(path, slot.parameter) or linear_role(slot.parameter)
     return Part(path, slot.parameter, role, slot.numbers.alpha, (slot,), load)
+
+
+def _require_room(what: str, slots: tuple[Slot, ...], numel: int) -> None:
+    """Before that many numbers are made of the tensors of these slots."""
+    factors = [factor for slot in slots for factor in (slot.lora_A, slot.lora_B)]
+    require_room(
+        what, numel * max(factor.dtype.itemsize for factor in factors), sum(factor.nbytes for factor in factors)
+    )
 
 
 def plain_part(slot: LinearSlot) -> Part:
@@ -149,10 +166,11 @@ def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], tota
     what = f"{path!r}, {linear}"
     if max(experts) >= total:
         raise AdapterError(f"{what} has LoRA for expert {max(experts)}, but the model has {total} experts.")
-    missing = [expert for expert in range(total) if expert not in experts]
+    missing = len(experts) < total
     if missing and not fill:
+        first = next(expert for expert in range(total) if expert not in experts)
         raise AdapterError(
-            f"{what} has LoRA for {len(experts)} of {total} experts (expert {missing[0]} has none). Pass "
+            f"{what} has LoRA for {len(experts)} of {total} experts (expert {first} has none). Pass "
             "--fill-missing (fill_missing=True) to give the others a LoRA of zeros, which changes nothing."
         )
     if len(sizes := {(slot.lora_A.shape[-1], slot.lora_B.shape[-2]) for slot in experts.values()}) > 1:
@@ -161,6 +179,7 @@ def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], tota
     numbers = {expert: slot.numbers for expert, slot in experts.items()}
     ranks = {n.rank for n in numbers.values()}
     rank = max(ranks)
+    _require_room(what, tuple(experts.values()), total * rank * (fan_in + fan_out))
     # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
     nonzero = [n.scaling for n in numbers.values() if n.scaling] or [0.0]
     scaling = Counter(nonzero).most_common(1)[0][0]
@@ -178,11 +197,11 @@ def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], tota
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         pairs = {e: [_of_expert(tensors[name], e) for name in slot.names] for e, slot in experts.items()}
-        dtypes_A, dtypes_B = ([factor.dtype for factor in factors] for factors in zip(*pairs.values(), strict=True))
-        dtypes_B += [torch.float32] if folds else []
+        dtypes_A, dtypes_B = ({factor.dtype for factor in factors} for factors in zip(*pairs.values(), strict=True))
+        dtypes_B |= {torch.float32} if folds else set()
         like, _ = next(iter(pairs.values()))
-        A = like.new_zeros(total, rank, fan_in, dtype=reduce(torch.promote_types, dtypes_A))
-        B = like.new_zeros(total, fan_out, rank, dtype=reduce(torch.promote_types, dtypes_B))
+        A = like.new_zeros(total, rank, fan_in, dtype=common_dtype(dtypes_A))
+        B = like.new_zeros(total, fan_out, rank, dtype=common_dtype(dtypes_B))
         for expert, (a, b) in pairs.items():
             A[expert, : a.shape[0]] = a
             B[expert, :, : b.shape[1]] = b.to(B.dtype) * folds[expert] if expert in folds else b

@@ -24,7 +24,7 @@ _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 1
 
 _NAME = re.compile(r"[^\\^$*+?{}\[\]|()\n]+")  # only the dot means something else than itself
 _MAX_KEY = 1024  # characters of a module's name; real ones have at most 200
-_MAX_LENGTH = 20_000  # of one expression, as Unsloth and ms-swift write them for target_modules
+_MAX_LENGTH = 50_000  # of one expression, as Unsloth and ms-swift write them for target_modules
 _MAX_TOTAL = 100_000  # of all that are no names
 _MAX_GROUPS, _MAX_REPEATS, _MAX_WAYS = 100, 4, 100_000
 # Steps taken with one table: ten times what one expression for every layer and projection takes with 20,000 names.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from ..errors import AdapterError
 from ..releases import NEWEST_TESTED
+from .bounds import MAX_TENSORS
 from .config import number, target_config
 from .names import PREFIX
 from .outputs import Copied, Output, evened, plain
@@ -53,6 +55,12 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
         made, took = how.outputs(group)
         experts += made
         steps += took
+    count = 2 * sum(output.part.meta.num_experts if how.form == "per_expert" else 1 for output in experts)
+    if count > MAX_TENSORS:
+        raise AdapterError(
+            f"{source.folder} would become {count} tensors; at most {MAX_TENSORS} were expected. Is it the config "
+            "of this model, and the file undamaged?"
+        )
     linears, rest, dropped = others(how)
     config = target_config(how, experts, [output.path for output in linears] + _modules_with_lora(source, rest))
     outputs = experts + linears
@@ -69,9 +77,10 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
 def _stamp(how: Refit, experts: Sequence[Output]) -> Stamp | None:
     if how.form != "fused":
         return None
-    modules = {}
-    for path in dict.fromkeys(output.path for output in experts):
-        outputs = [output for output in experts if output.path == path]
+    modules, by_path = {}, dict[str, list[Output]]()
+    for output in experts:
+        by_path.setdefault(output.path, []).append(output)
+    for path, outputs in by_path.items():
         loras = [output.part.meta for output in outputs]
         modules[path] = ModuleStamp(
             max(lora.num_experts for lora in loras),
@@ -97,8 +106,9 @@ def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:
             "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
             "conversion=...).",
         )
+    single = _single_experts(source)
     for name in rest:
-        module = _expert_of(source, name)
+        module = _expert_of(single, name)
         if module is not None and (how.form == "fused" or (base and base.per_expert_path(module) != module)):
             raise AdapterError(
                 f"{name!r} belongs to the LoRA of one expert, and {target} has {module!r} in another form or under "
@@ -115,13 +125,18 @@ def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:
     return linears, [], [Step("dropped", (len(rest), shown))]
 
 
-def _expert_of(source: AdapterSource, name: str) -> str | None:
+def _single_experts(source: AdapterSource) -> set[str]:
+    return {module.path for module in source.modules if module.form != "fused"}
+
+
+def _expert_of(single: Container[str], name: str) -> str | None:
     """The module of single experts that a tensor with PEFT's name belongs to."""
-    paths = [module.path for module in source.modules if module.form != "fused"]
-    return next((path for path in paths if name.startswith(f"{PREFIX}{path}.")), None)
+    parts = name.removeprefix(PREFIX).split(".")
+    return next((path for path in map(".".join, accumulate([part] for part in parts)) if path in single), None)
 
 
 def _modules_with_lora(source: AdapterSource, rest: Sequence[Copied]) -> list[str]:
     """Paths of modules, linears and experts aside, that have LoRA: embeddings, convolutions."""
-    names = [copied.new_name for copied in rest if _expert_of(source, copied.new_name) is None]
+    single = _single_experts(source)
+    names = [copied.new_name for copied in rest if _expert_of(single, copied.new_name) is None]
     return list(dict.fromkeys(name.partition(".lora_")[0].removeprefix(PREFIX) for name in names if ".lora_" in name))

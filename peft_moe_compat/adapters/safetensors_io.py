@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
+from .bounds import MAX_TENSORS
 from .files import parse_json, show
 
 __all__ = ["DTYPE_NAMES", "TensorInfo", "opened", "read_header", "write_safetensors"]
 
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
+_MAX_READ_BYTES = 64 * 2**20  # 300,000 tensors with names of a hundred characters have 60 MB
 _MAX_RANK = 64  # as torch's iterators
 _DTYPES = {
     "BOOL": torch.bool,
@@ -84,14 +87,24 @@ def read_header(file: Path) -> tuple[dict[str, str], list[TensorInfo]]:
         AdapterFileError: The file is unreadable, cut short, or its header contradicts itself or the file.
     """
     with opened(file) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(min(length, _MAX_READ_BYTES))
+        there = length <= os.fstat(stream.fileno()).st_size  # else the library says what is wrong
+        if there and (length > _MAX_READ_BYTES or raw.count(b'"data_offsets"') > MAX_TENSORS):
+            raise AdapterFileError(
+                f"{file} has a header of {length} bytes; at most {_MAX_READ_BYTES}, and {MAX_TENSORS} tensors, were "
+                "expected. Is it an adapter?"
+            )
         try:
             with safe_open(str(file), "np"):
-                raw = stream.read(int.from_bytes(stream.read(8), "little"))
+                pass
         except SafetensorError as error:
             raise AdapterFileError(
                 f"{file} is no complete safetensors file: {show(str(error))}. Was the download cut short?"
             ) from None
-    header = parse_json(raw, f"The header of {file}")
+        except (MemoryError, OSError) as error:
+            raise AdapterFileError(f"{file} cannot be mapped into memory: {error}.") from None
+    header = parse_json(raw, f"The header of {file}", 16 * MAX_TENSORS)
     metadata = header.pop("__metadata__", None) or {}
     infos = [_info(file, name, entry, 8 + len(raw)) for name, entry in header.items()]
     return metadata, sorted(infos, key=lambda info: (info.offset, info.nbytes))

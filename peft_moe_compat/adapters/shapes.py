@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
+from math import perm
 
 from ..errors import AdapterError, AdapterFileError
 from ..families import ROLE_ORDER
 from ..layout import ORIENTATIONS
 from .base_model import BaseModel, role_sizes
+from .bounds import MAX_ORDERS
 from .conclusions import Evidence
 from .names import role_of
 from .slots import ExpertsModule
@@ -91,6 +93,14 @@ def readings_by_shape(source: AdapterSource, nesting: Sequence[str] | None) -> R
         AdapterFileError: They allow nothing.
         AdapterError: `nesting` is no order of the parameters.
     """
+    orders = sum(perm(len(module.slots[0].candidates), len(module.slots)) for module in source.modules)
+    if orders > MAX_ORDERS:
+        most = max(source.modules, key=lambda module: len(module.slots))
+        raise AdapterFileError(
+            f"{most.path!r} has LoRA at {len(most.slots)} nesting levels, and {len(most.slots[0].candidates)} "
+            f"parameters are targeted: they can be nested in more orders ({orders} over all modules) than are tried "
+            f"({MAX_ORDERS}). Is adapter_config.json that of another adapter?"
+        )
     candidates = {module.path: _nestings(module, nesting) for module in source.modules}
 
     def possible(hidden_size: int | None) -> dict[str, tuple[Reading, ...]]:
@@ -129,7 +139,7 @@ def _nestings(module: ExpertsModule, said: Sequence[str] | None) -> list[tuple[s
     if said is None or len(module.slots) == 1:
         return found
     if tuple(said) not in found:
-        options = " or ".join(",".join(candidate) for candidate in found)
+        options = " or ".join([*(",".join(candidate) for candidate in found[:8]), *["..."] * (len(found) > 8)])
         raise AdapterError(f"nesting is {','.join(said)}; {options} was expected for {module.path!r}.")
     return [tuple(said)]
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import reduce
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from ..layout import ExpertLora
+from ..layout import ExpertLora, common_dtype
 from .parts import Part
 from .steps import Step
 
@@ -106,9 +105,10 @@ def join(sides: Mapping[str, Part], same_A: bool, interleaved: bool, rslora: boo
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         loras = {role: part.load(tensors) for role, part in sides.items()}
-        A = loras[lead].A if shared else torch.cat([lora.A for lora in loras.values()], dim=1)
+        of_both = common_dtype({lora.A.dtype for lora in loras.values()})
+        A = loras[lead].A if shared else torch.cat([lora.A.to(of_both) for lora in loras.values()], dim=1)
         factors = {role: _times(lora.B, ratios[role]) for role, lora in loras.items()}
-        dtype = reduce(torch.promote_types, [B.dtype for B in factors.values()])
+        dtype = common_dtype({B.dtype for B in factors.values()})
         whole = A.new_zeros(A.shape[0], 2 * loras[lead].out_features, rank, dtype=dtype)
         for role, B in factors.items():
             first = joined[0] if joined and role == "up" else 0
@@ -127,7 +127,7 @@ def join(sides: Mapping[str, Part], same_A: bool, interleaved: bool, rslora: boo
 
 def _times(B: Tensor, factor: float) -> Tensor:
     """B times a factor; in float32 at least, unless the factor is 1."""
-    return B if factor == 1 else B.to(torch.promote_types(B.dtype, torch.float32)) * factor
+    return B if factor == 1 else B.to(common_dtype({B.dtype, torch.float32})) * factor
 
 
 def folded(part: Part, factor: float, rank: int, alpha: float) -> Part:
@@ -136,8 +136,11 @@ def folded(part: Part, factor: float, rank: int, alpha: float) -> Part:
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         lora = part.load(tensors)
         A, B = lora.A, _times(lora.B, factor)
-        if pad := rank - lora.rank:
-            A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
+        if rank > lora.rank:  # torch's own padding knows no float8 on the meta device
+            narrow = A, B
+            A = A.new_zeros(lora.num_experts, rank, lora.in_features)
+            B = B.new_zeros(lora.num_experts, lora.out_features, rank)
+            A[:, : lora.rank], B[:, :, : lora.rank] = narrow
         return ExpertLora(A, B, lora.scaling / factor if factor else lora.scaling)
 
     return replace(part, load=load, alpha=alpha)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
 from .base_model import BaseModel
@@ -22,6 +24,7 @@ __all__ = [
     "Slot",
     "StackSlot",
     "experts_modules",
+    "is_signed_float",
     "linear_slots",
 ]
 
@@ -168,6 +171,11 @@ def experts_modules(
     return tuple(found)
 
 
+def is_signed_float(dtype: torch.dtype) -> bool:
+    """Whether LoRA can be of these numbers; float8_e8m0fnu has neither signs nor a zero."""
+    return dtype.is_floating_point and dtype != torch.float8_e8m0fnu
+
+
 def _fused_slot(path: str, pair: Factors, parameters: Iterable[str], config: AdapterConfig) -> FusedSlot:
     lora_A, lora_B = pair
     A, B = lora_A.shape, lora_B.shape
@@ -185,7 +193,7 @@ def _fused_slot(path: str, pair: Factors, parameters: Iterable[str], config: Ada
 def _expert_slot(place: Place, pair: Factors, config: AdapterConfig) -> ExpertSlot:
     A, B = (factor.shape for factor in pair)
     fits = all(len(shape) == 2 or 1 == shape[0] or place.expert < shape[0] for shape in (A, B))
-    if not fits or A[-2] != B[-1]:
+    if not fits or A[-2] != B[-1] or 0 in (*A, *B):
         raise AdapterFileError(
             f"{place.path!r}, {place.name}, expert {place.expert}: lora_A is {A} and lora_B {B}; 'r in', 'out r' "
             "were expected."
@@ -200,7 +208,7 @@ def _stack_slot(place: Place, pair: Factors, config: AdapterConfig, layouts: set
     fitting = _layouts(place, pair, config)
     if len(fitting) > 1:
         fitting = [(layout, rank) for layout, rank in fitting if layout in layouts]
-    if len(fitting) != 1:
+    if len(fitting) != 1 or 0 in (*A, *B):
         raise AdapterFileError(
             f"{pair[0].name!r} is {A} and {pair[1].name!r} {B}; either 'E r in' with 'E out r' or 'E in r' with 'E r "
             "out' was expected, with the rank that adapter_config.json gives; 1 in place of E, or a matrix, where all "
@@ -254,7 +262,14 @@ def linear_slots(
             continue
         A, B = infos[rest[name]], infos[rest[lora_B]]
         stack_of_one = len(A.shape) == len(B.shape) == 3 and (A.shape[0], B.shape[0], B.shape[2]) == (1, 1, A.shape[1])
-        if (stack_of_one or len(A.shape) == 2) and (rank := A.shape[-2]):
+        if stack_of_one or len(A.shape) == 2:
+            rank = A.shape[-2]
+            floating = is_signed_float(A.dtype) and is_signed_float(B.dtype)
+            if len(A.shape) != len(B.shape) or rank != B.shape[-1] or 0 in (*A.shape, *B.shape) or not floating:
+                raise AdapterFileError(
+                    f"{A.name!r} is {A.shape} of {A.dtype} and {B.name!r} {B.shape} of {B.dtype}; floating-point "
+                    "'r in' and 'out r' with the same r were expected. Do the two belong to the same adapter?"
+                )
             del rest[name], rest[lora_B]
             path = stem.removeprefix(PREFIX)
             target = config.target_parameters.matrix(path)

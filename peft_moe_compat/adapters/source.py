@@ -14,11 +14,11 @@ from torch import Tensor
 from ..errors import AdapterError, AdapterFileError
 from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_config
 from .base_model import BaseModel, base_model_of
-from .files import find_adapter, read_json, show
+from .files import find_adapter, ordinary_file, read_json, show
 from .names import PREFIX, Names, sort_names
 from .renaming import renamed, renamed_config
 from .safetensors_io import TensorInfo
-from .slots import ExpertsModule, LinearSlot, experts_modules, linear_slots
+from .slots import ExpertsModule, LinearSlot, experts_modules, is_signed_float, linear_slots
 from .stamp import Stamp, read_stamp
 from .stated import Stated
 from .tensors import AdapterTensors, open_tensors
@@ -134,7 +134,7 @@ def _opened(
 ) -> AdapterSource:
     config = parse_config(raw)
     beside = folder / AUTOMODEL_NAME
-    automodel = read_json(beside) if beside.is_file() else None
+    automodel = read_json(beside) if ordinary_file(beside) else None
     names = sort_names(tensors.infos, config)
     _check_experts(folder, names)
     base = base_model_of(config.base_model_name, stated.model)
@@ -162,7 +162,7 @@ def _check_experts(folder: Path, names: Names) -> None:
             f"{folder} holds LoRA on experts in several forms: {', '.join(forms)}. Were two adapters merged into one?"
         )
     for factor in (factor for places in names.pairs.values() for pair in places.values() for factor in pair):
-        if not factor.dtype.is_floating_point:
+        if not is_signed_float(factor.dtype):
             raise AdapterFileError(f"{factor.name!r} is {factor.dtype}; LoRA of floating-point numbers was needed.")
 
 

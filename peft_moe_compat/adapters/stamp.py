@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, UnsupportedPeftError
 from ..layout import ORIENTATIONS, PACKINGS
+from ..releases import parse_version, release_for
+from .files import parse_json, show
 
 __all__ = ["STAMP_KEY", "ModuleStamp", "Stamp", "read_stamp"]
 
@@ -71,24 +73,47 @@ def read_stamp(metadata: Mapping[str, str]) -> Stamp | None:
     if STAMP_KEY not in metadata:
         return None
     try:
-        content = json.loads(metadata[STAMP_KEY])
-        modules = {path: _module(entry) for path, entry in content["modules"].items()}
-        beside = content.get("transformers")
-        stamp = Stamp(str(content["peft"]), beside and str(beside), content["packing"], modules)
-        if stamp.packing not in PACKINGS:
-            raise ValueError(f"packing {stamp.packing!r}")  # noqa: TRY301
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        content: Any = parse_json(metadata[STAMP_KEY].encode(), "it")
+        peft, beside, packing, modules = (content.get(name) for name in ("peft", "transformers", "packing", "modules"))
+        _require(isinstance(peft, str), "peft", peft)
+        release_for(peft)
+        _require(beside is None or isinstance(beside, str), "transformers", beside)
+        if beside is not None:
+            parse_version(beside)
+        _require(isinstance(packing, str) and packing in PACKINGS, "packing", packing)
+        _require(isinstance(modules, dict), "modules", modules)
+        return Stamp(peft, beside, packing, {path: _module(entry) for path, entry in modules.items()})
+    except (AdapterFileError, UnsupportedPeftError) as error:
         raise AdapterFileError(
-            f"The metadata entry {STAMP_KEY!r} is damaged ({type(error).__name__}: {error}). Was the file edited? "
-            "Remove the entry, or save the adapter again."
+            f"The metadata entry {STAMP_KEY!r} is damaged: {error} Was the file edited? Remove the entry, or save the "
+            "adapter again."
         ) from None
-    return stamp
 
 
-def _module(entry: Mapping[str, Any]) -> ModuleStamp:
-    features = tuple((int(fan_in), int(fan_out)) for fan_in, fan_out in entry["features"])
-    nesting = tuple(str(name) for name in entry["nesting"])
-    if entry["orientation"] not in ORIENTATIONS or len(features) != len(nesting):
-        raise ValueError(f"orientation {entry['orientation']!r}, {len(features)} sizes for {len(nesting)} parameters")
-    joined = (int(entry["joined"][0]), int(entry["joined"][1])) if entry.get("joined") else None
-    return ModuleStamp(int(entry["num_experts"]), nesting, entry["orientation"], features, joined)
+def _require(fits: bool, what: str, value: object) -> None:
+    if not fits:
+        raise AdapterFileError(f"Its {what} is {show(value)}.")
+
+
+def _sizes(values: object, count: int) -> bool:
+    """Whether these are so many positive numbers that a tensor can have."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(value) is int and 0 < value < 2**31 for value in values)
+    )
+
+
+def _module(entry: Any) -> ModuleStamp:
+    _require(isinstance(entry, dict), "entry of a module", entry)
+    names = ("num_experts", "nesting", "orientation", "features", "joined")
+    count, nesting, orientation, features, joined = map(entry.get, names)
+    _require(_sizes([count], 1), "num_experts", count)
+    named = isinstance(nesting, list) and nesting and all(isinstance(name, str) and name for name in nesting)
+    _require(bool(named) and len(set(nesting)) == len(nesting) <= 64, "nesting", nesting)
+    _require(isinstance(orientation, str) and orientation in ORIENTATIONS, "orientation", orientation)
+    fits = isinstance(features, list) and len(features) == len(nesting)
+    _require(fits and all(_sizes(pair, 2) for pair in features), "features", features)
+    _require(joined is None or _sizes(joined, 2), "joined", joined)
+    sizes = tuple((fan_in, fan_out) for fan_in, fan_out in features)
+    return ModuleStamp(count, tuple(nesting), orientation, sizes, joined and (joined[0], joined[1]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from .files import read_json, show
+from .files import ordinary_file, read_json, show
 from .safetensors_io import TensorInfo, opened, read_header
 
 __all__ = [
@@ -82,7 +82,7 @@ class AdapterTensors:
         for file, here in groupby(infos, key=lambda info: info.file):
             with opened(file) as stream:
                 for info in here:
-                    data = torch.empty(info.nbytes, dtype=torch.uint8)
+                    data = _empty(info)
                     stream.seek(info.offset)
                     if stream.readinto(data.numpy().data) < info.nbytes:
                         raise AdapterFileError(
@@ -102,14 +102,15 @@ def open_tensors(folder: Path) -> AdapterTensors:
         AdapterFileError: Neither of them, both, or a damaged or unsafe file.
     """
     single, index, old = (folder / name for name in (SAFETENSORS, INDEX, BIN))
-    if single.is_file() and index.is_file():
+    has_single, has_index, has_old = map(ordinary_file, (single, index, old))
+    if has_single and has_index:
         raise AdapterFileError(f"{folder} holds both {SAFETENSORS} and {INDEX}; remove the one that is out of date.")
     tensors = AdapterTensors()
-    if index.is_file():
+    if has_index:
         open_shards(tensors, index)
-    elif single.is_file():
+    elif has_single:
         open_safetensors(tensors, single)
-    elif old.is_file():
+    elif has_old:
         raise AdapterFileError(
             f"{folder} holds {BIN}, a pickle, and only safetensors are read: save its tensors again, in that folder, "
             f'with `safetensors.torch.save_file(torch.load("{BIN}", weights_only=True), "{SAFETENSORS}")`, or with '
@@ -118,9 +119,18 @@ def open_tensors(folder: Path) -> AdapterTensors:
     else:
         found = _names(sorted(folder.iterdir())[:20]) if folder.is_dir() else "no folder"
         raise AdapterFileError(f"{SAFETENSORS} or {INDEX} was needed in {folder}; found: {found or 'nothing'}.")
-    if old.is_file():
+    if has_old:
         tensors.notes.append(f"{BIN} lies beside the safetensors and is ignored, as PEFT does.")
     return tensors
+
+
+def _empty(info: TensorInfo) -> Tensor:
+    try:
+        return torch.empty(info.nbytes, dtype=torch.uint8)
+    except RuntimeError:
+        raise AdapterFileError(
+            f"{show(info.name)} in {info.file} has {info.nbytes} bytes, for which there is no memory."
+        ) from None
 
 
 def _names(files: Iterable[Path]) -> str:
@@ -172,7 +182,7 @@ def _plain_name(value: str) -> bool:
 def _shard(index: Path, value: str) -> Path:
     """The shard beside its index, or in the `blobs` of a Hub cache: `models--X/{blobs,snapshots/REVISION}`."""
     shard = index.parent / value
-    if not shard.is_file():
+    if not ordinary_file(shard):
         raise AdapterFileError(f"{index} lists {value}, but there is no such file. Is the download complete?")
     folder, target = index.parent.resolve(), shard.resolve()
     snapshots = [path for path in (folder, *folder.parents) if path.parent.name == "snapshots"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from .stated import Stated
 __all__ = ["Comparison", "Verification", "verify_adapters"]
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # the first number of a path is that of a layer
+
+
+_BLOCK = 2**24  # numbers of an update in memory at once
+_MAX_NUMBERS = 2**32  # of one update; an lm_head of the largest models has 2**30
 
 
 @dataclass(frozen=True)
@@ -137,9 +142,9 @@ def _side(adapter: str | Path, stated: Stated) -> _Side:
     decision = decide(source, stated)
     decision.require(str(source.folder))
     parts: dict[tuple[str, str], Part] = {}
-    paths = [module.path for module in source.modules]
+    stems = _stems(module.path for module in source.modules)
     for part in module_parts(source, decision, fill_missing=True):
-        parts[_place(part.path, paths), part.role or part.name] = part
+        parts[_place(part.path, stems), part.role or part.name] = part
     return _Side(source, parts | {(slot.path, "linear"): plain_part(slot) for slot in source.linears}, source.rest)
 
 
@@ -164,17 +169,23 @@ def _under_first_names(first: Mapping[str, str], second: Mapping[str, str]) -> d
     return {renamed.get(name, name): there for name, there in second.items()}
 
 
-def _place(path: str, paths: Sequence[str]) -> str:
+def _stems(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Layer -> what its experts modules are called, but for how each of them ends."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        if layer := _LAYER.search(path):
+            stem = re.sub(r"\.(experts|experts\.fc[12]|input_linear|output_linear)$", "", path)
+            found.setdefault(layer[1], set()).add(stem)
+    return found
+
+
+def _place(path: str, stems: Mapping[str, set[str]]) -> str:
     """What the same module is called in every form: its layer, where no other experts module stands in that layer.
 
     granitemoe's and aria's two modules of one layer count as one: their parts differ in role.
     """
     layer = _LAYER.search(path)
-    if layer is None:
-        return path
-    beside = [p for p in paths if (found := _LAYER.search(p)) is not None and found[1] == layer[1]]
-    stems = {re.sub(r"\.(experts|experts\.fc[12]|input_linear|output_linear)$", "", p) for p in beside}
-    return f"layer {layer[1]}" if len(stems) == 1 else path
+    return f"layer {layer[1]}" if layer is not None and len(stems[layer[1]]) == 1 else path
 
 
 def _parted(side: _Side) -> _Side:
@@ -201,8 +212,12 @@ def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Compari
     if any((lora.out_features, lora.in_features) != shape for lora in there):
         return Comparison(*key, math.inf, math.inf, "the two have different sizes")
     largest, squares, norm = torch.zeros((), dtype=torch.float64), 0.0, 0.0
-    for expert in range(max(lora.num_experts for lora in there)):
-        deltas = [_delta(lora, expert, shape) for lora in loras]
+    if math.prod(shape) > _MAX_NUMBERS:
+        raise AdapterError(f"{key[0]}: an update of {shape[0]} x {shape[1]} numbers is more than is compared.")
+    step = max(1, _BLOCK // max(1, shape[1]))
+    blocks = [slice(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
+    for expert, rows in product(range(max(lora.num_experts for lora in there)), blocks):
+        deltas = [_delta(lora, expert, rows, shape[1]) for lora in loras]
         difference = deltas[0] - deltas[1]
         largest = torch.maximum(largest, difference.abs().max())  # keeps NaN
         squares += difference.square().sum().item()
@@ -218,11 +233,11 @@ def _load(side: _Side, key: tuple[str, str]) -> ExpertLora | None:
         return part.load(tensors)
 
 
-def _delta(lora: ExpertLora | None, expert: int, shape: tuple[int, int]) -> Tensor:
-    """One expert's update, "out in", in float64; zero where there is none."""
+def _delta(lora: ExpertLora | None, expert: int, rows: slice, in_features: int) -> Tensor:
+    """Rows of one expert's update, "out in", in float64; zero where there is none."""
     if lora is None or expert >= lora.num_experts:
-        return torch.zeros(shape, dtype=torch.float64)
-    return (lora.B[expert].double() @ lora.A[expert].double()) * lora.scaling
+        return torch.zeros(rows.stop - rows.start, in_features, dtype=torch.float64)
+    return (lora.B[expert, rows].double() @ lora.A[expert].double()) * lora.scaling
 
 
 def _compare_tensor(name: str, first: _Side, second: _Side) -> Comparison:
@@ -235,7 +250,7 @@ def _compare_tensor(name: str, first: _Side, second: _Side) -> Comparison:
             values += tensors.values()
     if values[0].shape != values[1].shape:
         return Comparison(name, "", math.inf, math.inf, "the two have different sizes")
-    if values[0].dtype == values[1].dtype and torch.equal(values[0], values[1]):
+    if values[0].dtype == values[1].dtype and bool((values[0] == values[1]).all()):
         return Comparison(name, "", 0.0, 0.0)
     if not all(value.is_floating_point() or value.is_complex() for value in values):
         return Comparison(name, "", math.inf, math.inf, "the two are whole numbers, and not the same")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -76,7 +77,7 @@ def _with_stated(command: Callable[..., None]) -> Callable[..., None]:
             if given["as_json"]:
                 typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}, indent=2))
             else:
-                Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+                Console(stderr=True).print(plain(f"error: {error}"), style="red", markup=False, highlight=False)
             raise typer.Exit(2) from None
 
     with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -173,6 +174,18 @@ def verify(
     raise typer.Exit(0 if found.same else 1)
 
 
+def plain(text: object) -> str:
+    """A text with all that is none to print, as a file may hold it, in escapes: it could steer the terminal."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def escape(text: str) -> str:
+    """The same, to stand in rich's markup."""
+    return escape_markup(plain(text))
+
+
 def _answer(found: Any, show: Callable[[Any, Console], None], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
@@ -220,7 +233,7 @@ def _show_inspection(found: Inspection, console: Console) -> None:
         readers.add_row(reader, _MARKS[verdict.verdict], escape(verdict.why))
     console.print(readers)
     for note in found.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(plain(f"note: {note}"), markup=False, highlight=False)
 
 
 def _add_conclusion(table: Table, name: str, conclusion: Conclusion) -> None:
@@ -276,9 +289,9 @@ _EXACTNESS = {
 
 
 def _show_conversion(done: Conversion, console: Console) -> None:
-    console.print(f"{done.out}: for {done.target}; {_EXACTNESS[done.exactness]}.", markup=False, highlight=False)
+    console.print(plain(f"{done.out}: for {done.target}; {_EXACTNESS[done.exactness]}."), markup=False, highlight=False)
     for step in done.steps:
-        console.print(f"  {step}", markup=False, highlight=False)
+        console.print(plain(f"  {step}"), markup=False, highlight=False)
 
 
 def _show_verification(found: Verification, console: Console) -> None:

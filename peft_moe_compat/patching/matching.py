@@ -16,6 +16,7 @@ from ..adapters.names import PREFIX, unwrapped
 from ..adapters.parts import expert_parts
 from ..adapters.slots import ExpertsModule
 from ..adapters.source import AdapterSource
+from ..adapters.targets import any_ending
 from ..errors import AdapterError, LayoutError
 from ..model.experts import bare, features, held_parameters, routed_experts, stored_shape, stored_transposed
 from ..model.probe import installed_rule
@@ -74,11 +75,11 @@ def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
     """
     inner = bare(model)
     found = {(live_path(name), p): module for name, module, names in routed_experts(inner) for p in names}
-    endings = tuple(f".{target}" for target in target_parameters)
-    for name, module in inner.named_modules() if endings else ():
+    targeted = frozenset(target_parameters)
+    for name, module in inner.named_modules() if targeted else ():
         if not hasattr(module, "get_base_layer"):
             path = live_path(name)
-            found |= {(path, p): module for p in held_parameters(module) if f".{path}.{p}".endswith(endings)}
+            found |= {(path, p): module for p in held_parameters(module) if any_ending(f"{path}.{p}", targeted)}
     stacks = {}
     shapes = {key: stored_shape(module, key[1]) for key, module in found.items()}
     for (path, parameter), shape in shapes.items():
@@ -95,14 +96,17 @@ def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
 def counterparts(paths: Iterable[str], facts: BaseModel) -> dict[str, str]:
     """Path in the file -> path of a stack in the model: the same, else the only one alike from the layer on."""
 
-    def layer(path: str) -> list[str]:
+    def layer(path: str) -> str:
         parts = path.split(".")
-        return parts[max(0, next((i for i, part in enumerate(parts) if part.isdigit()), 1) - 1) :]
+        return ".".join(parts[max(0, next((i for i, part in enumerate(parts) if part.isdigit()), 1) - 1) :])
 
-    stacks = sorted({path for path, _ in facts.stacks})
+    stacks = {path for path, _ in facts.stacks}
+    by_layer: dict[str, list[str]] = {}
+    for stack in sorted(stacks):
+        by_layer.setdefault(layer(stack), []).append(stack)
     found = {}
     for path in paths:
-        alike = [path] if path in stacks else [stack for stack in stacks if layer(stack) == layer(path)]
+        alike = [path] if path in stacks else by_layer.get(layer(path), [])
         if len(alike) == 1:
             found[path] = alike[0]
     return found

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.nn import ModuleList
 
+from ..adapters.adapter_config import parse_config
 from ..adapters.base_model import BaseModel
 from ..adapters.conclusions import Settle
 from ..adapters.decide import Decision, decide
@@ -78,8 +79,10 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     if folder is None:
         return None
     config = read_json(folder / CONFIG_NAME)
-    facts = facts_of(model, config.get("target_parameters") or ())
-    if config.get("peft_type", "LORA") != "LORA" or not (config.get("target_parameters") or facts.stacks):
+    if config.get("peft_type", "LORA") != "LORA":
+        return None
+    facts = facts_of(model, parse_config(config).target_parameters)
+    if not (config.get("target_parameters") or facts.stacks):
         return None
     if not (folder / SAFETENSORS).is_file() and not _may_reach_experts(config):
         return None  # a `.bin` that is none of ours; any other one is refused, since only its config can be read

@@ -1,0 +1,23 @@
+"""What a file may ask for, counted before anything is made of it: far above what any model needs."""
+
+from __future__ import annotations
+
+from ..errors import AdapterError
+
+__all__ = ["MAX_EXPERTS", "MAX_MODULES", "MAX_NAME", "MAX_ORDERS", "MAX_TENSORS", "require_room"]
+
+MAX_EXPERTS = 2**12  # of one module; the most in use are 512
+MAX_MODULES = 4096  # with experts, of one model; the most in use are 94
+MAX_TENSORS = 300_000  # of one file; 61 layers of 384 experts, one by one, have 140,544
+MAX_NAME = 512  # characters of a tensor's name; the longest in use have 150
+MAX_ORDERS = 5_000  # of parameters among wrappers, over all modules; gpt_oss has 24 in each of 36 layers
+_MAX_BEYOND = 2**30
+
+
+def require_room(what: str, made: int, read: int) -> None:
+    """Raises `AdapterError` where `made` bytes are to come of `read` ones, and that is out of all proportion."""
+    if made - read > _MAX_BEYOND:
+        raise AdapterError(
+            f"{what} would take {made} bytes of memory, made of {read} in the file; at most {_MAX_BEYOND} more than "
+            "those are taken. Is it the config of this model, and the file undamaged?"
+        )
