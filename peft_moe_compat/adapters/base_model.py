@@ -71,12 +71,16 @@ class BaseModel:
         scopes: From a config: the sizes it allows.
         stacks: From a live model: (module path, parameter) -> (E, in, out).
         name: For messages.
+        architectures: Its classes, as the config names them.
+        text_part: Whether the config names none and is that of a text model, which may be a part of another.
     """
 
     model_type: str
     scopes: tuple[Scope, ...] = ()
     stacks: Mapping[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     name: str = "the base model"
+    architectures: tuple[str, ...] = ()
+    text_part: bool = False
 
     @property
     def interleaved(self) -> bool:
@@ -199,7 +203,11 @@ def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:
     if len(model_types) > 1:  # a multimodal model whose parts each have experts
         model_types = {_model_type(config)}
     model_type = model_types.pop()
-    return BaseModel(model_type.removesuffix("_text"), tuple(scope for _, scope in found), name=name)
+    given = config.get("architectures")
+    classes = tuple(item for item in given if isinstance(item, str)) if isinstance(given, list) else ()
+    text_part = not classes and str(config.get("model_type", "")).endswith("_text")
+    scopes = tuple(scope for _, scope in found)
+    return BaseModel(model_type.removesuffix("_text"), scopes, {}, name, classes, text_part)
 
 
 def _scopes(config: Mapping[str, Any]) -> Iterator[tuple[str, Scope]]:

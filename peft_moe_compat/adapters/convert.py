@@ -83,8 +83,9 @@ def convert_adapter(
     Args:
         adapter: A folder, or a Hub id.
         out: The folder to make. It must not exist.
-        to: `peft` (the installed one), `peft==VERSION[,transformers==VERSION]`, `per-expert`, `vllm`, `sglang`,
-            `llama.cpp`, or `shared-outer`, the small form of LoRA whose outer side all experts share.
+        to: `peft` (the installed one), `peft==VERSION[,transformers==VERSION]`, `per-expert`, `vllm` (a file that is
+            right in every release from 0.28 on), `vllm==VERSION`, `sglang`, `llama.cpp`, or `shared-outer`, the small
+            form of LoRA whose outer side all experts share.
         model: The base model's config: a folder, a `config.json`, a Hub id or a dict. Needed wherever the form of the
             experts' LoRA changes, and where nothing else tells how the model stores its experts.
         written_by: `peft==VERSION[,transformers==VERSION]`, where the file does not say who wrote it.

@@ -134,13 +134,14 @@ def plain(part: Part) -> Output:
     return Output(part, path, path, path, path, lambda lora: [(path, lora.A[0], lora.B[0])])
 
 
-def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, float, list[Step]]:
+def evened(outputs: Sequence[Output], how: str, rslora: bool = False) -> tuple[list[Output], int, float, list[Step]]:
     """All LoRA of a file for a reader that knows one rank and one alpha.
 
     Args:
         outputs: All of it.
-        how: `"uniform"`: every rank is `r`, every scaling `alpha / r`. `"alpha"`: ranks may differ, every scaling is
-            `alpha` over the rank.
+        how: `"uniform"`, `"rslora"`: every rank is `r`, every scaling `alpha / r`. `"alpha"`: ranks may differ, every
+            scaling is `alpha` over the rank.
+        rslora: Whether the scaling is `alpha / sqrt(r)` instead.
 
     Returns:
         The outputs, `r`, `alpha`, and what it took.
@@ -149,19 +150,19 @@ def evened(outputs: Sequence[Output], how: str) -> tuple[list[Output], int, floa
     rank = max(lora.rank for lora in loras)
     # Nothing can be folded into a scaling of 0, as lora_alpha 0 gives it.
     lead = [lora for lora in loras if lora.scaling] or loras
-    if how == "uniform":
-        alpha = Counter(lora.scaling for lora in lead).most_common(1)[0][0] * rank
-    else:
+    over = rank**0.5 if rslora else rank
+    if how == "alpha":
         # llama.cpp takes an alpha of 0 for a scaling of 1.
         alpha = Counter(lora.scaling * lora.rank for lora in lead).most_common(1)[0][0] or 1.0
-    if how == "uniform":
+    else:
+        alpha = Counter(lora.scaling for lora in lead).most_common(1)[0][0] * over
         sizes = [(lora.num_experts * (lora.in_features + lora.out_features), lora.A.element_size()) for lora in loras]
         before = sum(lora.rank * numel * size for lora, (numel, size) in zip(loras, sizes, strict=True))
         require_room(f"LoRA all of rank {rank}", sum(rank * numel * size for numel, size in sizes), 16 * before)
     found, folds, pads = [], 0, 0
     for output, lora in zip(outputs, loras, strict=True):
-        new_rank = rank if how == "uniform" else lora.rank
-        factor = lora.scaling / (alpha / new_rank) if alpha else 1.0
+        new_rank = lora.rank if how == "alpha" else rank
+        factor = lora.scaling / (alpha / (new_rank if how == "alpha" else over)) if alpha else 1.0
         factor = 1.0 if isclose(factor, 1.0, rel_tol=1e-12) else factor
         folds += factor != 1
         pads += new_rank > lora.rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -65,10 +65,15 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
     config = target_config(how, experts, [output.path for output in linears] + _modules_with_lora(source, rest))
     outputs = experts + linears
     steps = list(dict.fromkeys(steps))
-    if reader.scaling != "config":
-        outputs, rank, alpha, said = evened(outputs, reader.scaling)
-        config |= {"lora_alpha": number(alpha), "use_rslora": False, "alpha_pattern": {}}
-        if reader.scaling == "uniform":
+    scaling = reader.scaling
+    # What an expert's own pattern says was folded already, and must not be read a second time.
+    if scaling == "config" and not reader.everything and any(step.kind == "experts_folded" for step in steps):
+        scaling = "uniform"
+    if scaling != "config":
+        rslora = how.rslora and scaling == "rslora"
+        outputs, rank, alpha, said = evened(outputs, scaling, rslora)
+        config |= {"lora_alpha": number(alpha), "use_rslora": rslora, "alpha_pattern": {}}
+        if scaling != "alpha":
             config |= {"r": rank, "rank_pattern": {}}
         steps += said
     return Plan((*outputs, *rest), config, _stamp(how, experts), (*steps, *dropped))
@@ -97,7 +102,8 @@ def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     source, target, base = how.source, how.target, how.source.base
     rest = source.rest
-    linears = [plain(plain_part(slot)) for slot in source.linears]
+    parts = [plain_part(slot) for slot in source.linears]
+    linears = [plain(replace(part, path=how.served(part.path))) for part in parts]
     start = source.config.init_lora_weights
     if not target.reader.everything and start is not None and start not in KEEP_THE_BASE:
         raise NotTakenError(

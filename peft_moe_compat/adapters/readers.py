@@ -1,18 +1,21 @@
 """Who reads adapters, and what form each of them takes.
 
-Source: the readers' own code. vLLM 0.33 `lora/`, SGLang 0.5.23 `srt/lora/`, llama.cpp's `convert_lora_to_gguf.py`;
+Source: the readers' own code. vLLM 0.28 to 0.33 `lora/`, SGLang `srt/lora/`, llama.cpp's `convert_lora_to_gguf.py`;
 tests/readers runs all three on what is written here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ..errors import AdapterError
+from packaging.version import InvalidVersion, Version
+
+from ..errors import AdapterError, AmbiguousAdapterError
 from ..releases import NEWEST_TESTED, installed_versions, parse_releases, release_for
+from .base_model import BaseModel
 
-__all__ = ["KEEP_THE_BASE", "READERS", "NotTakenError", "Reader", "Target", "parse_target"]
+__all__ = ["KEEP_THE_BASE", "READERS", "NotTakenError", "Reader", "Target", "is_of", "parse_target"]
 
 # Values of `init_lora_weights` that leave the base model as it was: vLLM's list without lora_ga, which does not.
 KEEP_THE_BASE = {"gaussian", "eva", "orthogonal", "mica"}
@@ -28,18 +31,21 @@ class NotTakenError(AdapterError):
 
 @dataclass(frozen=True)
 class Reader:
-    """What is known of a reader.
+    """What is known of a reader, from one of its releases on.
 
     Attributes:
         title: What it is called in text.
+        since: The release; "" where they do not differ, or are not told apart.
         form: Of the experts' LoRA: `"fused"`, `"per_expert"`, `"gguf"`: 3-D factors under the names that llama.cpp
             gives its own tensors, or `"shared_outer"`: 3-D factors, of one expert on the side that all share.
-        fused: Families that it takes fused all the same, as the newest PEFT writes them.
-        refuses: Families whose experts it takes no LoRA on.
+        fused: Classes of models that it takes fused all the same, as the newest PEFT writes them.
+        refuses: Classes on whose experts it takes no LoRA.
+        mounted: Classes whose layers it looks for under `model.language_model` alone, not by the text model's names.
         one_lora_A: Families whose gate and up have to share one lora_A.
         complete: Whether every projection of an adapted experts module has to be there.
-        scaling: How it scales an update. "config": alpha / r or rsLoRA's, with patterns. "uniform": `lora_alpha / r`
-            for all, and every rank is `r`. "alpha": `lora_alpha` over the rank of the tensor at hand.
+        scaling: How it scales an update. "config": alpha / r or rsLoRA's, with patterns. "rslora": the same without
+            patterns. "uniform": `lora_alpha / r` for all. In these two every rank is `r`. "alpha": `lora_alpha` over
+            the rank of the tensor at hand.
         everything: Whether it reads all that PEFT can put into an adapter: modules_to_save, DoRA, biases, embeddings.
         linears: Names it has for every family's linears, by role; None where it goes by the family's own. An up
             projection without a gate bears the gate's.
@@ -53,8 +59,10 @@ class Reader:
 
     title: str
     form: str
+    since: str = ""
     fused: frozenset[str] = frozenset()
     refuses: frozenset[str] = frozenset()
+    mounted: frozenset[str] = frozenset()
     one_lora_A: frozenset[str] = frozenset()  # noqa: N815
     complete: bool = False
     scaling: str = "config"
@@ -66,111 +74,183 @@ class Reader:
     lacking: Mapping[str, str] = field(default_factory=dict)
 
 
-READERS = {
-    "peft": Reader(
-        "PEFT",
-        "fused",
-        everything=True,
-        lacking={
-            "from_stacked": "fails",
-            "from_stacked:targeted": "wrong",  # it wraps what else the targets name, and leaves the stacks out
-            "packing": "wrong",
-            "rank": "fails",
-            "targets": "fails",
-            "targets:some": "wrong",
-            "shards": "fails",
-            "upstream_rslora": "wrong",
-            "upstream_patterns": "wrong",
-            "upstream_roles": "wrong",
-        },
-    ),
-    "per-expert": Reader("a reader of single experts", "per_expert", everything=True),
-    "vllm": Reader(
-        "vLLM",
-        "per_expert",
-        fused=frozenset(
-            {"gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
+_PEFT = Reader(
+    "PEFT",
+    "fused",
+    everything=True,
+    lacking={
+        "from_stacked": "fails",
+        "from_stacked:targeted": "wrong",  # it wraps what else the targets name, and leaves the stacks out
+        "packing": "wrong",
+        "rank": "fails",
+        "targets": "fails",
+        "targets:some": "wrong",
+        "shards": "fails",
+        "upstream_rslora": "wrong",
+        "upstream_patterns": "wrong",
+        "upstream_roles": "wrong",
+    },
+)
+_FUSED_28 = frozenset(
+    {
+        "GptOssForCausalLM",
+        "InternS1ProForConditionalGeneration",
+        "InternS2MobiusForConditionalGeneration",
+        "InternS2PreviewForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
+    }
+)
+_VLLM_33 = Reader(
+    "vLLM",
+    "per_expert",
+    since="0.33",
+    fused=_FUSED_28 | {"Qwen3OmniMoeForConditionalGeneration", "ClefOmniForJointSchema"},
+    complete=True,
+    heeds=("bias", "lora_bias", "modules_to_save"),
+    lacking={
+        "from_fused": "fails",
+        "from_fused:moved": "wrong",  # it looks at the modules it has, and finds nothing for them
+        "from_per_expert": "fails",
+        "from_stacked": "fails",
+        "packing": "wrong",
+        "path": "wrong",
+        "linears": "fails",
+        "linears:mixtral": "unknown",  # its mapper renames gate_proj, up_proj and down_proj
+        "filled": "fails",
+        "experts_filled": "fails",
+        "experts_padded": "fails",
+        "rank": "wrong",
+        "dropped": "fails",
+        "heeded": "fails",
+        "initialised": "fails",
+        "dora": "fails",
+        "shards": "fails",
+    },
+)
+_VLLM_32 = replace(
+    _VLLM_33,
+    since="0.32",
+    mounted=frozenset({"Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"}),
+)
+_PATTERNS = dict.fromkeys(("folded", "experts_folded", "scaling"), "wrong")
+_VLLM_30 = replace(
+    _VLLM_32,
+    since="0.30",
+    fused=_VLLM_32.fused - {"ClefOmniForJointSchema"},
+    scaling="rslora",
+    lacking={**_VLLM_32.lacking, **_PATTERNS, "initialised": "wrong"},
+)
+_VLLM_29 = replace(
+    _VLLM_30,
+    since="0.29",
+    scaling="uniform",
+    lacking={**_VLLM_30.lacking, "scaling:fused": "unknown"},  # rsLoRA it ignores for single experts alone
+)
+_VLLM_28 = replace(
+    _VLLM_29,
+    since="0.28",
+    fused=_FUSED_28,
+    lacking={**_VLLM_29.lacking, "linears:mixtral": "fails"},
+)
+_SGLANG = Reader(
+    "SGLang",
+    "per_expert",
+    refuses=frozenset({"Llama4ForConditionalGeneration"}),
+    one_lora_A=frozenset({"gpt_oss"}),
+    complete=True,
+    scaling="uniform",
+    linears={"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+    renames={"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
+    targets={"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"},
+    lacking={
+        "from_fused": "fails",
+        "from_stacked:gguf": "wrong",
+        "from_stacked:gpt_oss": "wrong",  # gate, then up: it alternates them itself
+        "linears": "fails",
+        "filled:gate": "fails",
+        "filled:gate and down": "fails",
+        "targets": "fails",
+        "more_targets": "wrong",
+        "folded": "wrong",
+        "experts_folded": "wrong",
+        "scaling": "wrong",
+        "joined": "wrong",
+        "rank": "fails",
+        "experts_padded": "fails",
+        "initialised": "wrong",
+        "dora": "fails",
+        "no_experts": "fails",
+    },
+)
+_LLAMA_CPP = Reader(
+    "llama.cpp",
+    "gguf",
+    scaling="alpha",
+    lacking={
+        "from_fused": "fails",
+        "from_stacked:gate_up": "fails",
+        "from_per_expert:gpt_oss": "fails",
+        "from_per_expert:llama4": "fails",
+        "experts_filled": "fails",
+        "experts_padded": "fails",
+        "folded": "wrong",
+        "experts_folded": "wrong",
+        "scaling": "wrong",
+        "dropped": "fails",
+        "initialised": "wrong",
+        "dora": "fails",
+        "shards": "fails",
+    },
+)
+# Reader -> its rows, the oldest first; each holds until the next one's `since`.
+READERS: dict[str, tuple[Reader, ...]] = {
+    "peft": (_PEFT,),
+    "per-expert": (Reader("a reader of single experts", "per_expert", everything=True),),
+    "vllm": (_VLLM_28, _VLLM_29, _VLLM_30, _VLLM_32, _VLLM_33),
+    "sglang": (_SGLANG,),
+    "shared-outer": (
+        Reader(
+            "a server of shared factors",
+            "shared_outer",
+            refuses=_SGLANG.refuses,
+            one_lora_A=frozenset({"gpt_oss"}),
+            complete=True,
+            scaling="uniform",
+            linears=_SGLANG.linears,
         ),
-        complete=True,
-        heeds=("bias", "lora_bias", "modules_to_save"),
-        lacking={
-            "from_fused": "fails",
-            "from_fused:moved": "wrong",  # it looks at the modules it has, and finds nothing for them
-            "from_per_expert": "fails",
-            "from_stacked": "fails",
-            "packing": "wrong",
-            "path": "wrong",
-            "linears": "fails",
-            "linears:mixtral": "unknown",  # its mapper renames gate_proj, up_proj and down_proj
-            "filled": "fails",
-            "experts_filled": "fails",
-            "experts_padded": "fails",
-            "rank": "wrong",
-            "dropped": "fails",
-            "heeded": "fails",
-            "initialised": "fails",
-            "dora": "fails",
-            "shards": "fails",
-        },
     ),
-    "sglang": Reader(
-        "SGLang",
-        "per_expert",
-        refuses=frozenset({"llama4"}),
-        one_lora_A=frozenset({"gpt_oss"}),
-        complete=True,
-        scaling="uniform",
-        linears={"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-        renames={"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
-        targets={"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"},
-        lacking={
-            "from_fused": "fails",
-            "from_stacked:gguf": "wrong",
-            "from_stacked:gpt_oss": "wrong",  # gate, then up: it alternates them itself
-            "linears": "fails",
-            "filled:gate": "fails",
-            "filled:gate and down": "fails",
-            "targets": "fails",
-            "more_targets": "wrong",
-            "folded": "wrong",
-            "scaling": "wrong",
-            "joined": "wrong",
-            "rank": "fails",
-            "experts_padded": "fails",
-            "initialised": "wrong",
-            "dora": "fails",
-            "no_experts": "fails",
-        },
-    ),
-    "shared-outer": Reader(
-        "a server of shared factors",
-        "shared_outer",
-        refuses=frozenset({"llama4"}),
-        one_lora_A=frozenset({"gpt_oss"}),
-        complete=True,
-        scaling="uniform",
-        linears={"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-    ),
-    "llama.cpp": Reader(
-        "llama.cpp",
-        "gguf",
-        scaling="alpha",
-        lacking={
-            "from_fused": "fails",
-            "from_stacked:gate_up": "fails",
-            "from_per_expert:gpt_oss": "fails",
-            "from_per_expert:llama4": "fails",
-            "experts_filled": "fails",
-            "experts_padded": "fails",
-            "folded": "wrong",
-            "scaling": "wrong",
-            "dropped": "fails",
-            "initialised": "wrong",
-            "dora": "fails",
-            "shards": "fails",
-        },
-    ),
+    "llama.cpp": (_LLAMA_CPP,),
 }
+# What a config without `architectures` is of, if it describes the whole model.
+_CLASSES = {
+    "gpt_oss": "GptOssForCausalLM",
+    "interns1_pro": "InternS1ProForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+
+
+def is_of(model: BaseModel, classes: frozenset[str]) -> bool:
+    """Whether a base model is one of these classes.
+
+    Raises:
+        AmbiguousAdapterError: Its config is that of a text model, without `architectures`; whether it is a model of its
+            own or a part of one of those classes is open.
+    """
+    if model.architectures:
+        return not classes.isdisjoint(model.architectures)
+    name = _CLASSES.get(model.model_type, "")
+    if name in classes and model.text_part:
+        raise AmbiguousAdapterError(
+            f"{model.name} describes a text model without saying of which class: alone, and as a part of {name}, the "
+            "reader takes other forms. Pass --model (model=...) with the config.json that is served, whose "
+            "`architectures` says."
+        )
+    return name in classes
 
 
 @dataclass(frozen=True)
@@ -181,27 +261,35 @@ class Target:
         name: One of `READERS`.
         peft: For `peft`: the release.
         transformers: For `peft`: the release beside it, None where it does not matter.
+        release: Of any other reader; None for the newest, in a file that the older ones do not read wrongly: with the
+            scaling that each of them applies, and names that each of them knows.
     """
 
     name: str
     peft: str | None = None
     transformers: str | None = None
+    release: str | None = None
 
     @property
     def reader(self) -> Reader:
-        return READERS[self.name]
+        rows = READERS[self.name]
+        if self.release is None:
+            return replace(rows[-1], scaling=rows[0].scaling, mounted=rows[0].mounted)
+        return [row for row in rows if Version(row.since) <= Version(self.release)][-1]
 
     def __str__(self) -> str:
         if self.name != "peft":
-            return self.name
+            return f"{self.name}=={self.release}" if self.release else self.name
         return f"peft=={self.peft}" + (f",transformers=={self.transformers}" if self.transformers else "")
 
 
 def parse_target(to: str) -> Target:
     """A reader from its name: `peft` is the installed one, `peft==VERSION[,transformers==VERSION]` another.
 
+    Readers whose releases differ are named `vllm` or `vllm==VERSION`.
+
     Raises:
-        AdapterError: No such reader, or no PEFT is installed.
+        AdapterError: No such reader, none of its releases that are known, or no PEFT is installed.
         UnsupportedPeftError: A PEFT release without expert LoRA.
     """
     if to == "peft":
@@ -213,9 +301,23 @@ def parse_target(to: str) -> Target:
         return Target("peft", found["peft"], None if beside == "not installed" else beside)
     if to.startswith("peft=="):
         return Target("peft", *parse_releases(to))
-    if to in READERS:
+    name, _, release = to.partition("==")
+    rows = READERS.get(name, ())
+    if not release and to in READERS:
         return Target(to)
-    raise AdapterError(
-        f"No reader is called {to!r}; one of {', '.join(READERS)}, peft==VERSION or "
-        "peft==VERSION,transformers==VERSION was expected."
-    )
+    if not rows or not rows[0].since:
+        told = [reader for reader, (first, *_) in READERS.items() if first.since]
+        raise AdapterError(
+            f"No reader is called {to!r}; one of {', '.join(READERS)}, peft==VERSION, "
+            f"peft==VERSION,transformers==VERSION{''.join(f', {reader}==VERSION' for reader in told)} was expected."
+        )
+    try:
+        known = Version(release) >= Version(rows[0].since)
+    except InvalidVersion:
+        known = False
+    if not known:
+        raise AdapterError(
+            f"What {rows[0].title} {release} reads is not known; a release from {rows[0].since} on was expected, or "
+            f"{name} alone."
+        )
+    return Target(name, release=release)

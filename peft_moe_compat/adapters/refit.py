@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from .decide import Decision
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
 from .outputs import GGUF_PATH, Output, fused, gguf, per_expert, shared_outer
 from .parts import Part, expert_parts
-from .readers import NotTakenError, Target
+from .readers import NotTakenError, Target, is_of
 from .shapes import parameter_order
 from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource
@@ -55,6 +56,13 @@ class Refit:
     target: Target
     form: str
     orientation: str = "linear"
+
+    def served(self, path: str) -> str:
+        """Path of a module as the reader looks for it: a text model's may lie under `language_model` there."""
+        base, mounted = self.source.base, self.target.reader.mounted
+        if mounted and base is not None and is_of(base, mounted):
+            return re.sub(r"^model\.layers\.", "model.language_model.layers.", path)
+        return path
 
     @property
     def rslora(self) -> bool:
@@ -132,7 +140,9 @@ class Refit:
         outputs = []
         for path, named in by_path.items():
             order = parameter_order(path, named)
-            outputs += [fused(named[p], path, p, len(order) - 1 - i, self.orientation) for i, p in enumerate(order)]
+            outputs += [
+                fused(named[p], self.served(path), p, len(order) - 1 - i, self.orientation) for i, p in enumerate(order)
+            ]
         return outputs
 
     def _place(self, part: Part) -> tuple[str, str]:
@@ -206,7 +216,7 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
     """
     reader, base = target.reader, source.base
     how = Refit(source, decision, target, reader.form)
-    if base is not None and base.model_type in reader.refuses:
+    if base is not None and is_of(base, reader.refuses):
         raise NotTakenError("no_experts", f"{reader.title} takes no LoRA on the experts of {base.model_type}.")
     if reader.form != "gguf" and any(GGUF_PATH.fullmatch(module.path) for module in source.modules):
         raise AdapterError(
@@ -214,7 +224,7 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
             "them. Convert the adapter that it was made from."
         )
     if target.peft is None:
-        return replace(how, form="fused") if reader.fused and how.model.model_type in reader.fused else how
+        return replace(how, form="fused") if reader.fused and is_of(how.model, reader.fused) else how
     if base is not None:
         if has_separate_experts(base.model_type, target.peft, target.transformers):
             return replace(how, form="per_expert")

@@ -21,7 +21,7 @@ from .patterns import Expression
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
 from .readers import READERS, NotTakenError, Target
-from .refit import Refit, refit
+from .refit import Refit, module_parts, refit
 from .shapes import parameter_order
 from .source import CONFIG_NAME, AdapterSource
 from .steps import Step
@@ -51,10 +51,22 @@ def reader_verdicts(source: AdapterSource, decision: Decision, transformers: str
         # One with that layout that imports beside any transformers.
         release = str(max(start, FIRST_PEFT_FOR_TRANSFORMERS_5) if end else NEWEST_TESTED)
         targets[f"PEFT >= {start}" + (f", < {end}" if end else "")] = Target("peft", release, transformers)
-    targets |= {READERS[name].title: Target(name) for name in ("vllm", "sglang", "llama.cpp")}
+    for name in ("vllm", "sglang", "llama.cpp"):
+        targets |= _of_releases(name)
     if source.form == "none":
         return dict.fromkeys(targets, ReaderVerdict("reads", "there is no LoRA on routed experts"))
     return {name: _verdict(source, decision, target) for name, target in targets.items()}
+
+
+def _of_releases(name: str) -> dict[str, Target]:
+    """Reader with its releases -> the reader, a row after the other."""
+    rows = READERS[name]
+    found = {}
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        shown = f"{row.title} >= {row.since}" if row.since else row.title
+        release = row.since or None
+        found[shown + (f", < {following.since}" if following else "")] = Target(name, release=release)
+    return found
 
 
 def _verdict(source: AdapterSource, decision: Decision, target: Target) -> ReaderVerdict:
@@ -66,7 +78,8 @@ def _verdict(source: AdapterSource, decision: Decision, target: Target) -> Reade
         return ReaderVerdict("unknown", str(error))
     found = {_without(step, source, target) for step in steps}
     verdict = next(v for v in ("fails", "wrong", "unknown", "reads") if v in found or v == "reads")
-    to = f"peft=={target.peft}" if target.peft else target.name
+    newest = target.reader == READERS[target.name][-1]
+    to = f"peft=={target.peft}" if target.peft else target.name if newest else str(target)
     needed = " and ".join(dict.fromkeys(map(str, steps)))
     return ReaderVerdict(
         verdict, _WORDS[verdict].format(needed, f"`peft-moe-compat convert ADAPTER OUT --to {to} --model BASE`")
@@ -150,6 +163,8 @@ def _layout(how: Refit) -> Iterator[Step]:
     if how.form == "fused":
         if any(slot.unfolded for module in source.modules for slot in module.slots):
             yield Step("unfolded")
+        if any(how.served(module.path) != module.path for module in source.modules):
+            yield Step("path", (how.served(source.modules[0].path),))
         if decision.orientation.value != how.orientation:
             yield Step("orientation", (how.orientation,))
         if any(r.nesting != parameter_order(path, r.nesting) for path, r in decision.readings.items()):
@@ -177,10 +192,10 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
         elif any(not isclose(lora_alpha(given, lora.key), lora.part.alpha, rel_tol=1e-9) for lora in loras):
             yield Step("scaling")
     elif not isclose(lora_alpha({"lora_alpha": given.get("lora_alpha")}, "all"), planned["lora_alpha"], rel_tol=1e-9):
-        yield Step("scaling")
-    if reader.scaling == "uniform":
-        ranks = {info.shape[-2] for name, info in source.tensors.infos.items() if ".lora_A" in name and info.shape[1:]}
-        if ranks != {given.get("r")}:
+        yield Step("scaling", (how.form,))
+    if reader.scaling in ("uniform", "rslora"):
+        ranks = {part.meta.rank for part in module_parts(source, how.decision, fill_missing=True)}
+        if ranks | {slot.numbers.rank for slot in source.linears} != {given.get("r")}:
             yield Step("rank")
     keys = [lora.key for lora in loras]
     if reader.targets is not None:

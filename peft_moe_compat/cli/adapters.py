@@ -107,8 +107,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="peft (the one installed), peft==VERSION[,transformers==VERSION], per-expert, vllm, sglang, "
-            "llama.cpp, shared-outer."
+            help="peft (the one installed), peft==VERSION[,transformers==VERSION], per-expert, vllm (right in every "
+            "release from 0.28 on), vllm==VERSION, sglang, llama.cpp, shared-outer."
         ),
     ] = "peft",
     stated: dict[str, Any],

@@ -276,7 +276,6 @@ REFUSED = {
     ("jetmoe", "vllm"): "No per-expert name",
     ("jetmoe", "sglang"): "No per-expert name",
     ("jetmoe", "llama.cpp"): "No per-expert name",
-    ("llama4", "sglang"): "SGLang takes no LoRA on the experts of llama4",
 }
 
 

@@ -67,7 +67,7 @@ _VLLM = (
 _SGLANG = ("sglang/srt/lora/*.py", "sglang/srt/models/*.py", "sglang/srt/layers/utils/*.py")
 # The releases that the tests run: the newest, and those before a change of what is read; see FACTS.md.
 SOURCES = (
-    *(Source(f"vllm-{r}", f"vllm=={r}", _WHEEL, _VLLM) for r in ("0.28.0", "0.30.0", "0.32.0", "0.33.0")),
+    *(Source(f"vllm-{r}", f"vllm=={r}", _WHEEL, _VLLM) for r in ("0.28.0", "0.29.0", "0.30.0", "0.32.0", "0.33.0")),
     *(Source(f"sglang-{r}", f"sglang=={r}", _WHEEL, _SGLANG) for r in ("0.5.23",)),
     Source(
         "llama.cpp",

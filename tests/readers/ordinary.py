@@ -32,7 +32,7 @@ class Ordinary:
         tensors: Makes the file's tensors of the factors.
         roles: Of the factors.
         config: Fields of adapter_config.json that are not those of `tiny.write`.
-        scaling: Role -> what PEFT scales its update with, where that is not alpha / r.
+        scaling: Role, or (expert, role) -> what PEFT scales its update with, where that is not alpha / r.
         absent: Experts without LoRA.
         flags: What a user who knows the writer would pass to `inspect`.
     """
@@ -41,7 +41,7 @@ class Ordinary:
     tensors: Callable[[t.Lora], Mapping[str, Tensor]]
     roles: tuple[str, ...] = t.ROLES
     config: Mapping[str, Any] = field(default_factory=dict)
-    scaling: Mapping[str, float] = field(default_factory=dict)
+    scaling: Mapping[str | tuple[int, str], float] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
     absent: tuple[int, ...] = ()
 
@@ -53,9 +53,20 @@ class Ordinary:
         plain = factors.updates(interleaved=self.base is t.gpt_oss)
         usual = t.ALPHA / t.RANK
         return {
-            key: update * (self.scaling.get(key[2], usual) / usual) * (key[1] not in self.absent)
+            key: update
+            * (self.scaling.get(key[1:], self.scaling.get(key[2], usual)) / usual)
+            * (key[1] not in self.absent)
             for key, update in plain.items()
         }
+
+
+def wider(factors: t.Lora, role: str) -> t.Lora:
+    """The same with twice the rank in one role, in zeros."""
+    A, B = factors.A[role], factors.B[role]
+    return t.Lora(
+        {**factors.A, role: torch.cat([A, torch.zeros_like(A)], 1)},
+        {**factors.B, role: torch.cat([B, torch.zeros_like(B)], 2)},
+    )
 
 
 def apart(path: str, names: Mapping[str, str] = t.HF) -> Callable[[t.Lora], Mapping[str, Tensor]]:
@@ -78,6 +89,24 @@ FILES = {
     ),
     "qwen3_moe per expert, a pattern that changes nothing": Ordinary(
         t.qwen3_moe, apart(MLP), config={"alpha_pattern": {"down_proj": t.ALPHA}}
+    ),
+    "qwen3_moe per expert, rank_pattern": Ordinary(
+        t.qwen3_moe,
+        lambda factors: t.per_expert(wider(factors, "down"), MLP),
+        config={"rank_pattern": {"down_proj": 2 * t.RANK}},
+        scaling={"down": t.ALPHA / t.RANK / 2},
+    ),
+    "qwen3_moe per expert, alpha_pattern of one expert": Ordinary(
+        t.qwen3_moe,
+        apart(MLP),
+        config={"alpha_pattern": {r"experts\.1\.down_proj": 8}},
+        scaling={(1, "down"): 8 / t.RANK},
+    ),
+    "qwen3_moe per expert, alpha_pattern of expert 0": Ordinary(
+        t.qwen3_moe,
+        apart(MLP),
+        config={"alpha_pattern": {r"experts\.0\.down_proj": 8}},
+        scaling={(0, "down"): 8 / t.RANK},
     ),
     "qwen3_moe per expert, down alone": Ordinary(t.qwen3_moe, apart(MLP), ("down",), {"target_modules": ["down_proj"]}),
     "qwen3_moe per expert, down alone, all targeted": Ordinary(t.qwen3_moe, apart(MLP), ("down",)),
@@ -205,4 +234,22 @@ FILES = {
         t.qwen3_vl_moe, lambda factors: t.flat(factors, VL), ("down",), DOWN, flags=RANK_MAJOR
     ),
     "qwen3_vl_moe per expert": Ordinary(t.qwen3_vl_moe, apart(VL)),
+    "qwen3_vl_moe fused, alpha_pattern": Ordinary(
+        t.qwen3_vl_moe,
+        lambda factors: t.flat(factors, VL),
+        FUSED,
+        {**FLAT, "alpha_pattern": {"experts.down_proj": 8}},
+        {"down": 8 / t.RANK},
+        RANK_MAJOR,
+    ),
+    "qwen3_vl_moe fused, names of the text model": Ordinary(
+        t.qwen3_vl_moe, lambda factors: t.flat(factors, MLP), FUSED, FLAT, flags=RANK_MAJOR
+    ),
+    "qwen3_5_moe fused": Ordinary(t.qwen3_5_moe, lambda factors: t.flat(factors, VL), FUSED, FLAT, flags=RANK_MAJOR),
+    "qwen3_5_moe per expert": Ordinary(t.qwen3_5_moe, apart(VL)),
+    "qwen3_5_moe_text fused": Ordinary(
+        t.qwen3_5_moe_text, lambda factors: t.flat(factors, MLP), FUSED, FLAT, flags=RANK_MAJOR
+    ),
+    "qwen3_5_moe_text per expert": Ordinary(t.qwen3_5_moe_text, apart(MLP)),
+    "llama4_text per expert": Ordinary(t.llama4_text, apart("model.layers.0.feed_forward.experts")),
 }

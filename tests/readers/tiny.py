@@ -54,6 +54,12 @@ def qwen3_5_moe(**extra: Any) -> dict[str, Any]:
     return base_config("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", **sizes)
 
 
+def qwen3_5_moe_text() -> dict[str, Any]:
+    """The text model alone, which vLLM has as a class of its own."""
+    sizes = {"num_experts": E, "moe_intermediate_size": INTERMEDIATE, "layer_types": ["full_attention"]}
+    return base_config("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **sizes, mtp_num_hidden_layers=1)
+
+
 def mixtral() -> dict[str, Any]:
     return base_config("mixtral", "MixtralForCausalLM", num_local_experts=E, intermediate_size=INTERMEDIATE)
 
@@ -84,6 +90,11 @@ def nemotron_h() -> dict[str, Any]:
 def llama4() -> dict[str, Any]:
     sizes = {"num_local_experts": E, "intermediate_size": INTERMEDIATE, "intermediate_size_mlp": 32}
     return base_config("llama4", "Llama4ForConditionalGeneration", **sizes)
+
+
+def llama4_text() -> dict[str, Any]:
+    sizes = {"num_local_experts": E, "intermediate_size": INTERMEDIATE, "intermediate_size_mlp": 32}
+    return base_config("llama4_text", "Llama4ForCausalLM", **sizes)
 
 
 @dataclass(frozen=True)

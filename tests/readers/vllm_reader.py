@@ -15,6 +15,7 @@ model's dtype, so that nothing is rounded), and the kernels are B @ A of the buf
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import os
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from .fetch import releases
 from .stubs import ModelFile, Package, StubClass
 
-__all__ = ["RELEASES", "read"]
+__all__ = ["RELEASES", "natively_stacked", "read"]
 
 RELEASES = releases("vllm")
 _MEMBERS = (
@@ -140,6 +141,31 @@ def _package(sources: Path) -> Package:
     )
 
 
+def _registered(models: Path) -> dict[str, tuple[str, str]]:
+    """Architecture -> (file, class) of the registry."""
+    registry = ast.parse((models / "registry.py").read_text(encoding="utf-8"))
+    return {
+        key.value: ast.literal_eval(value)
+        for node in ast.walk(registry)
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple) and len(value.elts) == 2
+        if all(isinstance(item, ast.Constant) for item in value.elts)
+    }
+
+
+def natively_stacked(release: str) -> set[str]:
+    """The architectures whose class sets `is_3d_moe_weight`."""
+    models = _sources(release) / "vllm" / "model_executor" / "models"
+    found = set()
+    for architecture, (stem, name) in _registered(models).items():
+        if (models / f"{stem}.py").is_file():
+            with contextlib.suppress(KeyError):  # a class that its file imports from elsewhere
+                cls = ModelFile(models / f"{stem}.py", ("is_3d_moe_weight",), {}).resolve(name)
+                found |= {architecture} if getattr(cls, "is_3d_moe_weight", False) is True else set()
+    return found
+
+
 class _ModelSource:
     """What the file of one model class says about its experts.
 
@@ -152,15 +178,7 @@ class _ModelSource:
 
     def __init__(self, sources: Path, architecture: str, mapper: type) -> None:
         models = sources / "vllm" / "model_executor" / "models"
-        registry = ast.parse((models / "registry.py").read_text(encoding="utf-8"))
-        entries = (
-            ast.literal_eval(value)
-            for node in ast.walk(registry)
-            if isinstance(node, ast.Dict)
-            for key, value in zip(node.keys, node.values, strict=True)
-            if isinstance(key, ast.Constant) and key.value == architecture
-        )
-        stem, name = next(entries, ("", ""))
+        stem, name = _registered(models).get(architecture, ("", ""))
         if not (models / f"{stem}.py").is_file():
             raise NotImplementedError(f"vLLM has no model file of its own for {architecture}.")
         file = ModelFile(models / f"{stem}.py", _MEMBERS, {"WeightsMapper": mapper})

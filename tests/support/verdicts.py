@@ -22,12 +22,12 @@ def targets_of_verdicts(verdicts: Iterable[str]) -> dict[str, str]:
     beside = installed_versions("transformers")["transformers"]
     found = {}
     for shown in verdicts:
-        release = re.match(r"PEFT >= ([\d.]+)(, <)?", shown)
-        if release is None:
-            found[shown] = shown.lower()
-            continue
-        peft = release[1] if release[2] else NEWEST_TESTED
-        found[shown] = f"peft=={peft},transformers=={beside}"
+        reader, *release = re.fullmatch(r"(\S+)(?: >= ([\d.]+)(, <.*)?)?", shown).groups()
+        if reader == "PEFT":
+            peft = release[0] if release[1] else NEWEST_TESTED
+            found[shown] = f"peft=={peft},transformers=={beside}"
+        else:
+            found[shown] = reader.lower() + (f"=={release[0]}" if release[0] else "")
     return found
 
 
@@ -63,6 +63,9 @@ def as_read(config: Mapping[str, Any], reader: str, keys: Sequence[str]) -> dict
         wanted = {gate_up.get(key.rpartition(".")[2], key.rpartition(".")[2]) for key in keys}
         return {"r": config.get("r"), "alpha": alpha, "missed": wanted - {gate_up.get(name, name) for name in names}}
     found: dict[str, Any] = {"use_rslora": bool(config.get("use_rslora"))}
+    if re.fullmatch(r"vllm==0\.(28|29|30)", reader):  # no patterns there, and before 0.30 no rsLoRA of experts
+        found |= {"r": config.get("r"), "alpha": alpha, "use_rslora": reader.endswith("30") and found["use_rslora"]}
+        keys = ()
     for key in keys:
         rank, own = (pattern_value(config, *p, key) for p in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
         found[key] = rank, own
@@ -72,7 +75,7 @@ def as_read(config: Mapping[str, Any], reader: str, keys: Sequence[str]) -> dict
             reached = any(key == end or key.endswith(f".{end}") for end in ends)
             whole = isinstance(targets, str) and re.fullmatch(targets, key)
             found[f"{key} is reached"] = bool(reached or whole)
-    if reader == "vllm":
+    if reader.startswith("vllm"):
         found |= {name: config.get(name) or None for name in ("modules_to_save", "lora_bias")}
         found["bias"] = config.get("bias") or "none"
     return found
