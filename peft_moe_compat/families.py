@@ -17,8 +17,10 @@ __all__ = [
     "FLAT_CLASSES",
     "LINEAR_NAMES",
     "PACKED_CLASSES",
+    "REWRITTEN",
     "ROLES",
     "ROLE_ORDER",
+    "ROUTERS",
     "UNDECLARED_CLASSES",
     "Family",
     "RenamedExperts",
@@ -189,3 +191,18 @@ ROLES = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"} | {
 }
 # The order in which every experts class of transformers registers its parameters, and hence PEFT nests: inner first.
 ROLE_ORDER = ("gate_up", "up", "down")
+# What transformers calls the routers that are bare parameters in one release and linears in another. Source: the
+# modules beside `experts` in the classes of transformers 4.57.6 to 5.24.0.
+ROUTERS = frozenset({"gate", "router"})
+# The families in which PEFT from 0.19 on, and `model.load_adapter` of transformers 5, take the names of an expert's
+# linears in `target_modules` for the fused parameters, and `gate` for its weight, whatever the file holds. Source:
+# `_MODEL_TO_CONVERSION_PATTERN` in transformers' conversion_mapping.py, 5.0.0 to 5.24.0, `_MOE_TARGET_MODULE_MAPPING`
+# in peft/utils/transformers_weight_conversion.py.
+# fmt: off
+REWRITTEN = frozenset({
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+    "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
+    "longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    "qwen3_omni_moe", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+})
+# fmt: on

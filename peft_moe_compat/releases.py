@@ -19,6 +19,7 @@ from .errors import UnsupportedPeftError
 __all__ = [
     "AUTOMODEL_LAYOUTS",
     "FIRST_PEFT_FOR_TRANSFORMERS_5",
+    "FIRST_PEFT_THAT_REWRITES",
     "KNOWN_ISSUES",
     "NEWEST_TESTED",
     "NEWEST_TRANSFORMERS",
@@ -92,6 +93,8 @@ AUTOMODEL_LAYOUTS = {"peft-0.18": "0.18.1", "peft-0.19.1": "0.19.1", None: "0.18
 _FIRST_PEFT_WITH_STAMP = Version("0.18.0")
 # The first PEFT release that imports beside transformers 5.
 FIRST_PEFT_FOR_TRANSFORMERS_5 = Version("0.18.0")
+# The first one that takes names of an expert's linears for fused parameters there, see `families.REWRITTEN`.
+FIRST_PEFT_THAT_REWRITES = Version("0.19.0")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from peft_moe_compat.families import (
     FAMILIES,
     FLAT_CLASSES,
     PACKED_CLASSES,
+    REWRITTEN,
+    ROUTERS,
     UNDECLARED_CLASSES,
     Family,
     family,
@@ -469,6 +471,60 @@ def test_experts_stand_where_they_do_in_the_checkpoints(package):
                 found = [_converted(f"{prefix}{theirs}", package) for prefix in ("", "model.language_model.")]
                 assert any(converted.endswith(f"{path}.{name}") for converted in found), found
                 assert base.fused_path(base.per_expert_path(path)) == path
+
+
+# --- names in target_modules -----------------------------------------------------------------------------------------
+
+
+def _attributes(cls: ast.ClassDef) -> dict[str, str]:
+    """Attribute -> what `__init__` calls for it."""
+    found = {}
+    for node in ast.walk(cls):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            name = ast.unparse(node.targets[0])
+            if name.startswith("self."):
+                found[name.removeprefix("self.")] = ast.unparse(node.value.func)
+    return found
+
+
+def test_routers_that_are_bare_parameters_are_called_as_the_table_says():
+    routers = set()
+    for path in SOURCES.glob("models/*/modeling_*.py"):
+        classes = {
+            node.name: _attributes(node)
+            for node in ast.parse(path.read_text("utf-8")).body
+            if isinstance(node, ast.ClassDef)
+        }
+        for attributes in classes.values():
+            beside = {name: classes.get(cls, {}) for name, cls in attributes.items() if "experts" in attributes}
+            routers |= {
+                name
+                for name, held in beside.items()
+                if held.get("weight") == "nn.Parameter" and not ("expert" in name or "norm" in name)
+            }
+    assert {"gate", "router"} <= routers <= ROUTERS
+
+
+def _rewritten() -> dict[str, str]:
+    """model_type -> the pattern by which PEFT and transformers rewrite its targets; nothing before transformers 5."""
+    found = importlib.util.find_spec("transformers.conversion_mapping")
+    mapping = found and importlib.import_module(found.name)
+    patterns = {"mixtral": "mixtral"} | getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    known = configuration_auto.CONFIG_MAPPING_NAMES
+    return {m: pattern for m, pattern in patterns.items() if pattern in ("mixtral", "qwen2_moe") and m in known}
+
+
+def test_families_whose_targets_are_rewritten():
+    names = {"mixtral": {"w1", "w3", "w2"}, "qwen2_moe": {"gate_proj", "up_proj", "down_proj"}}
+    try:
+        theirs = importlib.import_module("peft.utils.transformers_weight_conversion")
+    except ImportError:  # before PEFT 0.19, and beside transformers 4
+        theirs = None
+    if theirs is not None:
+        assert {pattern: {*table} - {"gate"} for pattern, table in theirs._MOE_TARGET_MODULE_MAPPING.items()} == names
+    for model_type, pattern in _rewritten().items():
+        assert model_type.removesuffix("_text") in REWRITTEN
+        assert names[pattern] == {*family(model_type.removesuffix("_text")).linears.values()}
 
 
 # --- what has been compared ------------------------------------------------------------------------------------------

@@ -63,3 +63,71 @@ def test_bare_names_beside_a_router_and_patterns(tmp_path, stock, family):
     assert_all_arrive(zoo.tiny_model(family), tmp_path / "out", stock)
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert any(target.endswith(f"{ROUTERS[family]}.weight") for target in written["target_parameters"])
+
+
+USUAL = ["gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "experts"]
+
+
+def adapted(family, folder, stock):
+    """An adapter of everything that is beside the experts too, saved by PEFT, and its logits there.
+
+    Linears of shared experts and of dense layers, and routers, are targeted by their weights: PEFT of every release
+    takes those for what they are. A router whose bias the layer reads by itself cannot be wrapped before transformers
+    5.17: 'ParamWrapper' object has no attribute 'e_score_correction_bias'.
+    """
+    model = zoo.tiny_model(family).eval()
+    biased = {name.rpartition(".")[0] for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    names = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and ".mlp." in name and "bias" not in name and name.rpartition(".")[0] not in biased
+    }
+    attention = sorted({n.split(".")[-2] for n, _ in model.named_parameters() if "self_attn" in n and "_proj" in n})
+    lora = LoraConfig(r=zoo.R, lora_alpha=5, target_modules=attention, target_parameters=sorted(names))
+    wrapped = stock(lambda: get_peft_model(model, lora)).eval()
+    zoo.randomise(wrapped)
+    wrapped.save_pretrained(folder)
+    ids = zoo.token_ids()
+    return wrapped, ids, stock(lambda: wrapped(ids).logits.detach())
+
+
+def reconfigure(folder, **fields):
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | fields))
+
+
+def assert_arrives(family, folder, stock, wrapped, ids, logits):
+    fresh = zoo.tiny_model(family).eval()
+    base = {name: tensor for name, tensor in wrapped.get_base_model().state_dict().items() if ".lora_" not in name}
+    fresh.load_state_dict({name.replace(".base_layer", ""): tensor for name, tensor in base.items()})
+    loaded = assert_all_arrive(fresh, folder, stock).eval()
+    torch.testing.assert_close(stock(lambda: loaded(ids).logits), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("through", [None, "per-expert"])
+@pytest.mark.parametrize("foreign", ["as peft writes it", "the usual names", "all-linear", "nothing"])
+@pytest.mark.parametrize("family", routed(zoo.FAMILIES))
+def test_everything_arrives_whatever_the_config_said(tmp_path, stock, family, foreign, through):
+    """Names that PEFT takes for the experts of transformers 4, names of no linear, a config of rank and alpha alone."""
+    wrapped, ids, logits = adapted(family, tmp_path / "in", stock)
+    config = wrapped.get_base_model().config.to_dict()
+    given = json.loads((tmp_path / "in" / "adapter_config.json").read_text())
+    if foreign == "the usual names":
+        modules = [*given["target_modules"], *USUAL, ROUTERS[family]]
+        reconfigure(
+            tmp_path / "in", target_modules=modules, target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+        )
+    elif foreign == "all-linear":
+        reconfigure(tmp_path / "in", target_modules="all-linear", target_parameters=None, lora_dropout=0.1)
+    elif foreign == "nothing":
+        (tmp_path / "in" / "adapter_config.json").write_text(json.dumps({"r": zoo.R, "lora_alpha": 5}))
+    source = tmp_path / "in"
+    if through:
+        source = convert_adapter(source, tmp_path / "between", to=through, model=config).out
+    convert_adapter(source, tmp_path / "out", to="peft", model=config)
+    assert_arrives(family, tmp_path / "out", stock, wrapped, ids, logits)
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA"
+    assert not {"experts", ROUTERS[family]} & {*written["target_modules"]}
+    assert written.get("lora_dropout", 0) == 0

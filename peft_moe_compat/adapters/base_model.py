@@ -73,6 +73,7 @@ class BaseModel:
         name: For messages.
         architectures: Its classes, as the config names them.
         text_part: Whether the config names none and is that of a text model, which may be a part of another.
+        config: All of the config, if it was read from one.
     """
 
     model_type: str
@@ -81,6 +82,7 @@ class BaseModel:
     name: str = "the base model"
     architectures: tuple[str, ...] = ()
     text_part: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def interleaved(self) -> bool:
@@ -139,6 +141,14 @@ class BaseModel:
         if family(self.model_type).block_sparse_moe:
             return re.sub(r"(^|\.)block_sparse_moe\.experts$", r"\1mlp.experts", path)
         return path
+
+    def beside_experts(self, path: str, form: str) -> str:
+        """Path of a module beside the experts, a router, say, where those are `"fused"` or `"per_expert"`."""
+        if not family(self.model_type).block_sparse_moe:
+            return path
+        if form == "fused":
+            return re.sub(r"(^|\.)block_sparse_moe\.", r"\1mlp.", path)
+        return re.sub(r"(^|\.)mlp\.gate$", r"\1block_sparse_moe.gate", path)
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -207,7 +217,7 @@ def _from_config(config: Mapping[str, Any], name: str) -> BaseModel:
     classes = tuple(item for item in given if isinstance(item, str)) if isinstance(given, list) else ()
     text_part = not classes and str(config.get("model_type", "")).endswith("_text")
     scopes = tuple(scope for _, scope in found)
-    return BaseModel(model_type.removesuffix("_text"), scopes, {}, name, classes, text_part)
+    return BaseModel(model_type.removesuffix("_text"), scopes, {}, name, classes, text_part, config)
 
 
 def _scopes(config: Mapping[str, Any]) -> Iterator[tuple[str, Scope]]:

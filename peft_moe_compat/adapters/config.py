@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..releases import stamps_its_version
@@ -11,7 +13,11 @@ from .names import LINEAR_NAMES
 from .outputs import Output
 from .patterns import Patterns
 from .ranks import lora_alpha, lora_rank
+from .readers import NotTakenError
 from .refit import Refit
+from .rewriting import named_as, reaching, rewritten, targets_of
+from .steps import Step
+from .targets import Targets, any_ending
 
 __all__ = ["number", "target_config"]
 
@@ -21,13 +27,18 @@ _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _THE_REST = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none", "lora_bias": False}
 
 
-def target_config(how: Refit, experts: Sequence[Output], others: Sequence[str]) -> dict[str, Any]:
-    """The config that makes a reader see the LoRA as it is.
+def target_config(
+    how: Refit, experts: Sequence[Output], linears: Sequence[Output], others: Sequence[str]
+) -> tuple[dict[str, Any], list[Step]]:
+    """The config that makes a reader see the LoRA as it is, and what that takes.
 
     Args:
         how: The file, the reader, and the form of the experts' LoRA there.
-        experts: The experts' LoRA.
+        experts, linears: Their LoRA.
         others: Paths of all other modules with LoRA.
+
+    Raises:
+        NotTakenError: PEFT takes no LoRA of that kind on the parameters of experts.
     """
     source, target = how.source, how.target
     config = _without_marks(dict(source.config.raw)) | {"peft_type": "LORA"}
@@ -35,20 +46,37 @@ def target_config(how: Refit, experts: Sequence[Output], others: Sequence[str]) 
         config.pop("peft_version", None)
         if stamps_its_version(target.peft):
             config["peft_version"] = target.peft
-    if not _keeps_targets(how, experts):
-        if source.form == "fused" and how.form != "fused":
-            narrowing = [name for name in _NARROWING if config.get(name) not in (None, [], "")]
-            if narrowing:
-                config |= {**dict.fromkeys(narrowing), "target_modules": None}
-        targeted = source.config.target_parameters
-        _retarget(config, how.form, experts, {path: targeted.matrix(path) for path in others})
-    ranks = {output: output.part.meta.rank for output in experts}
-    alphas = {output: number(output.part.alpha) for output in experts}
+    steps = _fit_for_parameters(config) if how.form == "fused" and target.peft is not None else []
+    _retarget(config, how, experts, [output.path for output in linears] + list(others))
+    if target.reader.everything:  # it finds patterns by the name of what is targeted, others by the module's
+        targets = Targets(config["target_parameters"] or ())
+        linears = [_keyed(output, named_as(targets, output.path)) for output in linears]
+    ranks = {output: output.part.meta.rank for output in (*experts, *linears)}
+    alphas = {output: number(output.part.alpha) for output in (*experts, *linears)}
+    for name, values in (("r", ranks), ("lora_alpha", alphas)):
+        if config.get(name) is None:
+            config[name] = Counter(values.values()).most_common(1)[0][0]
     config["rank_pattern"] = _patterns(config, "rank_pattern", lora_rank, ranks)
     config["alpha_pattern"] = _patterns(config, "alpha_pattern", lora_alpha, alphas)
     if not target.reader.everything:  # the file will hold LoRA of linears and nothing else
         config |= {name: value for name, value in _THE_REST.items() if config.get(name)}
-    return config
+    return config, steps
+
+
+def _fit_for_parameters(config: dict[str, Any]) -> list[Step]:
+    """Takes out of a config what PEFT's `ParamWrapper` refuses and what changes nothing in a trained adapter."""
+    if refused := [name for name in ("use_dora", "lora_bias") if config.get(name)]:
+        raise NotTakenError(
+            "parameters", f"The adapter has {' and '.join(refused)}, which PEFT takes on no parameter of fused experts."
+        )
+    config["fan_in_fan_out"] = False
+    dropout = config.get("lora_dropout")
+    config["lora_dropout"] = 0.0
+    return [Step("dropout", (dropout,))] if dropout else []
+
+
+def _keyed(output: Output, key: str) -> Output:
+    return replace(output, keys=(key,), pattern=key, full_pattern=key)
 
 
 def _keeps_targets(how: Refit, experts: Iterable[Output]) -> bool:
@@ -80,27 +108,38 @@ def _without_marks(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _retarget(config: dict[str, Any], form: str, experts: Iterable[Output], others: Mapping[str, str | None]) -> None:
-    """target_parameters and target_modules for experts that are called otherwise than before.
+def _retarget(config: dict[str, Any], how: Refit, experts: Sequence[Output], others: Sequence[str]) -> None:
+    """target_parameters and target_modules under which the reader finds the LoRA.
 
     Args:
-        others: Path of every other module with LoRA -> see `Targets.matrix`.
+        others: Path of every other module with LoRA.
     """
-    kept = sorted({target for target in others.values() if target is not None})
-    linears = [path for path, target in others.items() if target is None]
-    given = config.get("target_modules")
-    if isinstance(given, list):
-        names = [name for name in given if name.rpartition(".")[2] not in LINEAR_NAMES]
+    source, target = how.source, how.target
+    keeps = _keeps_targets(how, experts)
+    if source.form == "fused" and how.form != "fused":
+        narrowing = [name for name in _NARROWING if config.get(name) not in (None, [], "")]
+        if narrowing:
+            config |= {**dict.fromkeys(narrowing), "target_modules": None}
+    modules, targets = config.get("target_modules"), source.config.target_parameters
+    if not keeps:
+        held = map(targets.matrix, others)
+        targets = Targets(sorted({target for target in held if target is not None}))
         # Linears of dense and shared MLPs go by their full names: their short ones may mean experts.
-        names += [path for path in linears if path.rpartition(".")[2] in LINEAR_NAMES]
+        kept = modules if isinstance(modules, list) else []
+        modules = [name for name in kept if name.rpartition(".")[2] not in LINEAR_NAMES]
+    named = {output.key: output.path for output in experts}
+    if how.form == "fused":
+        known = source.base.model_type if source.base else None
+        never = rewritten(known, target.peft, target.transformers) if target.peft else frozenset()
+        modules, parameters = targets_of((modules, targets), named, others, never)
     else:
-        names = linears
-    if form == "fused":
-        config["target_parameters"] = sorted([*kept, *(output.key for output in experts)])
-    else:
-        config["target_parameters"] = kept or None
-        names += sorted({output.key.rpartition(".")[2] for output in experts})
-    config["target_modules"] = sorted(dict.fromkeys(names))
+        modules = [name for name in modules or () if not any(any_ending(path, (name,)) for path in named.values())]
+        reach = reaching({"target_modules": modules})
+        modules += [path for path in others if targets.matrix(path) is None and not reach(path)]
+        modules += sorted({key.rpartition(".")[2] for key in named})
+        parameters = list(targets)
+    config["target_modules"] = modules if keeps else sorted(dict.fromkeys(modules))
+    config["target_parameters"] = parameters if keeps else sorted(parameters) or None
 
 
 def _patterns(
@@ -111,20 +150,21 @@ def _patterns(
 ) -> dict[str, Any]:
     """The table of patterns under which PEFT finds each wanted value, with as few new entries as that takes."""
     table = dict(config.get(patterns) or {})
-    missed = {output: value for output, value in wanted.items() if find(config, output.key) != value}
-    if not missed:
+
+    def missed(new: Mapping[str, int | float]) -> list[Output]:
+        first = {**config, patterns: Patterns(new)}
+        return [
+            output
+            for output, value in wanted.items()
+            if any(find(first if first[patterns].find(key) else config, key) != value for key in output.keys)
+        ]
+
+    if not (without := missed({})):
         return table
     by_pattern: dict[str, set[int | float]] = {}
     for output, value in wanted.items():
         by_pattern.setdefault(output.pattern, set()).add(value)
-    new = {
-        output.pattern if len(by_pattern[output.pattern]) == 1 else output.full_pattern: value
-        for output, value in missed.items()
-    }
-    before = {**config, patterns: Patterns({pattern: table.get(pattern, value) for pattern, value in new.items()})}
-    if any(
-        find(before if before[patterns].find(output.key) else config, output.key) != value
-        for output, value in wanted.items()
-    ):
+    new = {o.pattern if len(by_pattern[o.pattern]) == 1 else o.full_pattern: wanted[o] for o in without}
+    if missed(new):
         new = {output.full_pattern: value for output, value in wanted.items()}
-    return {**new, **table}  # PEFT takes the first pattern that matches
+    return {**new, **table, **new}  # PEFT takes the first pattern that matches

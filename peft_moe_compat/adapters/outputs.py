@@ -49,17 +49,22 @@ class Output:
     Attributes:
         part: What is written.
         path: Of the module, in the file to be written.
-        key: The full name by which adapter_config.json's patterns and targets find it.
+        keys: The full names by which adapter_config.json's patterns and targets find it: one, or one for each expert.
         pattern, full_pattern: Regular expressions for its key, the second for that of no other module.
         factors: The loaded part -> (module's name, lora_A, lora_B).
     """
 
     part: Part
     path: str
-    key: str
+    keys: tuple[str, ...]
     pattern: str
     full_pattern: str
     factors: Callable[[ExpertLora], Iterable[tuple[str, Tensor, Tensor]]]
+
+    @property
+    def key(self) -> str:
+        """The first of its keys."""
+        return self.keys[0]
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -76,7 +81,7 @@ def fused(part: Part, path: str, parameter: str, depth: int, orientation: str) -
     """PEFT's flat pair of one parameter, `depth` wrappers inside the outermost one."""
     key, name = f"{path}.{parameter}", path + ".base_layer" * depth
     short = f"{path.rpartition('.')[2]}.{parameter}"
-    return Output(part, path, key, short, key, lambda lora: [(name, *to_flat(lora, orientation=orientation))])
+    return Output(part, path, (key,), short, key, lambda lora: [(name, *to_flat(lora, orientation=orientation))])
 
 
 def per_expert(part: Part, path: str, linear: str) -> Output:
@@ -86,8 +91,9 @@ def per_expert(part: Part, path: str, linear: str) -> Output:
         for expert in range(lora.num_experts):
             yield f"{path}.{expert}.{linear}", lora.A[expert], lora.B[expert]
 
+    keys = tuple(f"{path}.{expert}.{linear}" for expert in range(part.meta.num_experts))
     pattern = rf"\.[0-9]+\.{linear}"
-    return Output(part, path, f"{path}.0.{linear}", path.rpartition(".")[2] + pattern, path + pattern, factors)
+    return Output(part, path, keys, path.rpartition(".")[2] + pattern, path + pattern, factors)
 
 
 def gguf(part: Part, path: str) -> Output:
@@ -96,7 +102,7 @@ def gguf(part: Part, path: str) -> Output:
     if layer is None or part.role not in _GGUF_NAMES:
         raise AdapterError(f"llama.cpp has no name for the {part.role or part.name} LoRA of {path!r}.")
     key = f"blk.{layer[1]}.{_GGUF_NAMES[part.role]}"
-    return Output(part, path, key, key, key, lambda lora: [(key, lora.A, lora.B)])
+    return Output(part, path, (key,), key, key, lambda lora: [(key, lora.A, lora.B)])
 
 
 def shared_outer(part: Part, path: str, linear: str) -> Output:
@@ -111,7 +117,7 @@ def shared_outer(part: Part, path: str, linear: str) -> Output:
         yield f"{path}.{_SHARED_NAMES[linear]}", A, _of_all(part, "lora_B", lora.B) if down else lora.B
 
     key = f"{path}.{linear}"
-    return Output(part, path, key, key, key, factors)
+    return Output(part, path, (key,), key, key, factors)
 
 
 def _of_all(part: Part, side: str, factor: Tensor) -> Tensor:
@@ -128,10 +134,9 @@ def _of_all(part: Part, side: str, factor: Tensor) -> Tensor:
     return factor[:1]
 
 
-def plain(part: Part) -> Output:
+def plain(part: Part, path: str) -> Output:
     """LoRA of an ordinary linear; its part has a single expert."""
-    path = part.path
-    return Output(part, path, path, path, path, lambda lora: [(path, lora.A[0], lora.B[0])])
+    return Output(part, path, (path,), path, path, lambda lora: [(path, lora.A[0], lora.B[0])])
 
 
 def evened(outputs: Sequence[Output], how: str, rslora: bool = False) -> tuple[list[Output], int, float, list[Step]]:

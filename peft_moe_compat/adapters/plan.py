@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -62,9 +62,9 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
             "of this model, and the file undamaged?"
         )
     linears, rest, dropped = others(how)
-    config = target_config(how, experts, [output.path for output in linears] + _modules_with_lora(source, rest))
+    config, said = target_config(how, experts, linears, _modules_with_lora(source, rest))
     outputs = experts + linears
-    steps = list(dict.fromkeys(steps))
+    steps = list(dict.fromkeys(steps)) + said
     scaling = reader.scaling
     # What an expert's own pattern says was folded already, and must not be read a second time.
     if scaling == "config" and not reader.everything and any(step.kind == "experts_folded" for step in steps):
@@ -102,8 +102,8 @@ def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     source, target, base = how.source, how.target, how.source.base
     rest = source.rest
-    parts = [plain_part(slot) for slot in source.linears]
-    linears = [plain(replace(part, path=how.served(part.path))) for part in parts]
+    paths = ((part, how.served(how.beside_experts(part.path))) for part in map(plain_part, source.linears))
+    linears = [plain(part, path) for part, path in paths]
     start = source.config.init_lora_weights
     if not target.reader.everything and start is not None and start not in KEEP_THE_BASE:
         raise NotTakenError(

@@ -85,6 +85,8 @@ _PEFT = Reader(
         "rank": "fails",
         "targets": "fails",
         "targets:some": "wrong",
+        "dropout": "fails",
+        "peft_type": "fails",
         "shards": "fails",
         "upstream_rslora": "wrong",
         "upstream_patterns": "wrong",

@@ -79,6 +79,13 @@ class Refit:
             )
         return base
 
+    def beside_experts(self, path: str) -> str:
+        """Path of a module that is no experts module, in the target."""
+        base = self.source.base
+        if base is None or self.form == "gguf" or (self.form == "fused" and self.target.peft is None):
+            return path
+        return base.beside_experts(path, self.form)
+
     def groups(self, parts: Iterable[Part]) -> list[dict[str, Part]]:
         """Parts by the module that holds them in the target: role (or name) -> part."""
         found: dict[str, dict[str, Part]] = {}

@@ -18,6 +18,7 @@ _SENTENCES = {
     "folded": "scaling of {} of {} LoRA folded into lora_B",
     "padded": "rank of {} of {} LoRA padded with zeros to {}",
     "dropped": "{} tensors that are no LoRA of linears left out ({})",
+    "dropout": "lora_dropout {} left out, since PEFT takes none on parameters",
     # What a conversion does besides, which none of its steps says.
     "from_fused": "the experts' LoRA in another form than PEFT's fused one",
     "from_per_expert": "the experts' LoRA in another form than expert by expert",
@@ -33,6 +34,7 @@ _SENTENCES = {
     "scaling": "another lora_alpha in the config",
     "targets": "the names of what it adapts in the config's targets",
     "more_targets": "the names of all projections in target_modules",
+    "peft_type": "a config with peft_type LORA",
     "heeded": "a config without {}",
     "shards": "the tensors in a single adapter_model.safetensors",
     "upstream_rslora": "its own conversion, which has rsLoRA off by sqrt(2), left out",

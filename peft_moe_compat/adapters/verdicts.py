@@ -6,7 +6,7 @@ without a step of the conversion is a fact of its row in `readers`, or follows f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import isclose
 from typing import Any
 
@@ -17,18 +17,19 @@ from .decide import Decision
 from .files import read_json
 from .names import linear_role
 from .outputs import GGUF_PATH, Output
-from .patterns import Expression
+from .patterns import Patterns
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
 from .readers import READERS, NotTakenError, Target
 from .refit import Refit, module_parts, refit
+from .rewriting import as_peft_reads, named_as, reaching
 from .shapes import parameter_order
 from .source import CONFIG_NAME, AdapterSource
 from .steps import Step
-from .targets import any_ending
+from .targets import Targets, any_ending
 from .tensors import SAFETENSORS
 
-__all__ = ["reader_verdicts"]
+__all__ = ["reader_verdict", "reader_verdicts"]
 
 _WORDS = {
     "reads": "as it is written for it",
@@ -55,7 +56,7 @@ def reader_verdicts(source: AdapterSource, decision: Decision, transformers: str
         targets |= _of_releases(name)
     if source.form == "none":
         return dict.fromkeys(targets, ReaderVerdict("reads", "there is no LoRA on routed experts"))
-    return {name: _verdict(source, decision, target) for name, target in targets.items()}
+    return {name: reader_verdict(source, decision, target) for name, target in targets.items()}
 
 
 def _of_releases(name: str) -> dict[str, Target]:
@@ -69,7 +70,8 @@ def _of_releases(name: str) -> dict[str, Target]:
     return found
 
 
-def _verdict(source: AdapterSource, decision: Decision, target: Target) -> ReaderVerdict:
+def reader_verdict(source: AdapterSource, decision: Decision, target: Target) -> ReaderVerdict:
+    """What one reader does with a file that holds LoRA on experts."""
     try:
         steps = _steps(source, decision, target)
     except NotTakenError as error:
@@ -185,11 +187,18 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     """What the reader takes from the file's own config, where that differs from the planned one."""
     source, target, reader = how.source, how.target, how.target.reader
     given, planned = read_json(source.folder / CONFIG_NAME), plan.config
+    if target.peft and given.get("peft_type") is None:
+        yield Step("peft_type")
+    if target.peft and how.form == "fused" and source.base is not None:
+        given = as_peft_reads(given, source.base.model_type, target.peft, target.transformers)
     loras = [item for item in plan.items if isinstance(item, Output)]
+    keys = _keys(loras, given, reader.everything)
     if reader.scaling == "config":
-        if any(lora_rank(given, lora.key) != lora.part.meta.rank for lora in loras):
+        looked_up = [(key, lora.part) for lora, names in zip(loras, keys, strict=True) for key in names]
+        given = {**given, **{name: Patterns(given.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}}
+        if any(lora_rank(given, key) != part.meta.rank for key, part in looked_up):
             yield Step("rank")
-        elif any(not isclose(lora_alpha(given, lora.key), lora.part.alpha, rel_tol=1e-9) for lora in loras):
+        elif any(not isclose(lora_alpha(given, key), part.alpha, rel_tol=1e-9) for key, part in looked_up):
             yield Step("scaling")
     elif not isclose(lora_alpha({"lora_alpha": given.get("lora_alpha")}, "all"), planned["lora_alpha"], rel_tol=1e-9):
         yield Step("scaling", (how.form,))
@@ -197,13 +206,16 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
         ranks = {part.meta.rank for part in module_parts(source, how.decision, fill_missing=True)}
         if ranks | {slot.numbers.rank for slot in source.linears} != {given.get("r")}:
             yield Step("rank")
-    keys = [lora.key for lora in loras]
     if reader.targets is not None:
-        yield from _targets(how, given, keys, reader.targets)
+        yield from _targets(how, given, [lora.key for lora in loras], reader.targets)
     elif target.peft:
-        ours, theirs = _reaching(planned), _reaching(given)
-        if missed := [key for key in keys if ours(key) and not theirs(key)]:
-            yield Step("targets", ("some",) if len(missed) < len(keys) else ())
+        ours, theirs = reaching(planned), reaching(given)
+        pairs = zip(_keys(loras, planned, True), keys, strict=True)
+        missed = [found for wanted, found in pairs if ours(wanted[0]) and not theirs(found[0])]
+        names = given.get("target_modules")
+        refused = isinstance(names, list) and any(any_ending(module.path, names) for module in source.modules)
+        if missed or refused:
+            yield Step("targets", ("some",) if len(missed) < len(keys) and not refused else ())
     if heeded := [name for name in reader.heeds if (given.get(name) or None) != (planned.get(name) or None)]:
         yield Step("heeded", (", ".join(heeded),))
 
@@ -222,11 +234,7 @@ def _targets(how: Refit, config: Mapping[str, Any], keys: list[str], same: Mappi
             return
 
 
-def _reaching(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Whether the config's targets reach a linear or parameter, by its name, as PEFT matches them."""
-    modules, parameters = config.get("target_modules"), set(config.get("target_parameters") or ())
-    if isinstance(modules, str):
-        expression = Expression(modules) if modules != "all-linear" else None
-        return lambda key: any_ending(key, parameters) or expression is None or expression.matches(key)
-    names = parameters.union(modules or ())
-    return lambda key: any_ending(key, names)
+def _keys(loras: list[Output], config: Mapping[str, Any], as_peft: bool) -> list[tuple[str, ...]]:
+    """The names by which a reader looks LoRA up in a config."""
+    targets = Targets(config.get("target_parameters") or ()) if as_peft else Targets()
+    return [(named_as(targets, lora.path),) if lora.keys == (lora.path,) else lora.keys for lora in loras]

@@ -145,7 +145,10 @@ def _side(adapter: str | Path, stated: Stated) -> _Side:
     stems = _stems(module.path for module in source.modules)
     for part in module_parts(source, decision, fill_missing=True):
         parts[_place(part.path, stems), part.role or part.name] = part
-    return _Side(source, parts | {(slot.path, "linear"): plain_part(slot) for slot in source.linears}, source.rest)
+    base = source.base
+    paths = [base.beside_experts(slot.path, "fused") if base else slot.path for slot in source.linears]
+    linears = {(path, "linear"): plain_part(slot) for path, slot in zip(paths, source.linears, strict=True)}
+    return _Side(source, parts | linears, source.rest)
 
 
 def _renamed(first: Sequence[str], second: Sequence[str]) -> dict[str, str]:
