@@ -73,7 +73,7 @@ from .patching.activation import Activation, activate, activate_on_import, deact
 
 if TYPE_CHECKING:
     from .adapters.conclusions import Inspection
-    from .adapters.convert import Conversion, convert_adapter
+    from .adapters.convert import Conversion
     from .adapters.inspect import inspect_adapter
     from .adapters.merge import Merge, merge_adapter
     from .adapters.verify import Verification, verify_adapters
@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from .model.targets import expert_parameters
     from .model.wrappers import expert_loras
     from .patching.opening import written_by
+    from .proving import convert_adapter
     from .releases import LayoutRule, release_for
     from .reporting import Report, report
 
@@ -138,7 +139,7 @@ _LAZY = {
     "MergeVerification": "adapters.verify_merge",
     "Report": "reporting",
     "Verification": "adapters.verify",
-    "convert_adapter": "adapters.convert",
+    "convert_adapter": "proving",
     "declare_layout": "model.experts",
     "expert_loras": "model.wrappers",
     "expert_parameters": "model.targets",

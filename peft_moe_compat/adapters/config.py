@@ -80,12 +80,14 @@ def _keyed(output: Output, key: str) -> Output:
 
 
 def _keeps_targets(how: Refit, experts: Iterable[Output]) -> bool:
-    """Whether the config's targets stay right: every parameter is called as it was, and was targeted."""
+    """Whether the config's targets stay right: parameters are called as they were, and they reach these alone."""
     if not how.source.form == how.form == "fused":
         return False
-    before = {f"{path}.{name}" for path, reading in how.decision.readings.items() for name in reading.nesting}
-    after = {output.key for output in experts}
-    return before == after and all(map(how.source.config.target_parameters.reach, after))
+    targets, readings = how.source.config.target_parameters, how.decision.readings
+    before = {f"{path}.{name}" for path, reading in readings.items() for name in reading.nesting}
+    names = {name for reading in readings.values() for name in reading.nesting}
+    reached = {key for path in readings for name in names if targets.reach(key := f"{path}.{name}")}
+    return before == {output.key for output in experts} == reached
 
 
 def number(value: float) -> int | float:

@@ -16,6 +16,7 @@ from .base_model import BaseModel
 from .decide import Decision, decide
 from .files import atomic_folder, usable_path
 from .plan import Plan, plan_conversion
+from .proof import Proof, Prover, by_rules
 from .readers import parse_target
 from .refit import refit
 from .renaming import parse_renames
@@ -42,6 +43,7 @@ class Conversion:
             lora_B in float32, `"lossy"` where something was left out.
         steps: What was done beyond laying out the same numbers anew; `str()` of one is a sentence.
         decision: What the input was found to hold.
+        proof: How it is known that the reader takes the new folder; `str()` of it is a sentence.
     """
 
     out: Path
@@ -49,6 +51,7 @@ class Conversion:
     exactness: str
     steps: tuple[Step, ...]
     decision: Decision
+    proof: Proof
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -58,6 +61,8 @@ class Conversion:
             "target": self.target,
             "exactness": self.exactness,
             "steps": [str(step) for step in self.steps],
+            "proven_by": self.proof.by,
+            "proof": str(self.proof),
         }
 
 
@@ -75,8 +80,13 @@ def convert_adapter(
     fill_missing: bool = False,
     allow_lossy: bool = False,
     progress: Progress | None = None,
+    prove: Prover | None = None,
 ) -> Conversion:
     """Writes an adapter in the form a reader takes. The input stays as it is; `out` appears complete or not at all.
+
+    What was written is read again before it appears. For the installed PEFT beside the installed transformers, and with
+    the base model's own config, PEFT itself is asked: it puts the adapter on a model built from that config, without
+    weights, and every tensor has to arrive. Otherwise the rules are asked by which `inspect_adapter` judges files.
 
     Tensors are read, turned and written a projection at a time.
 
@@ -97,6 +107,7 @@ def convert_adapter(
         fill_missing: Gives experts without LoRA one of zeros, where the form needs one for each.
         allow_lossy: Leaves out what the reader cannot take, instead of refusing.
         progress: Called with (bytes done, bytes in all) as the work goes on.
+        prove: Asks the reader instead; see `Prover`.
 
     Raises:
         AdapterFileError: The input is damaged, or contradicts itself or the model.
@@ -120,7 +131,8 @@ def convert_adapter(
         )
     with atomic_folder(usable_path(out), source=source.folder) as folder:
         _write(folder, source, plan, progress)
-    return Conversion(Path(out), str(target), how_exact, plan.steps, decision)
+        proof = (prove(folder, target, source.base) if prove else None) or by_rules(folder, target, source.base)
+    return Conversion(Path(out), str(target), how_exact, plan.steps, decision, proof)
 
 
 def _write(folder: Path, source: AdapterSource, plan: Plan, progress: Progress | None) -> None:

@@ -19,7 +19,9 @@ from .shapes import slot_orientations
 from .slots import ExpertSlot, ExpertsModule, FusedSlot, LinearSlot, Slot, StackSlot
 from .steps import Step
 
-__all__ = ["Part", "expert_parts", "plain_part"]
+__all__ = ["Part", "expert_parts", "plain_part", "times"]
+
+_MAX_FOLD = 1e12  # float32 holds 1e-38 to 1e38, and the factors of LoRA lie around 1e-3
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,22 @@ def _of_expert(factor: Tensor, expert: int) -> Tensor:
     return factor if factor.ndim == 2 else factor[expert if factor.shape[0] > 1 else 0]
 
 
+def times(B: Tensor, factor: float) -> Tensor:
+    """B times what two scalings differ by; in float32 at least, unless the factor is 1.
+
+    Raises:
+        AdapterError: They differ by more than float32 has room for beside the numbers themselves.
+    """
+    if factor == 1:
+        return B
+    if factor and not 1 / _MAX_FOLD <= abs(factor) <= _MAX_FOLD:
+        raise AdapterError(
+            f"Two scalings of this adapter (lora_alpha, alpha_pattern) differ by a factor of {factor:g}; at most "
+            f"{_MAX_FOLD:g} can be folded into lora_B. Is adapter_config.json the one of this file?"
+        )
+    return B.to(common_dtype({B.dtype, torch.float32})) * factor
+
+
 def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], total: int, fill: bool) -> Part:
     """One linear of all experts. Ranks that differ are padded with zeros, scalings that differ are folded into B."""
     what = f"{path!r}, {linear}"
@@ -204,7 +222,7 @@ def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], tota
         B = like.new_zeros(total, fan_out, rank, dtype=common_dtype(dtypes_B))
         for expert, (a, b) in pairs.items():
             A[expert, : a.shape[0]] = a
-            B[expert, :, : b.shape[1]] = b.to(B.dtype) * folds[expert] if expert in folds else b
+            B[expert, :, : b.shape[1]] = times(b, folds.get(expert, 1.0))
         return ExpertLora(A, B, scaling)
 
     slots = tuple(experts.values())

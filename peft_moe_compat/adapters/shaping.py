@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..layout import ExpertLora, common_dtype
-from .parts import Part
+from .parts import Part, times
 from .steps import Step
 
 __all__ = ["alternating", "folded", "join", "part_gate_up", "zeros_like"]
@@ -107,7 +107,7 @@ def join(sides: Mapping[str, Part], same_A: bool, interleaved: bool, rslora: boo
         loras = {role: part.load(tensors) for role, part in sides.items()}
         of_both = common_dtype({lora.A.dtype for lora in loras.values()})
         A = loras[lead].A if shared else torch.cat([lora.A.to(of_both) for lora in loras.values()], dim=1)
-        factors = {role: _times(lora.B, ratios[role]) for role, lora in loras.items()}
+        factors = {role: times(lora.B, ratios[role]) for role, lora in loras.items()}
         dtype = common_dtype({B.dtype for B in factors.values()})
         whole = A.new_zeros(A.shape[0], 2 * loras[lead].out_features, rank, dtype=dtype)
         for role, B in factors.items():
@@ -125,17 +125,12 @@ def join(sides: Mapping[str, Part], same_A: bool, interleaved: bool, rslora: boo
     return Part(sides[lead].path, "gate_up", "gate_up", alpha, slots, load, tuple(steps), joined)
 
 
-def _times(B: Tensor, factor: float) -> Tensor:
-    """B times a factor; in float32 at least, unless the factor is 1."""
-    return B if factor == 1 else B.to(common_dtype({B.dtype, torch.float32})) * factor
-
-
 def folded(part: Part, factor: float, rank: int, alpha: float) -> Part:
     """The same update with lora_B times `factor` and the scaling divided by it, zeros up to `rank`, and that alpha."""
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         lora = part.load(tensors)
-        A, B = lora.A, _times(lora.B, factor)
+        A, B = lora.A, times(lora.B, factor)
         if rank > lora.rank:  # torch's own padding knows no float8 on the meta device
             narrow = A, B
             A = A.new_zeros(lora.num_experts, rank, lora.in_features)

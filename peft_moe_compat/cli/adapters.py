@@ -124,7 +124,7 @@ def convert(
     as_json: _Json = False,
 ) -> None:
     """Writes an adapter in the form a reader takes. The input is never changed, and nothing is overwritten."""
-    from ..adapters.convert import convert_adapter
+    from ..proving import convert_adapter
 
     stated |= {"rename": rename or (), "fill_missing": fill_missing, "allow_lossy": allow_lossy}
     with _progress("converting") as advance:
@@ -292,6 +292,7 @@ def _show_conversion(done: Conversion, console: Console) -> None:
     console.print(plain(f"{done.out}: for {done.target}; {_EXACTNESS[done.exactness]}."), markup=False, highlight=False)
     for step in done.steps:
         console.print(plain(f"  {step}"), markup=False, highlight=False)
+    console.print(plain(f"proof: {done.proof}."), markup=False, highlight=False)
 
 
 def _show_verification(found: Verification, console: Console) -> None:

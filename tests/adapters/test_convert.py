@@ -20,6 +20,8 @@ from support.adapter_files import (
     assert_identical,
     assert_updates,
     load,
+    lora_config,
+    pattern_value,
     read_adapter,
     read_config,
     save,
@@ -315,6 +317,53 @@ def test_patterns_that_overlap_keep_their_order(tmp_path, patterns):
     convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model(), packing="rank_major")
     found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=QWEN.parameters)
     assert_updates(found.experts, spec.updates(factors))
+
+
+@pytest.mark.parametrize("to", ["per-expert", "vllm", "peft==0.17.1,transformers==4.57.6", NEW])
+@pytest.mark.parametrize("expert", [0, 3])
+def test_numbers_of_a_single_expert_count_once(tmp_path, expert, to):
+    """Its rank is padded and its scaling folded: no pattern of the input may give it another one afterwards."""
+    spec = Spec()
+    factors = spec.factors(("gate", "up", "down"))
+    tensors = load(save_per_expert(tmp_path / "all", spec, factors))
+    for name in [name for name in tensors if f"experts.{expert}.up_proj" in name]:
+        tensors[name] = tensors[name][:1].contiguous() if ".lora_A" in name else tensors[name][:, :1].contiguous()
+    for layer in spec.layers:
+        A, B = factors[layer, "up"]
+        A[expert, 1:], B[expert, :, 1:] = 0, 0
+        B[expert] *= 24 / 1 / spec.scaling("up")
+    one = rf"{expert}\.up_proj"
+    source = save(tmp_path / "in", tensors, lora_config(spec, rank_pattern={one: 1}, alpha_pattern={one: 24}))
+    convert_adapter(source, tmp_path / "out", to=to, model=spec.model())
+    found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=QWEN.parameters)
+    assert_updates(found.experts, spec.updates(factors))
+    config = read_config(tmp_path / "out")
+    for name, tensor in load(tmp_path / "out").items() if to != NEW else ():
+        key = name.removeprefix(PREFIX).partition(".lora_")[0]
+        assert ".lora_B" in name or pattern_value(config, "rank_pattern", "r", key) == len(tensor)
+
+
+@pytest.mark.parametrize("alpha", [1e-25, 1e25])
+@pytest.mark.parametrize("case", ["an expert's", "a projection's"])
+def test_a_scaling_that_float32_cannot_hold_is_refused(tmp_path, case, alpha):
+    spec = Spec()
+    factors = spec.factors(("gate", "up", "down"))
+    pattern = r"1\.up_proj" if case == "an expert's" else "up_proj"
+    source = save_per_expert(tmp_path / "in", spec, factors, alpha_pattern={pattern: alpha})
+    with pytest.raises(AdapterError, match=r"differ by a factor of \S+; at most 1e\+12 can be folded"):
+        convert_adapter(source, tmp_path / "out", to="sglang", model=spec.model())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_without_one_of_the_targets_is_not_targeted_there(tmp_path):
+    """PEFT would wrap it twice, and call what the file has otherwise."""
+    spec = Spec()
+    factors = spec.factors(("gate_up", "down"))
+    source = save_fused(tmp_path / "in", spec, {key: pair for key, pair in factors.items() if key != (1, "gate_up")})
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model(), packing="rank_major")
+    stem = "model.layers.{}.mlp.experts.{}"
+    keys = [stem.format(0, "down_proj"), stem.format(0, "gate_up_proj"), stem.format(1, "down_proj")]
+    assert read_config(tmp_path / "out")["target_parameters"] == keys
 
 
 @pytest.mark.parametrize("to", ["per-expert", "llama.cpp", "sglang"])

@@ -1,0 +1,200 @@
+"""`convert_adapter`, whose output for the installed PEFT is tried on the base model before anybody sees it.
+
+The base model is built from its config without weights, PEFT puts the written adapter_config.json on it, and is given
+tensors of the written names and shapes, without data, to load.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from itertools import count
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from .adapters import convert
+from .adapters.base_model import BaseModel
+from .adapters.names import PREFIX
+from .adapters.proof import Proof
+from .adapters.readers import Target
+from .adapters.safetensors_io import TensorInfo
+from .adapters.tensors import open_tensors
+from .errors import AdapterError
+from .releases import installed_versions, known_issues
+
+__all__ = ["convert_adapter", "prove"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+# What building a model, or putting an adapter on it, raises for a config that does not fit it.
+_FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# More layers, experts or labels than any model has: config and model would take longer to build than anybody waits.
+_MAX_COUNT = _MAX_MODULES = 100_000
+# Pairs that load no adapter with experts, whatever its config says.
+_BROKEN = {"from_pretrained_loading_info", "from_pretrained_distributed_operation"}
+_MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "")
+
+
+def _with_proof(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    @wraps(function)
+    def proven(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        kwargs.setdefault("prove", prove)
+        return function(*args, **kwargs)
+
+    return proven
+
+
+convert_adapter = _with_proof(convert.convert_adapter)
+
+
+def prove(folder: Path, target: Target, base: BaseModel | None) -> Proof | None:
+    """Has the installed PEFT take a written folder; None where it is not the reader, or no such model can be built.
+
+    Args:
+        folder: With adapter_config.json and the tensors.
+        target: What they are for.
+        base: The base model, with its config.
+
+    Raises:
+        AdapterError: PEFT refuses the config, or tensors would be lost or do not fit.
+    """
+    installed = installed_versions("peft", "transformers")
+    pair = installed["peft"], installed["transformers"]
+    if (target.peft, target.transformers) != pair or base is None or not _is_real(base.config):
+        return None
+    tensors, refused = open_tensors(folder).infos, {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, model in _models(base.config):
+            try:
+                _put(model, folder, tensors, loads=not _BROKEN & {issue.code for issue in known_issues(*pair)})
+            except _FOREIGN as error:
+                refused[name] = " ".join(str(error).split())
+            else:
+                return Proof("model", (f"PEFT {pair[0]}", f"{name} (transformers {pair[1]})"))
+    if not refused:
+        return None
+    name, why = next(iter(refused.items()))
+    raise AdapterError(
+        f"PEFT {pair[0]} would not take what was written into {name} of transformers {pair[1]}, so it was thrown away: "
+        f"{why} Is it the adapter's base model? For a model of another class name PEFT alone: --to peft=={pair[0]}."
+    )
+
+
+def _is_real(config: Mapping[str, Any]) -> bool:
+    """Whether transformers wrote it, and it counts nothing that no model has so many of."""
+
+    def modest(value: Any, name: str = "") -> bool:
+        if isinstance(value, Mapping):
+            return all(modest(inner, str(key)) for key, inner in value.items())
+        counts = name.startswith(("num_", "n_")) or "layer" in name or "depth" in name
+        return not (counts and isinstance(value, int) and value > _MAX_COUNT)
+
+    written = config.get("architectures") or config.get("transformers_version")
+    return bool(written) and isinstance(config.get("model_type"), str) and modest(config)
+
+
+def _models(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(class, model without weights) of every class that the config, or a part of it, may be meant for."""
+    import torch
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto import modeling_auto
+
+    try:
+        whole = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
+    except (*_FOREIGN, StrictDataclassError):
+        return
+    named = raw.get("architectures")
+    names = [(whole, name) for name in (named if isinstance(named, list) else ())]
+    for config in _parts(whole):
+        for kind in _MAPPINGS:
+            mapping = getattr(
+                modeling_auto, f"MODEL_{'FOR_' if kind else ''}{kind}_MAPPING_NAMES".replace("__", "_"), {}
+            )
+            found = mapping.get(config.model_type, ())
+            names += [(config, name) for name in ((found,) if isinstance(found, str) else found)]
+    tried, built = set(), count(1)
+    for config, name in names:
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls not in tried:
+            tried.add(cls)
+            try:
+                with torch.device("meta"), _bounded(built):
+                    model = cls(config)
+            except _TooManyModulesError:
+                return
+            except _FOREIGN:
+                continue
+            yield name, model
+
+
+def _parts(config: Any, depth: int = 3) -> Iterator[Any]:
+    """A config and those in it."""
+    import transformers
+
+    yield config
+    for part in vars(config).values() if depth else ():
+        if isinstance(part, transformers.PretrainedConfig):
+            yield from _parts(part, depth - 1)
+
+
+class _TooManyModulesError(RuntimeError):
+    pass
+
+
+@contextmanager
+def _bounded(built: Iterator[int]) -> Iterator[None]:
+    """Ends the building of models that have more modules than any; `built` counts them."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    thread = threading.get_ident()
+
+    def counted(*_: Any) -> None:
+        if threading.get_ident() == thread and next(built) > _MAX_MODULES:
+            raise _TooManyModulesError
+
+    hook = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _put(model: Any, folder: Path, tensors: Mapping[str, TensorInfo], loads: bool) -> None:
+    """Puts the adapter on a model, and raises unless every tensor of it arrives."""
+    import torch
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    wrapped = PeftModel(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    held = {**wrapped.state_dict(), **get_peft_model_state_dict(wrapped, save_embedding_layers=False)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    if lost := [name for name in tensors if name not in shapes]:
+        raise ValueError(
+            f"{len(lost)} of {len(tensors)} tensors would be lost, such as {lost[0].removeprefix(PREFIX)!r}."
+        )
+    for name, info in tensors.items():
+        if info.shape != shapes[name]:
+            raise ValueError(f"{name.removeprefix(PREFIX)!r} is {info.shape}, and {shapes[name]} is needed.")
+    if not loads:
+        return
+    given = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
+    result = set_peft_model_state_dict(wrapped, given, low_cpu_mem_usage=True)
+    adapters = {name.replace(".default.", ".") for name in result.missing_keys}
+    if lost := [*result.unexpected_keys, *(adapters & tensors.keys())]:
+        raise ValueError(f"PEFT would lose {len(lost)} tensors under other names, such as {lost[0]!r}.")
