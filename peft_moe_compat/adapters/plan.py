@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,7 +17,7 @@ from .parts import plain_part
 from .readers import KEEP_THE_BASE, NotTakenError
 from .refit import Refit, module_parts
 from .source import AdapterSource
-from .stamp import ModuleStamp, Stamp
+from .stamp import ModuleStamp, Stamp, numbers_of
 from .steps import Step
 
 __all__ = ["Plan", "others", "plan_conversion"]
@@ -76,10 +76,10 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
         if scaling != "alpha":
             config |= {"r": rank, "rank_pattern": {}}
         steps += said
-    return Plan((*outputs, *rest), config, _stamp(how, experts), (*steps, *dropped))
+    return Plan((*outputs, *rest), config, _stamp(how, experts, config), (*steps, *dropped))
 
 
-def _stamp(how: Refit, experts: Sequence[Output]) -> Stamp | None:
+def _stamp(how: Refit, experts: Sequence[Output], config: Mapping[str, Any]) -> Stamp | None:
     if how.form != "fused":
         return None
     modules, by_path = {}, dict[str, list[Output]]()
@@ -95,7 +95,7 @@ def _stamp(how: Refit, experts: Sequence[Output]) -> Stamp | None:
             next((output.part.joined for output in outputs if output.part.joined), None),
         )
     peft = how.target.peft or str(NEWEST_TESTED)  # vLLM takes what this one writes
-    return Stamp(peft, how.target.transformers, "rank_major", modules)
+    return Stamp(peft, how.target.transformers, "rank_major", modules, numbers_of(config))
 
 
 def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:

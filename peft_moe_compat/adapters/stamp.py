@@ -16,9 +16,11 @@ from ..layout import ORIENTATIONS, PACKINGS
 from ..releases import parse_version, release_for
 from .files import parse_json, show
 
-__all__ = ["STAMP_KEY", "ModuleStamp", "Stamp", "read_stamp"]
+__all__ = ["STAMP_KEY", "ModuleStamp", "Stamp", "numbers_of", "read_stamp"]
 
 STAMP_KEY = "peft_moe_compat"
+# Fields of adapter_config.json that say what the tensors mean, and do not show in them.
+_NUMBERS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,29 @@ class Stamp:
         peft, transformers: The releases it is laid out for; transformers is None where it does not matter.
         packing: Of lora_B's columns.
         modules: By their path.
+        config: What the adapter_config.json beside it says, see `numbers_of`; None in files that do not tell.
     """
 
     peft: str
     transformers: str | None
     packing: str
     modules: Mapping[str, ModuleStamp]
+    config: Mapping[str, Any] | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """The metadata entry."""
         content = asdict(self)
+        if self.config is None:
+            del content["config"]
         for module in content["modules"].values():
             if module["joined"] is None:
                 del module["joined"]
         return {STAMP_KEY: json.dumps(content, separators=(",", ":"))}
+
+
+def numbers_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of ranks and alphas; nothing, None, empty and False are the same."""
+    return {name: config.get(name) or None for name in _NUMBERS}
 
 
 def read_stamp(metadata: Mapping[str, str]) -> Stamp | None:
@@ -82,7 +93,9 @@ def read_stamp(metadata: Mapping[str, str]) -> Stamp | None:
             parse_version(beside)
         _require(isinstance(packing, str) and packing in PACKINGS, "packing", packing)
         _require(isinstance(modules, dict), "modules", modules)
-        return Stamp(peft, beside, packing, {path: _module(entry) for path, entry in modules.items()})
+        config = content.get("config")
+        _require(config is None or isinstance(config, dict), "config", config)
+        return Stamp(peft, beside, packing, {path: _module(entry) for path, entry in modules.items()}, config)
     except (AdapterFileError, UnsupportedPeftError) as error:
         raise AdapterFileError(
             f"The metadata entry {STAMP_KEY!r} is damaged: {error} Was the file edited? Remove the entry, or save the "

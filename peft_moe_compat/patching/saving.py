@@ -1,12 +1,13 @@
 """Adapters stamped while they are saved, and refused where what is to be written is not the model's LoRA.
 
-Nothing is kept on any module; the model that is being saved stands in a context variable for the length of the call.
+Nothing is kept on any module; what is being saved stands in a context variable for the length of the call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.names import PREFIX, unwrapped
-from ..adapters.stamp import ModuleStamp, Stamp
+from ..adapters.stamp import ModuleStamp, Stamp, numbers_of
 from ..errors import AdapterError
 from ..model.experts import bare, features, is_transposed
 from ..model.wrappers import is_param_wrapper
@@ -23,16 +24,38 @@ from .sharding import refuse_partitioned
 
 __all__ = ["safe_save_file", "save_pretrained", "stamp_of"]
 
-# The model that is being saved.
-_saving: ContextVar[Any] = ContextVar("peft_moe_compat_saving", default=None)
+
+@dataclass(frozen=True)
+class _Save:
+    """One call of `save_pretrained`.
+
+    Attributes:
+        model: What is saved.
+        folder: Where.
+        changes_config: Whether PEFT gives the config other ranks and alphas once the weights are written.
+    """
+
+    model: Any
+    folder: Path
+    changes_config: bool
+
+    def adapter(self, file: Path) -> str:
+        """The adapter that a file is for: PEFT gives each a folder of its name, but for "default"."""
+        if not hasattr(self.model, "get_base_model"):
+            return str(self.model.active_adapters()[0])
+        return "default" if file.parent.absolute() == self.folder.absolute() else file.parent.name
+
+
+_saving: ContextVar[_Save | None] = ContextVar("peft_moe_compat_saving", default=None)
 
 
 def save_pretrained(stock: Any) -> Any:
     @wraps(stock)
-    def saving(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _saving.set(self)
+    def saving(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        changes_config = kwargs.get("path_initial_model_for_weight_conversion") is not None
+        token = _saving.set(_Save(self, Path(save_directory), changes_config))
         try:
-            return stock(self, *args, **kwargs)
+            return stock(self, save_directory, *args, **kwargs)
         finally:
             _saving.reset(token)
 
@@ -44,15 +67,16 @@ def safe_save_file(stock: Any) -> Any:
 
     @wraps(stock)
     def stamped(tensors: Any, filename: Any, metadata: Any = None) -> Any:
-        model = _saving.get()
-        if model is not None and Path(filename).name.startswith("adapter_model"):
+        save = _saving.get()
+        if save is not None and Path(filename).name.startswith("adapter_model"):
+            model = save.model
             if not tensors and any(map(is_param_wrapper, model.modules())):
                 raise AdapterError(
                     f"There is nothing to save in {filename}: PEFT found none of the model's LoRA by the names it "
                     "expects (torch's checkpoint_wrapper gives modules others), or was given an empty state_dict, as "
                     "all ranks but the first have of FSDP's full one."
                 )
-            if lost := _lost(model, tensors, Path(filename)):
+            if lost := _lost(model, tensors, adapter := save.adapter(Path(filename))):
                 raise AdapterError(
                     f"PEFT found no LoRA of {len(lost)} expert parameters to save in {filename}, by the names it "
                     f"expects, {lost[0]} first: torch's checkpoint_wrapper (accelerate's FSDP activation_checkpointing "
@@ -61,25 +85,23 @@ def safe_save_file(stock: Any) -> Any:
             refuse_partitioned(tensors)
             stamp = stamp_of(model, tensors)
             if stamp is not None:
+                if not save.changes_config:
+                    # Whoever is killed before the config is written leaves weights that say so.
+                    stamp = replace(stamp, config=numbers_of(model.peft_config[adapter].to_dict()))
                 metadata = {**(metadata or {}), **stamp.to_metadata()}
         return stock(tensors, filename, metadata=metadata)
 
     return stamped
 
 
-def _lost(model: Any, tensors: Mapping[str, Tensor], file: Path) -> list[str]:
+def _lost(model: Any, tensors: Mapping[str, Tensor], adapter: str) -> list[str]:
     """The wrapped expert parameters whose LoRA should be in a file of the model's, and is not."""
-    adapters = model.peft_config
-    if hasattr(model, "get_base_model"):  # PEFT gives each adapter a folder of its name, but for "default"
-        name = file.parent.name if file.parent.name in adapters else "default"
-    else:
-        name = model.active_adapters()[0]
     found = {unwrapped(tensor.removeprefix(PREFIX)) for tensor in tensors}
     return [
         f"{live_path(path)}.{wrapper.parameter_name}"
         for path, wrapper in bare(model).named_modules()
         if is_param_wrapper(wrapper)
-        and name in wrapper.lora_A
+        and adapter in wrapper.lora_A
         and "_checkpoint_wrapped_module" in path  # else whoever saves has chosen
         and f"{unwrapped(path)}.lora_A.weight" not in found
     ]
