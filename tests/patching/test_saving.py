@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import time
 
 import peft
 import pytest
@@ -13,7 +16,7 @@ import transformers.integrations.peft
 from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import zoo
 
 import peft_moe_compat
@@ -252,3 +255,86 @@ def test_a_file_of_this_library_is_read_by_its_stamp_whatever_the_config_says(tm
         with caplog.at_level(logging.INFO, "peft_moe_compat"):
             PeftModel.from_pretrained(zoo.tiny_model(FAMILY), tmp_path)
     assert caplog.messages == []
+
+
+def two_adapters(tmp_path):
+    """Models that differ in rank and alpha alone, and a folder in which the first is saved."""
+    first, second = (zoo.peft_model(zoo.tiny_model(FAMILY), r=r, lora_alpha=alpha) for r, alpha in ((2, 8), (4, 3)))
+    first.save_pretrained(tmp_path)
+    return first, second
+
+
+def test_weights_beside_the_config_of_before_are_noticed(tmp_path, monkeypatch):
+    _, second = two_adapters(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.LoraConfig, "save_pretrained", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            second.save_pretrained(tmp_path)
+    message = "saved with another adapter_config.json than lies beside them: r 4 and 2; lora_alpha 3 and 8"
+    with pytest.raises(AdapterFileError, match=message):
+        peft_moe_compat.inspect_adapter(tmp_path)
+    with pytest.raises(AdapterFileError, match=message):
+        PeftModel.from_pretrained(zoo.tiny_model(FAMILY), tmp_path)
+    second.save_pretrained(tmp_path)
+    assert peft_moe_compat.inspect_adapter(tmp_path, content=False).modules
+
+
+def test_a_saving_that_is_killed_leaves_the_old_adapter_or_the_new_or_says_so(tmp_path):
+    models = two_adapters(tmp_path)
+    found = {}
+    for attempt in range(40):
+        if (child := os.fork()) == 0:
+            try:
+                while True:
+                    for model in models:
+                        model.save_pretrained(tmp_path)
+            finally:
+                os._exit(1)
+        time.sleep(0.005 + 0.002 * attempt)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        try:
+            rank = peft_moe_compat.inspect_adapter(tmp_path, content=False).modules[0].projections[0].rank
+        except AdapterFileError:
+            rank = "refused"
+        else:
+            rows = load_file(tmp_path / "adapter_model.safetensors")
+            sizes = {tensor.shape[0] for name, tensor in rows.items() if "experts.lora_A" in name}
+            assert sizes == {rank * next(iter(zoo.wrappers(models[0]))).num_experts}
+        found[rank] = found.get(rank, 0) + 1
+        models[0].save_pretrained(tmp_path)
+    assert {2, 4} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("base_model_name_or_path", "elsewhere"), ("inference_mode", False), ("revision", "main"), ("lora_dropout", 0.1)],
+)
+def test_what_is_beside_the_numbers_may_be_edited(tmp_path, field, value):
+    saved(FAMILY, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: value}))
+    assert peft_moe_compat.inspect_adapter(tmp_path, content=False).modules
+
+
+def test_a_converted_file_tells_its_numbers_too(tmp_path):
+    saved(FAMILY, tmp_path / "in")
+    model = zoo.tiny_model(FAMILY).config.to_dict()
+    peft_moe_compat.convert_adapter(
+        tmp_path / "in", tmp_path / "out", to="peft==0.21.2,transformers==5.24.0", model=model
+    )
+    config = tmp_path / "out" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 77}))
+    with pytest.raises(AdapterFileError, match="lora_alpha"):
+        peft_moe_compat.inspect_adapter(tmp_path / "out", model=model)
+
+
+def test_a_file_of_an_older_stamp_says_nothing_of_its_config(tmp_path):
+    saved(FAMILY, tmp_path)
+    content = json.loads(metadata(tmp_path)[STAMP_KEY])
+    assert content.pop("config")["r"]
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", STAMP_KEY: json.dumps(content)})
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 77}))
+    assert peft_moe_compat.inspect_adapter(tmp_path, content=False).modules

@@ -1,0 +1,91 @@
+"""Every file of another writer, converted for the installed pair: stock PEFT merges it into the writer's updates."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from support.written_files import base_of, stored_transposed
+
+from peft_moe_compat import convert_adapter, inspect_adapter
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CASES = sorted(path.parent.name for path in (FIXTURES / "handmade").glob("*/truth.json"))
+ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+
+
+def settled(folder, truth, model):
+    """What a user who knows the file says of what is open; of `few_steps_grouped`, which misleads, in any case."""
+    found = inspect_adapter(folder, model=model)
+    names = {*found.undecided, *(("packing",) if folder.name == "few_steps_grouped" else ())}
+    return {name: truth[name] for name in names}
+
+
+def matrices(stacks, truth, transposed):
+    """(layer, role, expert) -> "out in", of stacks and of single experts."""
+    found = {}
+    for name, tensor in stacks.items():
+        inside = re.search(r"layers\.(\d+)\..*\.experts\.(?:(\d+)\.)?(\w+?)(?:\.weight)?$", name)
+        if inside is None or inside[3] not in {*ROLES, "gate_up_proj"}:
+            continue
+        layer, expert, linear = int(inside[1]), inside[2], inside[3]
+        stack = tensor[None] if expert else tensor.transpose(1, 2) if transposed else tensor
+        parts = {ROLES.get(linear): stack}
+        if linear == "gate_up_proj":
+            alternate = truth["model_type"] == "gpt_oss"
+            halves = (stack[:, 0::2], stack[:, 1::2]) if alternate else stack.chunk(2, dim=1)
+            parts = dict(zip(("gate", "up"), halves, strict=True))
+        for role, part in parts.items():
+            found |= {(layer, role, int(expert or e)): matrix for e, matrix in enumerate(part)}
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_converted_is_merged_into_the_writers_updates(tmp_path, case, stock):
+    folder = FIXTURES / "handmade" / case
+    truth = json.loads((folder / "truth.json").read_text())
+    made_from = FIXTURES / truth["made_from"]
+    base = base_of(made_from)
+    model = base.config.to_dict()
+    out = convert_adapter(folder, tmp_path / "out", to="peft", model=model, **settled(folder, truth, model)).out
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    transposed = stored_transposed(base, made_from)
+    merged = stock(lambda: PeftModel.from_pretrained(base, str(out)).merge_and_unload()).state_dict()
+    changes = matrices({name: merged[name] - tensor for name, tensor in before.items()}, truth, transposed)
+    wanted = matrices(load_file(folder / "truth.safetensors"), truth, transposed=False)
+    assert changes.keys() >= wanted.keys()
+    for key, change in changes.items():
+        update = wanted.get(key, torch.zeros_like(change))
+        torch.testing.assert_close(change, update, rtol=1e-4, atol=1e-5, msg=str(key))
+
+
+class Lists(torch.nn.Module):
+    """The experts of gpt_oss as Unsloth holds them in 4 bit, here of ordinary linears."""
+
+    def __init__(self, experts):
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            linears = []
+            for weight in getattr(experts, name):
+                linears.append(torch.nn.Linear(*weight.shape, bias=False))
+                linears[-1].weight.data.copy_(weight.T)
+            self.add_module(f"{name}s", torch.nn.ModuleList(linears))
+
+
+def test_lists_of_linears_load_as_they_are_where_the_model_has_them():
+    folder = FIXTURES / "handmade" / "unsloth_4bit_gpt_oss"
+    truth = json.loads((folder / "truth.json").read_text())
+    base = base_of(FIXTURES / truth["made_from"])
+    for layer in base.model.layers:
+        layer.mlp.experts = Lists(layer.mlp.experts)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload().state_dict()
+    updates = load_file(folder / "truth.safetensors")
+    for name, about in truth["parameters"].items():
+        key = about["key"].removeprefix("base_model.model.") + ".weight"
+        torch.testing.assert_close(merged[key] - before[key], updates[name], rtol=1e-4, atol=1e-5, msg=name)
