@@ -169,7 +169,7 @@ def _check_experts(folder: Path, names: Names) -> None:
         raise AdapterFileError(
             f"{folder} has {len(names.unknown)} LoRA tensors on experts under names that are not understood: {shown}. "
             "Left out, the adapter would be another one, so nothing is done with it. Does its writer have an export to "
-            "PEFT's form? docs/adapter-files.md lists the forms that are read."
+            "PEFT's form? docs/forms.md lists the forms that are read."
         )
     forms = sorted({place.form for places in names.pairs.values() for place in places})
     if len(forms) > 1:
