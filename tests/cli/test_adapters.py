@@ -313,7 +313,7 @@ def test_killed_half_way_there_is_no_output_and_the_input_is_whole(tmp_path, to)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     left = [path.name for path in tmp_path.iterdir() if path.name != "in"]
-    assert all(re.fullmatch(r"\.out\.tmp-[0-9a-f]{8}", name) for name in left), left
+    assert all(re.fullmatch(r"\.peft-moe-compat-[\w.]+-[0-9a-f]{8}\.tmp", name) for name in left), left
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     process = child(source, tmp_path / "out", to)
     process.communicate()

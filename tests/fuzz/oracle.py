@@ -58,6 +58,11 @@ class Facts:
     targeted: bool = False
 
 
+def _in_one_place(linears: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the routers of Mixtral's relatives where transformers 5 has them."""
+    return {re.sub(r"\.block_sparse_moe\.gate$", ".mlp.gate", path): update for path, update in linears.items()}
+
+
 @dataclass
 class Meaning:
     """What an adapter does: (layer, role) -> updates "E out in", of gate, up and down; path -> update of a linear;
@@ -71,7 +76,7 @@ class Meaning:
         """The first thing in which the other one differs by more than the tolerance, relatively; None if nothing."""
         for what, ours, theirs in (
             ("experts", self.experts, other.experts),
-            ("linear", self.linears, other.linears),
+            ("linear", _in_one_place(self.linears), _in_one_place(other.linears)),
             ("tensor", self.rest, other.rest),
         ):
             for key in [*ours, *(key for key in theirs if key not in ours)]:
