@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.written_files import base_of, stored_transposed
+from support.written_files import base_of, matrices, stored_transposed
 
 from peft_moe_compat import convert_adapter, inspect_adapter
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(path.parent.name for path in (FIXTURES / "handmade").glob("*/truth.json"))
-ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 
 
 def settled(folder, truth, model):
@@ -24,25 +22,6 @@ def settled(folder, truth, model):
     found = inspect_adapter(folder, model=model)
     names = {*found.undecided, *(("packing",) if folder.name == "few_steps_grouped" else ())}
     return {name: truth[name] for name in names}
-
-
-def matrices(stacks, truth, transposed):
-    """(layer, role, expert) -> "out in", of stacks and of single experts."""
-    found = {}
-    for name, tensor in stacks.items():
-        inside = re.search(r"layers\.(\d+)\..*\.experts\.(?:(\d+)\.)?(\w+?)(?:\.weight)?$", name)
-        if inside is None or inside[3] not in {*ROLES, "gate_up_proj"}:
-            continue
-        layer, expert, linear = int(inside[1]), inside[2], inside[3]
-        stack = tensor[None] if expert else tensor.transpose(1, 2) if transposed else tensor
-        parts = {ROLES.get(linear): stack}
-        if linear == "gate_up_proj":
-            alternate = truth["model_type"] == "gpt_oss"
-            halves = (stack[:, 0::2], stack[:, 1::2]) if alternate else stack.chunk(2, dim=1)
-            parts = dict(zip(("gate", "up"), halves, strict=True))
-        for role, part in parts.items():
-            found |= {(layer, role, int(expert or e)): matrix for e, matrix in enumerate(part)}
-    return found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,8 +35,10 @@ def test_what_was_converted_is_merged_into_the_writers_updates(tmp_path, case, s
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     transposed = stored_transposed(base, made_from)
     merged = stock(lambda: PeftModel.from_pretrained(base, str(out)).merge_and_unload()).state_dict()
-    changes = matrices({name: merged[name] - tensor for name, tensor in before.items()}, truth, transposed)
-    wanted = matrices(load_file(folder / "truth.safetensors"), truth, transposed=False)
+    changes = matrices(
+        {name: merged[name] - tensor for name, tensor in before.items()}, truth["model_type"], transposed
+    )
+    wanted = matrices(load_file(folder / "truth.safetensors"), truth["model_type"], transposed=False)
     assert changes.keys() >= wanted.keys()
     for key, change in changes.items():
         update = wanted.get(key, torch.zeros_like(change))

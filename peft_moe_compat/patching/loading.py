@@ -24,8 +24,10 @@ from torch import Tensor
 
 from ..adapters.names import PREFIX
 from ..adapters.source import AdapterSource
-from ..errors import AdapterError
+from ..errors import AdapterError, LayoutError
+from ..model.experts import bare
 from .arrival import check_fused, check_per_expert
+from .injecting import check_config, convert_command
 from .lost import check_names
 from .matching import UnderstoodFile, convert, differences, live_namer, live_wrappers
 from .opening import understand
@@ -39,6 +41,7 @@ __all__ = [
     "load_peft_weights",
     "load_pretrained_model",
     "load_weights_to_swap",
+    "prepare_model",
 ]
 
 logger = logging.getLogger("peft_moe_compat")
@@ -212,7 +215,26 @@ def convert_peft_config(stock: Any) -> Any:
         load = _loading.get()
         if load is None or load.source is None:
             return stock(peft_config, *args, **kwargs)
-        return convert_config(lambda config: stock(config, *args, **kwargs), peft_config, load.source)
+        try:
+            return convert_config(lambda config: stock(config, *args, **kwargs), peft_config, load.source)
+        except ValueError as error:  # gate without up, which cannot be fused
+            raise LayoutError(
+                f"PEFT cannot take {load.model_id} as it is: {error} Convert it: {convert_command(load.model_id)}."
+            ) from error
+
+    return replacement
+
+
+def prepare_model(stock: Any) -> Any:
+    """For `LoraModel._prepare_model`, which is the last that is called before LoRA is put into a model."""
+
+    @wraps(stock)
+    def replacement(self: Any, peft_config: Any, model: Any) -> Any:
+        result = stock(self, peft_config, model)
+        load = _loading.get()
+        if load is not None and bare(model) is bare(load.model):
+            check_config(peft_config, model, load.model_id, load.file)
+        return result
 
     return replacement
 

@@ -25,6 +25,7 @@ from ..errors import AdapterError, AmbiguousAdapterError, LayoutError
 from ..families import PACKED_CLASSES
 from ..model.experts import bare, held_parameters
 from ..model.weights import unreadable_reason
+from .injecting import convert_command
 from .lost import difference
 from .matching import UnderstoodFile, counterparts, facts_of, live_path
 
@@ -74,6 +75,7 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     Raises:
         AdapterError: It does not belong to this model, or is damaged.
         AmbiguousAdapterError: Nothing settles how it is laid out.
+        LayoutError: PEFT cannot take it as it is.
     """
     folder = _folder(model_id, hub)
     if folder is None:
@@ -82,16 +84,22 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     if config.get("peft_type", "LORA") != "LORA":
         return None
     facts = facts_of(model, parse_config(config).target_parameters)
-    if not (config.get("target_parameters") or facts.stacks):
+    fused = bool(config.get("target_parameters") or facts.stacks)
+    if not (fused or _has_experts(model)):
         return None
-    if not (folder / SAFETENSORS).is_file() and not _may_reach_experts(config):
+    if not (folder / SAFETENSORS).is_file() and not (fused and _may_reach_experts(config)):
         return None  # a `.bin` that is none of ours; any other one is refused, since only its config can be read
     stated = replace(_said.get(), model=facts)
     source = open_adapter(folder, stated)
     if source.form == "stacked":
         raise LayoutError(
             f"{model_id} holds the experts' LoRA as stacks, which PEFT leaves out without a word. Convert it: "
-            f"`peft-moe-compat convert {model_id} OUT --to peft --model BASE`."
+            f"{convert_command(model_id)}."
+        )
+    if source.modules and "peft_type" not in config:
+        raise LayoutError(
+            f"The config of {model_id} has no peft_type, without which PEFT reads none. {convert_command(model_id)} "
+            "writes one."
         )
     if source.form != "fused":
         return source
@@ -108,6 +116,11 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     decision = decide(source, stated)
     _require(model_id, decision)
     return UnderstoodFile(source, paths, decision)
+
+
+def _has_experts(model: Any) -> bool:
+    """Whether a model has experts by that name, fused or each a module."""
+    return any(live_path(name).rpartition(".")[2] == "experts" for name, _ in bare(model).named_modules())
 
 
 def _may_reach_experts(config: Mapping[str, Any]) -> bool:

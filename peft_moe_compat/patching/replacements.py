@@ -58,6 +58,7 @@ def replacements() -> list[Replacement]:
     import peft.utils.hotswap
     import transformers.modeling_utils
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora.model import LoraModel
     from transformers.integrations.peft import PeftAdapterMixin
 
     peft_model, swapping, modeling = peft.peft_model, peft.utils.hotswap, transformers.modeling_utils
@@ -74,6 +75,7 @@ def replacements() -> list[Replacement]:
         _attribute(peft_model, "load_peft_weights", "peft.", loading.load_peft_weights),
         _attribute(peft, "load_peft_weights", "peft.", loading.load_peft_weights),
         _attribute(swapping, "load_peft_weights", "peft.", loading.load_weights_to_swap),
+        _attribute(LoraModel, "_prepare_model", "peft.", loading.prepare_model),
         _attribute(PreTrainedModel, "_load_pretrained_model", "transformers.", loading.load_pretrained_model),
         _attribute(PeftModel, "save_pretrained", "peft.", saving.save_pretrained),
         _attribute(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),

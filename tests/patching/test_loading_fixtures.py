@@ -63,10 +63,7 @@ def test_a_file_of_any_release_is_read_as_what_it_is(folder, caplog):
 
 @pytest.mark.parametrize("folder", [f for f, t in TRUTHS.items() if t["kind"] == "per_expert"], ids=name_of)
 def test_a_per_expert_file_comes_out_right_or_not_at_all(folder, stock):
-    """Upstream drops some of them, and scales others wrongly, without an error.
-
-    Refused is what comes out wrong without the library, and what upstream refuses upstream's own words tell.
-    """
+    """Upstream drops some of them, scales others wrongly, and takes none before PEFT 0.19: refused is no other."""
 
     def base():
         made = base_of(folder)
@@ -80,18 +77,12 @@ def test_a_per_expert_file_comes_out_right_or_not_at_all(folder, stock):
         assert_true_logits(model, folder)
         return
     assert zoo.FUSED, error  # experts one by one are loaded in every release
-    theirs, refusal = stock(attempt, PeftModel.from_pretrained, base(), folder)
-    if refusal is not None:
-        # PEFT before 0.19 does not convert such files for fused stacks; 0.19.0 does, and lays them out as 0.19.1.
-        words = {ValueError: "Target modules .* not found ", RuntimeError: r"Error.*\n\s+size mismatch"}
-        for each in (error, refusal):
-            assert type(each) is type(refusal), each
-            assert re.match(words[type(each)], str(each)), each
-        return
     assert isinstance(error, peft_moe_compat.LayoutError), error
-    assert re.search(r"\d% off.*peft-moe-compat convert .* --to peft", str(error))
-    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        stock(assert_true_logits, theirs, folder)
+    assert re.search(r"peft-moe-compat convert .* --to peft", str(error))
+    theirs, refusal = stock(attempt, PeftModel.from_pretrained, base(), folder)
+    if refusal is None:
+        with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+            stock(assert_true_logits, theirs, folder)
 
 
 TRANSFORMERS_SCRIPT = """

@@ -5,24 +5,25 @@ Oracles: the model that stock PEFT saved, and a base model with the updates adde
 
 from __future__ import annotations
 
-import json
-
 import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from peft import PeftModel
-from safetensors.torch import save_file
 from support import zoo
 from support.processes import result_of
 from support.saved_adapters import (
     HERE,
+    LINEARS,
+    SHARED,
     E,
     assert_equal,
     assert_same_logits,
     change_file,
     flipped,
+    mlp_linears,
+    one_by_one,
     save,
     written_otherwise,
 )
@@ -31,7 +32,6 @@ import peft_moe_compat
 from peft_moe_compat.errors import AdapterError, LayoutError
 from peft_moe_compat.patching.opening import written_by
 
-LINEARS = ["gate_proj", "up_proj", "down_proj"]
 NAMES = {
     "linears": ["q_proj", *LINEARS],
     "mixtral": ["q_proj", "w1", "w2", "w3", "gate_proj"],
@@ -39,9 +39,6 @@ NAMES = {
     "full": ["q_proj", *(f"model.layers.0.mlp.experts.3.{name}" for name in LINEARS)],
     "pattern": r".*\.(q_proj|gate_proj|up_proj|down_proj|w1|w2|w3)",
 }
-SHARED = [
-    family for family in zoo.FAMILIES if any("shared_experts" in n for n, _ in zoo.tiny_model(family).named_modules())
-]
 has_shared = pytest.mark.parametrize(
     "family",
     SHARED
@@ -78,12 +75,6 @@ def test_so_do_those_of_another_layout(family, tmp_path):
     assert_equal(PeftModel.from_pretrained(fresh(), tmp_path), expected)
 
 
-def mlp_linears(model):
-    """Names of the linears of dense layers and shared experts."""
-    linears = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return [name for name in linears if name.rpartition(".")[2] in LINEARS]
-
-
 @has_shared
 @pytest.mark.parametrize("names", [LINEARS, r".*\.(gate|up|down)_proj"], ids=["list", "pattern"])
 def test_shared_experts_and_dense_layers_beside_fused_ones_keep_their_lora(family, names, tmp_path):
@@ -100,37 +91,6 @@ def test_shared_experts_and_dense_layers_beside_fused_ones_keep_their_lora(famil
         assert "default" in model.get_base_model().get_submodule(name).lora_A
     model.save_pretrained(tmp_path / "again")
     assert_same_logits(PeftModel.from_pretrained(fresh(), tmp_path / "again"), expected)
-
-
-def one_by_one(base, folder, shared):
-    """A file as transformers 4 has it, LoRA on every expert's linears; adds its updates to the model.
-
-    Args:
-        base: A model with fused experts, `gate_up_proj` and `down_proj`.
-        folder: Where the file goes.
-        shared: Whether shared experts and dense layers have LoRA too.
-    """
-    r, scaling, tensors = 2, 4.0, {}
-
-    def update(name, fan_in, fan_out):
-        A, B = torch.randn(r, fan_in) * 0.2, torch.randn(fan_out, r) * 0.2
-        tensors[f"base_model.model.{name}.lora_A.weight"], tensors[f"base_model.model.{name}.lora_B.weight"] = A, B
-        return (scaling * B.double() @ A.double()).float()
-
-    with torch.no_grad():
-        for path, experts in list(base.named_modules()):
-            for e in range(E if hasattr(experts, "gate_up_proj") else 0):
-                H, I = experts.down_proj.shape[1:]
-                gate, up = (update(f"{path}.{e}.{name}", H, I) for name in ("gate_proj", "up_proj"))
-                experts.gate_up_proj[e] += torch.cat([gate, up])
-                experts.down_proj[e] += update(f"{path}.{e}.down_proj", I, H)
-        for name in mlp_linears(base) if shared else ():
-            linear = base.get_submodule(name)
-            linear.weight += update(name, linear.in_features, linear.out_features)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": r * scaling, "target_modules": LINEARS, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_version": "0.18.1"}))
 
 
 @has_shared

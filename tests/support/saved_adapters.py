@@ -15,6 +15,12 @@ from . import zoo
 
 FAMILY = zoo.FAMILIES[0]
 
+# Names of the linears of dense layers and of experts, shared ones too; families that have those beside fused ones.
+LINEARS = ["gate_proj", "up_proj", "down_proj"]
+SHARED = [
+    family for family in zoo.FAMILIES if any("shared_experts" in n for n, _ in zoo.tiny_model(family).named_modules())
+]
+
 
 def flipped(A, B, E):
     """PEFT's flat pair "(E r) p", "q (r E)" the other way round, by a loop over experts and ranks."""
@@ -92,3 +98,40 @@ def assert_same_logits(model, expected):
     with torch.no_grad():
         found, wanted = model.eval()(input_ids=ids).logits, expected.eval()(input_ids=ids).logits
     zoo.assert_same({"": found}, {"": wanted}, 1e-4)
+
+
+def mlp_linears(model):
+    """Names of the linears of dense layers and shared experts."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return [name for name in linears if name.rpartition(".")[2] in LINEARS]
+
+
+def one_by_one(base, folder, shared):
+    """A file as transformers 4 has it, LoRA on every expert's linears; adds its updates to the model.
+
+    Args:
+        base: A model with fused experts, `gate_up_proj` and `down_proj`.
+        folder: Where the file goes.
+        shared: Whether shared experts and dense layers have LoRA too.
+    """
+    r, scaling, tensors = 2, 4.0, {}
+
+    def update(name, fan_in, fan_out):
+        A, B = torch.randn(r, fan_in) * 0.2, torch.randn(fan_out, r) * 0.2
+        tensors[f"base_model.model.{name}.lora_A.weight"], tensors[f"base_model.model.{name}.lora_B.weight"] = A, B
+        return (scaling * B.double() @ A.double()).float()
+
+    with torch.no_grad():
+        for path, experts in list(base.named_modules()):
+            for e in range(E if hasattr(experts, "gate_up_proj") else 0):
+                H, I = experts.down_proj.shape[1:]
+                gate, up = (update(f"{path}.{e}.{name}", H, I) for name in ("gate_proj", "up_proj"))
+                experts.gate_up_proj[e] += torch.cat([gate, up])
+                experts.down_proj[e] += update(f"{path}.{e}.down_proj", I, H)
+        for name in mlp_linears(base) if shared else ():
+            linear = base.get_submodule(name)
+            linear.weight += update(name, linear.in_features, linear.out_features)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": r * scaling, "target_modules": LINEARS, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_version": "0.18.1"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -143,3 +144,25 @@ def assert_true_logits(model, folder):
     with torch.no_grad():
         logits = model(input_ids=base_weights.TOKEN_IDS, use_cache=False).logits.float()
     torch.testing.assert_close(logits, recorded["logits"], rtol=near, atol=near)
+
+
+_LINEARS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_STACK = re.compile(r"layers\.(\d+)\..*\.experts\.(?:(\d+)\.)?(\w+?)(?:\.weight)?$")
+
+
+def matrices(weights, model_type, transposed):
+    """(layer, role, expert) -> "out in", of weights or updates of experts, as stacks or one by one."""
+    found = {}
+    for name, weight in weights.items():
+        inside = _STACK.search(name)
+        if inside is None or inside[3] not in {*_LINEARS, "gate_up_proj"}:
+            continue
+        layer, expert, linear = int(inside[1]), inside[2], inside[3]
+        stack = weight[None] if expert else weight.transpose(1, 2) if transposed else weight
+        parts = {_LINEARS.get(linear): stack}
+        if linear == "gate_up_proj":
+            halves = (stack[:, 0::2], stack[:, 1::2]) if model_type == "gpt_oss" else stack.chunk(2, dim=1)
+            parts = dict(zip(("gate", "up"), halves, strict=True))
+        for role, part in parts.items():
+            found |= {(layer, role, int(expert or e)): matrix for e, matrix in enumerate(part)}
+    return found
