@@ -125,13 +125,16 @@ def name_doubled(adapter: Adapter, case: Case, rng: random.Random) -> str:
 
 @_damage
 def tensor_missing(adapter: Adapter, case: Case, rng: random.Random) -> str:
-    del adapter.tensors[_one(adapter, rng)]
+    if len(adapter.tensors) > 1:
+        del adapter.tensors[_one(adapter, rng)]
     return "read"
 
 
 @_damage
 def pair_missing(adapter: Adapter, case: Case, rng: random.Random) -> str:
     one = _one(adapter, rng)
+    if len(adapter.tensors) <= 2:  # something is left to read, and to damage further
+        return "read"
     for half in "AB":
         adapter.tensors.pop(re.sub(r"lora_[AB]", f"lora_{half}", one), None)
     return "any" if case.swapped else "read"  # which wrapper is left, PEFT tells by the order of the parameters
