@@ -57,7 +57,7 @@ _EXPERTS = re.compile(r"^(?!.*share).*(expert|exps)")
 LINEAR_NAMES = (
     families.LINEAR_NAMES
     | {"gate_up_projs": "gate_up", "gate_projs": "gate", "up_projs": "up", "down_projs": "down"}
-    | {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
+    | (_GGUF_NAMES := {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"})
 )
 
 Factors = tuple[TensorInfo, TensorInfo]  # lora_A and lora_B
@@ -227,21 +227,19 @@ def _paired(halves: Mapping[Place, Mapping[str, TensorInfo]]) -> dict[str, dict[
     shared = {
         (place.path, place.name): pair for place, pair in halves.items() if place.form == "stacked" and len(pair) == 1
     }
-    used = set()
+    unused = set(shared)
     found: dict[str, dict[Place, Factors]] = {}
     for place, pair in halves.items():
         if place.form == "stacked" and len(pair) == 1:
             continue
-        both = dict(pair)
-        if place.form == "per_expert" and len(pair) == 1 and (place.path, place.name) in shared:
-            both |= shared[place.path, place.name]
-            used.add((place.path, place.name))
-        if len(both) == 1:
-            raise _half(place, both)
+        of_all = shared.get((place.path, place.name), {}) if place.form == "per_expert" else {}
+        unused.discard((place.path, place.name))
+        both = {**pair, **of_all}
+        if len(both) == 1 or len(both) < len(pair) + len(of_all):
+            raise _half(place, of_all or pair)
         found.setdefault(place.path, {})[place] = both["A"], both["B"]
-    for place, pair in halves.items():
-        if place.form == "stacked" and len(pair) == 1 and (place.path, place.name) not in used:
-            raise _half(place, pair)
+    for path, name in unused:
+        raise _half(Place("stacked", path, name=name), shared[path, name])
     return found
 
 
@@ -268,10 +266,15 @@ def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig
     return all(lora_rank(config.raw, f"{path}.{name}") == lora_A.shape[0] for name in parameters)
 
 
+def _is_experts(path: str) -> bool:
+    """Whether a module's path is that of routed experts."""
+    return _EXPERTS.search(path.rpartition(".")[2]) is not None and path.endswith("experts")
+
+
 def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
     """(place, "A" or "B") of a tensor; None where it is no experts' LoRA."""
     native = _NATIVE.match(name)
-    if native and ndim == 3 and _EXPERTS.search(native["path"].rpartition(".")[2]):
+    if native and ndim == 3 and _is_experts(native["path"]):
         return Place("stacked", native["path"], name=_NATIVE_NAMES[native["name"]]), native["factor"]
     match = _LORA.match(name)
     if match is None or match["adapter"] == "bias" or ndim not in (2, 3):
@@ -284,11 +287,10 @@ def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
     path = ".".join(parts)
     module, _, parameter = path.rpartition(".")
     expert = _EXPERT.match(path) or _LISTED.match(path)
-    if expert and expert["name"] in LINEAR_NAMES and _EXPERTS.search(expert["path"].rpartition(".")[2]):
+    if expert and expert["name"] in LINEAR_NAMES and _is_experts(expert["path"]):
         place = Place("per_expert", expert["path"], expert=int(expert["expert"]), name=expert["name"])
         return (place, match["factor"]) if ndim == 2 else None
-    shared = parameter in LINEAR_NAMES and module.rpartition(".")[2] == "experts"
-    if (ndim == 3 and (parameter in LINEAR_NAMES or "expert" in module)) or (ndim == 2 and shared):
+    if parameter in LINEAR_NAMES and (_is_experts(module) or (ndim == 3 and parameter in _GGUF_NAMES)):
         return Place("stacked", module, name=parameter), match["factor"]
     if (ndim == 2 and targets.matrix(path)) or depth or parts[-1] == "experts":
         return Place("fused", path, depth), match["factor"]

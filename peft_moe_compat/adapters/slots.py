@@ -11,7 +11,7 @@ import torch
 from ..errors import AdapterFileError
 from .adapter_config import AdapterConfig
 from .base_model import BaseModel
-from .names import PREFIX, Factors, Names, Place, peft_name, same_tensor
+from .names import PREFIX, Factors, Names, Place, peft_name, role_of, same_tensor
 from .ranks import Numbers, lora_numbers, lora_rank
 from .safetensors_io import TensorInfo
 from .stamp import Stamp
@@ -158,6 +158,9 @@ def experts_modules(
     for path, places in names.pairs.items():
         said = stamp.modules.get(path) if stamp else None
         parameters = said.nesting if said else config.target_parameters.parameters(path)
+        if base is not None and base.scopes and said is None:  # of targets for other models, nothing is LoRA here
+            roles = {name: role_of(path, name) for name in parameters}
+            parameters = tuple(n for n in parameters if roles[n] in base.parameters or "bias" in n)
         parameters = parameters or (tuple(base.parameters.values()) if base else ("gate_up_proj", "down_proj"))
         fused, experts, stacked = [], [], []
         for place, pair in sorted(places.items(), key=lambda item: -item[0].depth):
