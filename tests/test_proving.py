@@ -121,3 +121,18 @@ def test_many_experts_and_layers_take_seconds(tmp_path):
     done = convert_adapter(source, tmp_path / "out", model=config.to_dict(), **how)
     assert done.proof.by == "model"
     assert time.process_time() - start < 120
+
+
+def test_a_renamed_adapter_is_not_tried_on_the_model_of_the_old_paths(tmp_path):
+    """Its own config names that; the one with the new paths is what `--model` is for."""
+    base = zoo.tiny_model(zoo.FAMILIES[0])
+    base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(tmp_path / "base")
+    model = zoo.peft_model(base)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "in")
+    rename = ["model.layers=model.language_model.layers"]
+    done = convert_adapter(tmp_path / "in", tmp_path / "out", rename=rename)
+    assert done.proof.by != "model"
+    with pytest.raises(AdapterError, match="would not take"):
+        convert_adapter(tmp_path / "in", tmp_path / "no", rename=rename, model=tmp_path / "base")

@@ -116,9 +116,9 @@ def convert_adapter(
         UnsupportedPeftError: `to` or `written_by` names no PEFT release with expert LoRA.
         AdapterError: Anything else that stands in the way; the message says what helps.
     """
-    target = parse_target(to)
+    target, renames = parse_target(to), parse_renames(rename)
     stated = Stated(model, written_by, orientation, packing, nesting)
-    source = open_adapter(adapter, stated, parse_renames(rename))
+    source = open_adapter(adapter, stated, renames)
     decision = decide(source, stated)
     if source.form == "none":
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
@@ -131,7 +131,11 @@ def convert_adapter(
         )
     with atomic_folder(usable_path(out), source=source.folder) as folder:
         _write(folder, source, plan, progress)
-        proof = (prove(folder, target, source.base) if prove else None) or by_rules(folder, target, source.base)
+        # The base that the adapter's own config names has the old paths.
+        asks = prove is not None and not (renames and model is None)
+        proof = (prove(folder, target, source.base) if prove and asks else None) or by_rules(
+            folder, target, source.base
+        )
     return Conversion(Path(out), str(target), how_exact, plan.steps, decision, proof)
 
 

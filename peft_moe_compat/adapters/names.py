@@ -215,7 +215,7 @@ def _is_of_experts(name: str) -> bool:
     *above, last = module.rstrip(".").split(".")
     # `pre_expert_proj` is a linear beside the experts.
     inside = any(map(_EXPERTS.search, above)) or last.endswith(("expert", "experts", "exps"))
-    return bool(lora) and inside and "share" not in module
+    return bool(lora) and inside and "share" not in module and "router" not in [*above[-1:], last]
 
 
 def _paired(halves: Mapping[Place, Mapping[str, TensorInfo]]) -> dict[str, dict[Place, Factors]]:

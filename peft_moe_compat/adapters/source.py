@@ -84,6 +84,11 @@ def open_adapter(
     if renames:
         return _opened_renamed(adapter, stated, renames)
     folder = find_adapter(adapter)
+    if not (folder / CONFIG_NAME).exists() and (folder / "config.json").exists():
+        raise AdapterFileError(
+            f"{folder} is the folder of a whole model, and one with {CONFIG_NAME} was needed. A merged model is what "
+            "`peft-moe-compat verify ADAPTER MERGED --base BASE` compares."
+        )
     return _opened(folder, read_json(folder / CONFIG_NAME), open_tensors(folder), stated)
 
 
@@ -93,7 +98,9 @@ def _opened_renamed(adapter: str | Path, stated: Stated, renames: Mapping[str, s
     names = {name: _renamed_tensor(name, renames) for name in before.tensors.infos}
     for old in renames:
         if all(renamed(name, {old: ""}) == name for name in names):
-            raise AdapterError(f"rename: no tensor of {before.folder} lies under {old!r}, {show([*names][:2])} do not.")
+            raise AdapterError(
+                f"rename: no tensor of {before.folder} lies under {old!r}; one is called {show(next(iter(names), ''))}."
+            )
     infos: dict[str, TensorInfo] = {}
     for name, new in names.items():
         if new in infos:

@@ -108,7 +108,9 @@ def _steps(source: AdapterSource, decision: Decision, target: Target) -> list[St
         AdapterError: It cannot be told.
     """
     lead = _form(source)
-    native = target.reader.form == "gguf" and "gguf" in lead.details
+    native = (target.reader.form == "gguf" and "gguf" in lead.details) or (
+        target.reader.form == "shared_outer" and _is_shared_outer(source)
+    )
     if source.form == "stacked" and not native and _without(lead, source, target) != "unknown":
         return [lead]
     how = refit(source, decision, target)
@@ -125,6 +127,16 @@ def _steps(source: AdapterSource, decision: Decision, target: Target) -> list[St
         steps.append(Step("shards"))
     written = {name for item in plan.items for name, _ in item.emit(source.meta(item.reads))}
     return steps or ([Step("names")] if written != set(source.tensors.infos) else [])
+
+
+def _is_shared_outer(source: AdapterSource) -> bool:
+    """Whether the factors are stacks in the small form: of one expert on the side that all share."""
+    outer = {"w1": "lora_A", "w3": "lora_A", "w2": "lora_B"}
+    stacks = [stack for module in source.modules for stack in module.stacks]
+    return source.form == "stacked" and all(
+        stack.parameter in outer and len(shape := getattr(stack, outer[stack.parameter]).shape) == 3 and shape[0] == 1
+        for stack in stacks
+    )
 
 
 def _form(source: AdapterSource) -> Step:

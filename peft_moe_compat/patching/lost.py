@@ -106,7 +106,7 @@ def difference(model: Any, model_id: str, paths: Collection[str], held: Iterable
     convert = f"`peft-moe-compat convert {model_id} OUT --to peft"
     if pair := _other_prefix(paths, modules):
         old, new = pair
-        text = f"This model has these modules under {new!r}: {convert} --rename {old}={new}` renames them"
+        text = f"This model has these modules under {new!r}: {convert} --model BASE --rename {old}={new}` renames them"
         if any(path.startswith(f"{new}.") for path in made):  # its targets fit as they are
             mapping = {f"^{re.escape(old)}": new}
             text += f", and key_mapping={mapping!r}, given to PEFT's from_pretrained or load_adapter, while loading"

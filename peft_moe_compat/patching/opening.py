@@ -21,7 +21,7 @@ from ..adapters.names import LINEAR_NAMES
 from ..adapters.source import CONFIG_NAME, AdapterSource, open_adapter
 from ..adapters.stated import Stated
 from ..adapters.tensors import BIN, SAFETENSORS
-from ..errors import AdapterError, AmbiguousAdapterError, LayoutError
+from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError, LayoutError
 from ..families import PACKED_CLASSES
 from ..model.experts import bare, held_parameters
 from ..model.weights import unreadable_reason
@@ -204,6 +204,9 @@ def _refuse_other_names(model_id: str, source: AdapterSource, facts: BaseModel, 
 def _folder(model_id: str, hub: Mapping[str, Any]) -> Path | None:
     """The folder that upstream is going to read, downloaded if need be; None where upstream will not find one."""
     local = Path(model_id, hub.get("subfolder") or "")
+    for name in (CONFIG_NAME, SAFETENSORS):
+        if (local / name).exists() and not (local / name).is_file():
+            raise AdapterFileError(f"{local / name} is no ordinary file; upstream would wait for it, or fail.")
     if (local / CONFIG_NAME).is_file():
         return local if any((local / name).is_file() for name in (SAFETENSORS, BIN)) else None
     if local.exists() or not is_hub_id(model_id):

@@ -82,6 +82,12 @@ def safe_save_file(stock: Any) -> Any:
                     f"expects, {lost[0]} first: torch's checkpoint_wrapper (accelerate's FSDP activation_checkpointing "
                     "too) gives modules other names. Use model.gradient_checkpointing_enable() instead, which does not."
                 )
+            if save.changes_config and any(w.num_experts > 1 for w in model.modules() if is_param_wrapper(w)):
+                raise AdapterError(
+                    "path_initial_model_for_weight_conversion makes one LoRA of two by laying their factors side by "
+                    "side, which PEFT does wrongly for those of experts: the saved updates would be others. Save the "
+                    "adapter as it is, or with LoRA on linears alone."
+                )
             refuse_partitioned(tensors)
             stamp = stamp_of(model, tensors)
             if stamp is not None:

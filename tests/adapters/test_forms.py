@@ -210,13 +210,14 @@ def test_what_is_beside_the_experts_is_ordinary(tmp_path):
     """Shared experts, routers, linears whose names only speak of experts; biases and magnitudes of experts' LoRA."""
     spec = Spec(layers=(0,))
     linears = ["mlp.shared_experts.up_proj", "mlp.shared_expert_gate", "mlp.gate", "mlp.pre_expert_proj"]
+    linears += ["self_attention.experts.router.layer"]  # jetmoe
     tensors = {}
     for name in linears:
         tensors |= pair(f"{PREFIX}model.layers.0.{name}", torch.ones(2, 8), torch.ones(8, 2))
     tensors |= {stem(spec, 0, 1, "up_proj", "lora_magnitude_vector"): torch.ones(6)}
     factors = spec.factors(("gate", "up", "down"))
     source = save_per_expert(tmp_path / "in", spec, factors, extra=tensors)
-    assert inspect_adapter(source, model=spec.model()).other_tensors == 9
+    assert inspect_adapter(source, model=spec.model()).other_tensors == 11
 
 
 def test_a_matrix_beside_a_stack_of_one_is_damaged(tmp_path):

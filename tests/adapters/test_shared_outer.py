@@ -52,6 +52,7 @@ def test_equal_sides_are_found_and_written_once(tmp_path, family, writer):
     factors = shared(spec, roles(spec))
     source = save(tmp_path / "in", spec, factors, **more)
     done = convert_adapter(source, tmp_path / "small", to="shared-outer", model=spec.model())
+    assert done.proof.by == "rules", str(done.proof)
     assert done.exactness == "bits"
     sizes = {name.split("experts.")[1]: tensor.shape[0] for name, tensor in load(done.out).items() if "experts" in name}
     expected = {"w1.lora_A.weight": 1, "w1.lora_B.weight": 4, "w2.lora_A.weight": 4, "w2.lora_B.weight": 1}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.adapter_files import PREFIX, QWEN, Spec, load, lora_config, save, save_fused
 
-from peft_moe_compat import verify_adapters
+from peft_moe_compat import AdapterFileError, verify_adapters
 
 SPEC = Spec(attention=True)
 BY_PEFT = {"peft_version": "0.21.2"}
@@ -78,3 +78,11 @@ def test_two_layers_alike_in_one_file_are_not_taken_for_each_other(tmp_path):
 
     one, other = file("one", "model.text", "model.vision"), file("other", "model.vision", "model.text")
     assert not verify_adapters(one, other, model=SPEC.model()).same
+
+
+def test_a_whole_model_is_said_to_be_one(tmp_path):
+    one = save_fused(tmp_path / "one", SPEC, SPEC.factors(("gate_up", "down")), **BY_PEFT)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    with pytest.raises(AdapterFileError, match="--base BASE"):
+        verify_adapters(one, tmp_path / "merged", model=SPEC.model())

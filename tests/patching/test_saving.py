@@ -338,3 +338,12 @@ def test_a_file_of_an_older_stamp_says_nothing_of_its_config(tmp_path):
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 77}))
     assert peft_moe_compat.inspect_adapter(tmp_path, content=False).modules
+
+
+def test_lora_of_experts_is_not_laid_side_by_side_with_its_beginning(tmp_path):
+    """PEFT concatenates flat factors, which mixes the ranks of one expert with those of another."""
+    model = zoo.peft_model(zoo.tiny_model(FAMILY))
+    model.save_pretrained(tmp_path / "beginning")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with pytest.raises(PeftMoeCompatError, match="path_initial_model_for_weight_conversion"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "beginning"))
