@@ -42,7 +42,7 @@ _FOREIGN = (
     ValueError,
 )
 # More layers, experts or labels than any model has: config and model would take longer to build than anybody waits.
-_MAX_COUNT = _MAX_MODULES = 100_000
+_MAX_LAYERS, _MAX_COUNT, _MAX_MODULES = 1_000, 100_000, 100_000
 # Pairs that load no adapter with experts, whatever its config says.
 _BROKEN = {"from_pretrained_loading_info", "from_pretrained_distributed_operation"}
 _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "")
@@ -101,7 +101,7 @@ def _is_real(config: Mapping[str, Any]) -> bool:
         if isinstance(value, Mapping):
             return all(modest(inner, str(key)) for key, inner in value.items())
         counts = name.startswith(("num_", "n_")) or "layer" in name or "depth" in name
-        return not (counts and isinstance(value, int) and value > _MAX_COUNT)
+        return not (counts and isinstance(value, int) and value > (_MAX_LAYERS if "layers" in name else _MAX_COUNT))
 
     written = config.get("architectures") or config.get("transformers_version")
     return bool(written) and isinstance(config.get("model_type"), str) and modest(config)

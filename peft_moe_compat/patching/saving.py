@@ -32,12 +32,10 @@ class _Save:
     Attributes:
         model: What is saved.
         folder: Where.
-        changes_config: Whether PEFT gives the config other ranks and alphas once the weights are written.
     """
 
     model: Any
     folder: Path
-    changes_config: bool
 
     def adapter(self, file: Path) -> str:
         """The adapter that a file is for: PEFT gives each a folder of its name, but for "default"."""
@@ -52,8 +50,14 @@ _saving: ContextVar[_Save | None] = ContextVar("peft_moe_compat_saving", default
 def save_pretrained(stock: Any) -> Any:
     @wraps(stock)
     def saving(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        changes_config = kwargs.get("path_initial_model_for_weight_conversion") is not None
-        token = _saving.set(_Save(self, Path(save_directory), changes_config))
+        sides = kwargs.get("path_initial_model_for_weight_conversion") is not None
+        if sides and any(w.num_experts > 1 for w in self.modules() if is_param_wrapper(w)):
+            raise AdapterError(
+                "path_initial_model_for_weight_conversion makes one LoRA of two by laying their factors side by side, "
+                "which PEFT does wrongly for those of experts: the saved updates would be others. Save the adapter as "
+                "it is, or with LoRA on linears alone."
+            )
+        token = _saving.set(_Save(self, Path(save_directory)))
         try:
             return stock(self, save_directory, *args, **kwargs)
         finally:
@@ -82,18 +86,11 @@ def safe_save_file(stock: Any) -> Any:
                     f"expects, {lost[0]} first: torch's checkpoint_wrapper (accelerate's FSDP activation_checkpointing "
                     "too) gives modules other names. Use model.gradient_checkpointing_enable() instead, which does not."
                 )
-            if save.changes_config and any(w.num_experts > 1 for w in model.modules() if is_param_wrapper(w)):
-                raise AdapterError(
-                    "path_initial_model_for_weight_conversion makes one LoRA of two by laying their factors side by "
-                    "side, which PEFT does wrongly for those of experts: the saved updates would be others. Save the "
-                    "adapter as it is, or with LoRA on linears alone."
-                )
             refuse_partitioned(tensors)
             stamp = stamp_of(model, tensors)
             if stamp is not None:
-                if not save.changes_config:
-                    # Whoever is killed before the config is written leaves weights that say so.
-                    stamp = replace(stamp, config=numbers_of(model.peft_config[adapter].to_dict()))
+                # Whoever is killed before the config is written leaves weights that say so.
+                stamp = replace(stamp, config=numbers_of(model.peft_config[adapter].to_dict()))
                 metadata = {**(metadata or {}), **stamp.to_metadata()}
         return stock(tensors, filename, metadata=metadata)
 
