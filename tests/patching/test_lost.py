@@ -221,7 +221,7 @@ def test_another_prefix_is_named_with_the_key_mapping_that_mends_it(family, chan
     with pytest.raises(LayoutError) as caught:
         PeftModel.from_pretrained(fresh(), tmp_path)
     text = str(caught.value)
-    assert f"convert {tmp_path} OUT --to peft --rename {prefix}=model.layers`" in text
+    assert f"convert {tmp_path} OUT --to peft --model BASE --rename {prefix}=model.layers`" in text
     mapping = ast.literal_eval(re.search(r"key_mapping=(\{.*?\})", text)[1])
     assert_same_lora(PeftModel.from_pretrained(fresh(), tmp_path, key_mapping=mapping), expected)
 
