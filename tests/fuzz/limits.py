@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS, GIB = 5, 2**30
+from support.limits import TRACED
+
+SECONDS, GIB = 5 * TRACED, 2**30
 
 
 class TooSlowError(BaseException):
