@@ -24,8 +24,9 @@ ROOMS: dict[str, set[str]] = {
     "layout": {"errors"},
     "adapters": {"errors", "releases", "families", "layout"},
     "model": {"errors", "releases", "families", "reasons", "layout"},
+    "quantising": {"errors", "releases", "families", "reasons", "layout", "model"},
     "forward": {"errors", "families", "reasons", "layout", "model"},
-    "patching": {"errors", "releases", "families", "reasons", "layout", "adapters", "model", "forward"},
+    "patching": {"errors", "releases", "families", "reasons", "layout", "adapters", "model", "quantising", "forward"},
     "reporting": {"errors", "releases", "families", "reasons", "layout", "model", "forward", "patching"},
     "proving": {"errors", "releases", "adapters"},
 }

@@ -1,0 +1,48 @@
+"""bitsandbytes' row-wise int8 for fused experts, which it has a parametrization for in 4 bits only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Int8Weight"]
+
+_CHUNK = 2**24  # weights that are held in float32 at a time
+
+
+class Int8Weight(nn.Module):
+    """The parametrization of a stack in int8: `original` is "E d1 d2" int8, a row of d2 weights has one scale.
+
+    Its values are those of `bitsandbytes.functional.int8_vectorwise_dequant`, rounded to `dtype`.
+
+    Attributes:
+        scales: "E d1" float32, the largest absolute value of each row.
+        shape: (E, d1, d2).
+        dtype: Of the weight, as it was before it was quantised.
+    """
+
+    scales: Tensor
+    # bitsandbytes multiplies by this float32 number, for a division by 127.
+    STEP = 7.874015718698502e-3
+
+    def __init__(self, scales: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("scales", scales)
+        self.shape = tuple(shape)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def forward(self, original: Tensor) -> Tensor:
+        """original "E d1 d2" int8 -> "E d1 d2" in `dtype`, some experts at a time."""
+        scales = self.scales.unsqueeze(-1)
+        at_once = max(1, _CHUNK // max(1, original[0].numel()))
+        if torch.compiler.is_compiling() or original.shape[0] <= at_once:  # a graph fuses it, and has no loop over E
+            return (original * scales * self.STEP).to(self.dtype)
+        out = torch.empty(original.shape, dtype=self.dtype, device=original.device)
+        for start in range(0, original.shape[0], at_once):
+            part = slice(start, start + at_once)
+            out[part] = original[part] * scales[part] * self.STEP
+        return out
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, dtype={self.dtype}"
