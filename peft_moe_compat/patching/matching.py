@@ -36,6 +36,7 @@ __all__ = [
     "live_namer",
     "live_path",
     "live_wrappers",
+    "model_type_of",
     "orientation_of",
 ]
 
@@ -90,7 +91,7 @@ def facts_of(model: Any, target_parameters: Iterable[str] = ()) -> BaseModel:
     for (path, parameter), shape in shapes.items():
         if path in holders and shape is not None and len(shape) == 2:  # but its LoRA is nested among that of stacks
             stacks[path, parameter] = (1, shape[1], shape[0])
-    return BaseModel(_model_type(inner), stacks=stacks, name=type(inner).__name__)
+    return BaseModel(model_type_of(inner), stacks=stacks, name=type(inner).__name__)
 
 
 def counterparts(paths: Iterable[str], facts: BaseModel) -> dict[str, str]:
@@ -112,7 +113,7 @@ def counterparts(paths: Iterable[str], facts: BaseModel) -> dict[str, str]:
     return found
 
 
-def _model_type(model: Any) -> str:
+def model_type_of(model: Any) -> str:
     """`model_type` of the part of a config that has the experts, without `_text`; "" for a model without a config."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):

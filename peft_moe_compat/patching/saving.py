@@ -1,6 +1,7 @@
 """Adapters stamped while they are saved, and refused where what is to be written is not the model's LoRA.
 
-Nothing is kept on any module; what is being saved stands in a context variable for the length of the call.
+Their configs say what stock PEFT finds by it (`targets`). Nothing is kept on any module; what is being saved stands in
+a context variable for the length of the call.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..model.experts import bare, features, is_transposed
 from ..model.wrappers import is_param_wrapper
 from .matching import chains, live_path, orientation_of
 from .sharding import refuse_partitioned
+from .targets import named_for_any_reader
 
 __all__ = ["safe_save_file", "save_pretrained", "stamp_of"]
 
@@ -59,7 +61,8 @@ def save_pretrained(stock: Any) -> Any:
             )
         token = _saving.set(_Save(self, Path(save_directory)))
         try:
-            return stock(self, save_directory, *args, **kwargs)
+            with named_for_any_reader(self):
+                return stock(self, save_directory, *args, **kwargs)
         finally:
             _saving.reset(token)
 

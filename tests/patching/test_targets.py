@@ -5,6 +5,8 @@ Oracles: the model that stock PEFT saved, and a base model with the updates adde
 
 from __future__ import annotations
 
+import json
+
 import peft
 import pytest
 import torch
@@ -30,6 +32,7 @@ from support.saved_adapters import (
 
 import peft_moe_compat
 from peft_moe_compat.errors import AdapterError, LayoutError
+from peft_moe_compat.families import REWRITTEN
 from peft_moe_compat.patching.opening import written_by
 
 NAMES = {
@@ -39,11 +42,8 @@ NAMES = {
     "full": ["q_proj", *(f"model.layers.0.mlp.experts.3.{name}" for name in LINEARS)],
     "pattern": r".*\.(q_proj|gate_proj|up_proj|down_proj|w1|w2|w3)",
 }
-has_shared = pytest.mark.parametrize(
-    "family",
-    SHARED
-    or [pytest.param(None, marks=pytest.mark.skip(reason="this transformers fuses no experts beside shared ones"))],
-)
+none_shared = pytest.mark.skip(reason="this transformers fuses no experts beside shared ones")
+has_shared = pytest.mark.parametrize("family", SHARED or [pytest.param(None, marks=none_shared)])
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
@@ -57,7 +57,7 @@ def test_fused_experts_that_are_targeted_keep_their_targets(family, names, tmp_p
     config = model.peft_config["default"]
     assert (config.rank_pattern, config.alpha_pattern) == ({}, {})
     model.save_pretrained(tmp_path / "again")
-    assert_equal(PeftModel.from_pretrained(fresh(), tmp_path / "again"), expected)
+    assert_same_logits(PeftModel.from_pretrained(fresh(), tmp_path / "again"), expected)
 
 
 @pytest.mark.parametrize("family", [family for family in zoo.FAMILIES if family != "nemotron_h"])
@@ -77,12 +77,15 @@ def test_so_do_those_of_another_layout(family, tmp_path):
 
 @has_shared
 @pytest.mark.parametrize("names", [LINEARS, r".*\.(gate|up|down)_proj"], ids=["list", "pattern"])
-def test_shared_experts_and_dense_layers_beside_fused_ones_keep_their_lora(family, names, tmp_path):
+def test_shared_experts_and_dense_layers_beside_fused_ones_keep_their_lora(family, names, tmp_path, stock):
     base = zoo.tiny_model(family)
     stacks, linears = peft_moe_compat.expert_parameters(base), mlp_linears(base)
     targets = [*stacks, *(f"{name}.weight" for name in linears)]
-    expected, fresh = save(tmp_path, family, target_parameters=targets)
-    change_file(tmp_path, lambda tensors: tensors, target_modules=names, target_parameters=stacks)
+    numbers = {"rank_pattern": 3, "alpha_pattern": 5}
+    patterns = {table: {"gate_proj.weight": value} for table, value in numbers.items()}
+    expected, fresh = save(tmp_path, family, target_parameters=targets, **patterns)
+    patterns = {table: {"gate_proj": value} for table, value in numbers.items()}
+    change_file(tmp_path, lambda tensors: tensors, target_modules=names, target_parameters=stacks, **patterns)
     with written_by(HERE):
         model = PeftModel.from_pretrained(fresh(), tmp_path)
     assert_same_logits(model, expected)
@@ -91,6 +94,7 @@ def test_shared_experts_and_dense_layers_beside_fused_ones_keep_their_lora(famil
         assert "default" in model.get_base_model().get_submodule(name).lora_A
     model.save_pretrained(tmp_path / "again")
     assert_same_logits(PeftModel.from_pretrained(fresh(), tmp_path / "again"), expected)
+    assert_same_logits(stock(PeftModel.from_pretrained, fresh(), tmp_path / "again"), expected)
 
 
 @has_shared
@@ -116,7 +120,33 @@ def test_shared_experts_beside_experts_one_by_one_keep_their_lora(family, names,
         with pytest.raises((LayoutError, AdapterError, RuntimeError, TypeError, ValueError)):
             PeftModel.from_pretrained(fresh(), tmp_path / "whole")
         return
-    assert_same_logits(PeftModel.from_pretrained(fresh(), tmp_path / "whole"), whole)
+    model = PeftModel.from_pretrained(fresh(), tmp_path / "whole")
+    assert_same_logits(model, whole)
+    config = model.peft_config["default"]
+    before = (config.target_modules, config.target_parameters, config.rank_pattern, config.alpha_pattern)
+    model.save_pretrained(tmp_path / "again")
+    assert before == (config.target_modules, config.target_parameters, config.rank_pattern, config.alpha_pattern)
+    assert_same_logits(stock(PeftModel.from_pretrained, fresh(), tmp_path / "again"), whole)
+    again = PeftModel.from_pretrained(fresh(), tmp_path / "again")
+    assert_same_logits(again, whole)
+    again.save_pretrained(tmp_path / "third")
+    assert_same_logits(stock(PeftModel.from_pretrained, fresh(), tmp_path / "third"), whole)
+
+
+@pytest.mark.parametrize("family", sorted(REWRITTEN.intersection(SHARED)) or [pytest.param(None, marks=none_shared)])
+def test_a_packed_linear_keeps_its_name_and_saving_says_so(family, tmp_path):
+    base = zoo.tiny_model(family)
+    stacks, linears = peft_moe_compat.expert_parameters(base), mlp_linears(base)
+    _, fresh = save(tmp_path, family, target_parameters=[*stacks, *(f"{name}.weight" for name in linears)])
+    change_file(tmp_path, lambda tensors: tensors, target_modules=LINEARS, target_parameters=stacks)
+    with written_by(HERE):
+        model = PeftModel.from_pretrained(fresh(), tmp_path)
+    held = model.get_base_model().get_submodule(linears[0]).get_base_layer()
+    held.weight = torch.nn.Parameter(held.weight.to(torch.int8), requires_grad=False)
+    with pytest.warns(peft_moe_compat.CompatWarning, match=linears[0]):
+        model.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert set(LINEARS) <= set(written["target_modules"])
 
 
 OWN_LOADER_SCRIPT = """
