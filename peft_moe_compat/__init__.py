@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from .model.wrappers import expert_loras
     from .patching.opening import written_by
     from .proving import convert_adapter
+    from .quantising.published import PackedMxfp4Config
     from .releases import LayoutRule, release_for
     from .reporting import Report, report
 
@@ -105,6 +106,7 @@ __all__ = [
     "Merge",
     "MergeVerification",
     "NoExpertParametersError",
+    "PackedMxfp4Config",
     "ParallelismError",
     "PatchConflictError",
     "PeftMoeCompatError",
@@ -137,6 +139,7 @@ _LAZY = {
     "LayoutRule": "releases",
     "Merge": "adapters.merge",
     "MergeVerification": "adapters.verify_merge",
+    "PackedMxfp4Config": "quantising.published",
     "Report": "reporting",
     "Verification": "adapters.verify",
     "convert_adapter": "proving",

@@ -23,7 +23,8 @@ SENTENCES = {
     "no_projection": "{0} is not an expert projection",
     "lora_in_8_bits": "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer",
     # Why a stored format cannot be read, and what PEFT's own forward does to one. Source: model/weights.py.
-    "mxfp4": "mxfp4 weights cannot be wrapped by PEFT; load the model with Mxfp4Config(dequantize=True)",
+    "mxfp4": "mxfp4 weights cannot be wrapped by PEFT as transformers' kernels hold them; load the model with "
+    "peft_moe_compat.PackedMxfp4Config(), or with Mxfp4Config(dequantize=True)",
     "stored_as": "base weight is stored as {0}",
     "fp4_packed": "fp4 weights are packed two to a byte, and PEFT sizes its LoRA by the packed axis",
     "scale_shape": "{0}_scale_inv is {1}; {2} were expected of blocks of {3}",

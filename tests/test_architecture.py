@@ -134,9 +134,10 @@ def test_what_a_room_never_imports(name):
     assert not foreign & NEVER.get(room(name), set())
     if not name.startswith("forward.kernels"):
         assert "triton" not in foreign
-    if room(name) in ("model", "forward", "patching", "cli", "reporting", "proving"):
+    # Which need not be there yet when the package is; `quantising.published` waits for whoever names what is in it.
+    if room(name) in ("model", "quantising", "forward", "patching", "cli", "reporting", "proving"):
         early = {target.split(".")[0] for target, ours, early in imports(name) if not ours and early}
-        assert not early & {"peft", "transformers"}  # which need not be there yet when the package is
+        assert not early & {"peft", "transformers"} or name == "quantising.published"
 
 
 def test_ours_is_imported_early_but_where_something_heavy_must_wait():

@@ -87,14 +87,16 @@ class Parametrised(Format):
     def label(self, module: nn.Module, name: str) -> str:
         first = _parametrizations(module, name)[0]
         quant_type = getattr(getattr(first, "quant_state", None), "quant_type", None)
-        return f"bnb {quant_type}" if quant_type else f"parametrised by {type(first).__name__}"
+        named: str = getattr(first, "stored_format", f"parametrised by {type(first).__name__}")
+        return f"bnb {quant_type}" if quant_type else named
 
     def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
         # Past parametrize's cache, which would keep the copy until the module's forward ends.
         return _parametrizations(module, name)()  # type: ignore[no-any-return]
 
     def shape(self, module: nn.Module, name: str) -> tuple[int, ...] | None:
-        shape = getattr(getattr(_parametrizations(module, name)[0], "quant_state", None), "shape", None)
+        first = _parametrizations(module, name)[0]
+        shape = getattr(getattr(first, "quant_state", first), "shape", None)
         return None if shape is None else tuple(shape)
 
 

@@ -1,0 +1,194 @@
+"""gpt-oss loaded packed, against the same checkpoint dequantised by transformers and trained by stock PEFT."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from support import mxfp4, zoo
+from support.mxfp4 import STACKS
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+import peft_moe_compat
+from peft_moe_compat.errors import ParallelismError, PeftMoeCompatError
+from peft_moe_compat.quantising.mxfp4 import Mxfp4Weight
+
+FLOAT32 = 2e-5
+pytestmark = pytest.mark.skipif(not zoo.FUSED, reason="the quantisers of transformers 4 cannot say how to load")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    torch.manual_seed(0)
+    return mxfp4.publish(tmp_path_factory.mktemp("gpt_oss"))
+
+
+def load(folder, config, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **kwargs)
+
+
+def packed(folder, **kwargs):
+    return load(folder, peft_moe_compat.PackedMxfp4Config(), **kwargs)
+
+
+def dequantised(folder, dtype):
+    """transformers 5.0 to 5.12 dequantise to bfloat16 whatever is asked for, which is exact."""
+    return load(folder, Mxfp4Config(dequantize=True), dtype=dtype).to(dtype)
+
+
+def experts_of(model):
+    return [module for name, module in model.named_modules() if name.endswith(".experts")]
+
+
+def test_nothing_is_dequantised_while_loading_and_all_that_is_held_is_what_was_published(published, monkeypatch):
+    monkeypatch.delattr(Mxfp4Weight, "forward")
+    model, info = packed(published, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    held, file = model.state_dict(), load_file(published / "model.safetensors")
+    in_experts = [sum(t.nbytes for name, t in each.items() if ".experts." in name) for each in (held, file)]
+    assert in_experts[0] == in_experts[1]
+    assert not any(p.requires_grad for p in model.parameters() if p.dtype == torch.uint8)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_and_logits_are_those_of_the_dequantised_model(published, dtype, implementation, stock):
+    model, plain = packed(published, dtype=dtype), dequantised(published, dtype)
+    for ours, theirs in zip(experts_of(model), experts_of(plain), strict=True):
+        for name in STACKS:
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+            assert getattr(ours, name).dtype == dtype
+    for each in (model, plain):
+        each.set_experts_implementation(implementation)
+    ids = zoo.token_ids()
+    expected = stock(plain, ids).logits
+    for logits in (stock(model, ids).logits, model(ids).logits):
+        assert (logits - expected).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-2) * expected.abs().max()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_every_gradient_equal_stock_peft_on_the_dequantised_model(published, checkpointing, tmp_path, stock):
+    ids = zoo.token_ids()
+    ours = zoo.peft_model(packed(published, dtype=torch.float32).train(), target_modules=["q_proj"])
+    ours.save_pretrained(tmp_path)
+    theirs = PeftModel.from_pretrained(dequantised(published, torch.float32).train(), tmp_path, is_trainable=True)
+    for model in (ours, theirs) if checkpointing else ():
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = canonical(theirs, stock(zoo.loss_and_gradients, theirs, ids))
+    for _ in range(2):  # nothing accumulates
+        zoo.assert_same(canonical(ours, zoo.loss_and_gradients(ours, ids)), expected, FLOAT32)
+    assert sum("lora_" in name for name in expected) == 12
+
+
+def canonical(model, gradients):
+    """Told by what a wrapper is on, since PEFT nests the wrappers of parametrised weights in another order."""
+    told = {}
+    for index, wrapper in enumerate(zoo.wrappers(model)):
+        for part in ("lora_A", "lora_B"):
+            told[id(getattr(wrapper, part)["default"].weight)] = f"{index // 2}.{wrapper.parameter_name}.{part}"
+    names = {name: told.get(id(parameter), name) for name, parameter in model.named_parameters()}
+    return {names.get(name, name): gradient for name, gradient in gradients.items()}
+
+
+def test_a_training_step_changes_the_lora_and_nothing_that_was_published(published):
+    model = zoo.peft_model(packed(published, dtype=torch.bfloat16).train())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    model(input_ids=(ids := zoo.token_ids()), labels=ids).loss.backward()
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_report_says_what_is_stored_and_that_it_runs_in_the_librarys_forward(published):
+    model = zoo.peft_model(packed(published, dtype=torch.bfloat16))
+    rows = [p for row in peft_moe_compat.report(model).rows for p in row.parameters]
+    assert {(p.name, p.format, p.path) for p in rows} == {(name, "mxfp4", "grouped_mm") for name in STACKS}
+    assert [tuple(p.shape) for p in rows] == [(6, 64, 192), (6, 96, 64)] * 2
+
+
+# Files
+
+
+def test_an_adapter_moves_between_the_packed_and_the_dequantised_model(published, tmp_path):
+    ids = zoo.token_ids()
+    model = zoo.peft_model(packed(published, dtype=torch.float32))
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    for base in (packed(published, dtype=torch.float32), dequantised(published, torch.float32)):
+        moved = PeftModel.from_pretrained(base, tmp_path)
+        assert (moved(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_is_saved_is_what_was_published_and_loads_again(published, tmp_path):
+    model = packed(published, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert_published(tmp_path, published)
+    again = packed(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def assert_published(folder, published):
+    saved, file = ({}, load_file(published / "model.safetensors"))
+    for part in folder.glob("*.safetensors"):
+        saved |= load_file(part)
+    assert saved.keys() == file.keys()
+    assert all(torch.equal(saved[name], file[name]) for name in file)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"] == mxfp4.CONFIG
+
+
+# Elsewhere than in memory
+
+
+def spread(model_folder, where, offload):
+    """The second layer elsewhere than on the CPU."""
+    here = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    devices = dict.fromkeys(here, "cpu") | {"model.layers.1": where}
+    return packed(model_folder, dtype=torch.float32, device_map=devices, offload_folder=offload)
+
+
+def test_a_layer_offloaded_to_disk_gives_the_same_logits(published, tmp_path):
+    ids = zoo.token_ids()
+    expected = packed(published, dtype=torch.float32)(ids).logits
+    model = spread(published, "disk", tmp_path / "offloaded")
+    assert experts_of(model)[1].parametrizations.down_proj.original.is_meta
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_an_automatic_device_map_counts_packed_bytes(published):
+    model = packed(published, dtype=torch.float32, device_map="auto")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+# Refused
+
+
+def test_a_checkpoint_without_mxfp4_is_refused(tmp_path):
+    zoo.tiny_model("gpt_oss").save_pretrained(tmp_path)
+    with pytest.raises(PeftMoeCompatError, match="this one has none. Load it without the config"):
+        packed(tmp_path)
+
+
+def test_another_model_is_refused(published, tmp_path):
+    zoo.tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": mxfp4.CONFIG}), encoding="utf-8")
+    with pytest.raises(PeftMoeCompatError, match="Qwen3MoeForCausalLM has no GptOssExperts"):
+        packed(tmp_path)
+
+
+def test_dequantising_the_loaded_model_is_refused_with_how_to_load_it(published):
+    with pytest.raises(PeftMoeCompatError, match=r"Mxfp4Config\(dequantize=True\)"):
+        packed(published).dequantize()
+
+
+def test_a_model_spread_over_ranks_is_refused(published):
+    model = packed(published)
+    model._device_mesh = object()
+    with pytest.raises(ParallelismError, match="tp_plan or distributed_config"):
+        model.hf_quantizer.postprocess_model(model)
