@@ -21,6 +21,7 @@ __all__ = [
     "ROLES",
     "ROLE_ORDER",
     "ROUTERS",
+    "STORED_OTHERWISE",
     "UNDECLARED_CLASSES",
     "Family",
     "RenamedExperts",
@@ -85,6 +86,8 @@ class Family:
             the classes' `_apply_gate`, or their forward.
         linears: Role -> an expert's linear in the Hub's checkpoints: as transformers 4 has it, and as readers of
             per-expert adapters want it. Source: `conversion_mapping.py` of transformers 5.24, the models of 4.57.6.
+        on_hub: Path of modules in transformers 5, or its end -> in the Hub's checkpoints: routers, shared experts,
+            attention. Source: `conversion_mapping.py` of transformers 5.24.
         block_sparse_moe: Whether the experts stand in `block_sparse_moe` there, and in `mlp` in transformers 5. Source:
             the same.
         unsloth_grouped: Whether Unsloth ran its experts with a forward of its own before it left markers, whose lora_B
@@ -105,6 +108,7 @@ class Family:
     gated: bool = True
     interleaved: bool = False
     linears: Mapping[str, str] = field(default_factory=lambda: _PROJ)
+    on_hub: Mapping[str, str] = field(default_factory=dict)
     block_sparse_moe: bool = False
     unsloth_grouped: bool = False
     undeclared: Mapping[str, bool] = field(default_factory=dict)
@@ -120,30 +124,56 @@ _GRANITE = RenamedExperts(
     "block_sparse_moe.experts",
 )
 _EXPERTS = ("gate_up_proj", "down_proj")
+_GRANITE_ROUTER = {"block_sparse_moe.router": "block_sparse_moe.router.layer"}
+_FORGET_GATE = {f"self_attn.forget_gate.{name}": f"self_attn.{name}" for name in ("f_a_proj", "f_b_proj")}
+_NORMS, _AXK2 = ("input_layernorm", "post_attention_layernorm"), (("fc1", "W_down"), ("fc2", "W_up"))
+_DEEPSEEK_V4 = {
+    "compressor.indexer.scorer.weights_proj": "indexer.weights_proj",
+    "compressor.indexer.q_b_proj": "indexer.wq_b",
+    "compressor.indexer": "indexer.compressor",
+    "compressor.gate_proj": "compressor.wgate",
+    "q_a_proj": "wq_a",
+    "q_b_proj": "wq_b",
+    "kv_proj": "wkv",
+    "o_a_proj": "wo_a",
+    "o_b_proj": "wo_b",
+    **{f"shared_experts.{name}": f"shared_experts.{_W123[role]}" for role, name in _PROJ.items()},
+    "self_attn": "attn",
+    "mlp": "ffn",
+}
 
 # model_type without `_text` -> what is known of it.
 # fmt: off
 FAMILIES: dict[str, Family] = {
     "aria": Family(StoredTransposed(declared=Version("5.18.0")), _ARIA, fused_in_4=True,
                    undeclared={"AriaGroupedExpertsGemm": True}),
+    "axk2": Family(on_hub={"self_attn.q_gate_proj": "self_attn.q_b_proj",
+                           **{f"{norm}.mlp.{name}": f"{norm}.{hub}" for norm in _NORMS for name, hub in _AXK2}}),
+    "bailing_hybrid": Family(on_hub={"self_attn.forget_gate.f_proj": "attention.f_proj",
+                                     "self_attn.o_proj": "attention.dense", "self_attn": "attention"}),
     "dbrx": Family(fused_in_4=True, flat={"DbrxExpertGLU": ("w1", "v1", "w2")}),
     "deepseek_v3": Family(unsloth_grouped=True),
-    "deepseek_v4": Family(linears=_W123),
+    "deepseek_v4": Family(linears=_W123, on_hub=_DEEPSEEK_V4),
     "ernie4_5_moe": Family(unsloth_grouped=True),
     "ernie4_5_vl_moe": Family(unsloth_grouped=True),
     "gemma4": Family(unsloth_grouped=True),
     "glm4_moe": Family(unsloth_grouped=True),
     "glm4_moe_lite": Family(unsloth_grouped=True),
+    "glm5_next": Family(on_hub=_FORGET_GATE),
     "gpt_oss": Family(StoredTransposed(declared=Version("5.0.0")), fused_in_4=True, interleaved=True,
                       unsloth_grouped=True, undeclared={"GptOssExperts": True},
                       packed={"Mxfp4GptOssExperts": _EXPERTS}, clamped=("GptOssExperts",)),
-    "granitemoe": Family(renamed=_GRANITE, fused_in_4=True, undeclared={"GraniteMoeParallelExperts": False}),
-    "granitemoehybrid": Family(renamed=_GRANITE, fused_in_4=True,
+    "granitemoe": Family(renamed=_GRANITE, fused_in_4=True, on_hub=_GRANITE_ROUTER,
+                         undeclared={"GraniteMoeParallelExperts": False}),
+    "granitemoehybrid": Family(renamed=_GRANITE, fused_in_4=True, on_hub=_GRANITE_ROUTER,
                                undeclared={"GraniteMoeHybridParallelExperts": False}),
-    "granitemoeshared": Family(renamed=_GRANITE, fused_in_4=True,
+    "granitemoeshared": Family(renamed=_GRANITE, fused_in_4=True, on_hub=_GRANITE_ROUTER,
                                undeclared={"GraniteMoeSharedParallelExperts": False}),
+    "hy_v3": Family(on_hub={"mlp.gate": "mlp.router.gate", "mlp.shared_experts": "mlp.shared_mlp"}),
+    "hy_v4": Family(on_hub={"gate_proj": "linear_gate"}),
     "jetmoe": Family(fused_in_4=True, undeclared={"JetMoeParallelExperts": False}),
-    "kimi_linear": Family(linears=_W123, block_sparse_moe=True),
+    "kimi_linear": Family(linears=_W123, on_hub=_FORGET_GATE, block_sparse_moe=True),
+    "laguna": Family(on_hub={"mlp.shared_experts": "mlp.shared_expert"}),
     "lfm2_moe": Family(linears=_W123, unsloth_grouped=True),
     "llama4": Family(StoredTransposed(), fused_in_4=True, undeclared={"Llama4TextExperts": True}),
     "longcat_flash": Family(undeclared={"LongcatFlashExperts": False}),
@@ -155,12 +185,13 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": Family(gated=False),
     "openai_privacy_filter": Family(StoredTransposed(declared=Version("5.0.0")),
                                     clamped=("OpenAIPrivacyFilterExperts",)),
-    "phimoe": Family(linears=_W123, block_sparse_moe=True),
+    "phimoe": Family(linears=_W123, on_hub={"mlp.router": "block_sparse_moe.gate"}, block_sparse_moe=True),
     "qwen3_5_moe": Family(unsloth_grouped=True),
     "qwen3_moe": Family(unsloth_grouped=True),
     "qwen3_next": Family(unsloth_grouped=True),
     "qwen3_vl_moe": Family(StoredTransposed(until=Version("5.0.0")), fused_in_4=True, unsloth_grouped=True,
                            undeclared={"Qwen3VLMoeTextExperts": True}),
+    "sarvam_moe": Family(on_hub={"self_attn.o_proj": "attention.dense"}),
     "step3p7": Family(undeclared={"Step3p7Experts": False}),
 }
 # fmt: on
@@ -206,3 +237,17 @@ REWRITTEN = frozenset({
     "qwen3_omni_moe", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
 })
 # fmt: on
+# Families whose checkpoints hold weights that are not told by a name: several in one, or parameters of other modules.
+# Source: `conversion_mapping.py` of transformers 5.24.
+STORED_OTHERWISE = frozenset(
+    {
+        "ernie4_5_vl_moe",
+        "inkling",
+        "inkling2",
+        "inkling2_loop",
+        "lara_mini",
+        "mistral_large4",
+        "sarvam_moe",
+        "step3p7",
+    }
+)

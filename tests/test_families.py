@@ -25,6 +25,7 @@ from transformers.models.auto import configuration_auto
 from peft_moe_compat.adapters import orientations as storage
 from peft_moe_compat.adapters.base_model import BaseModel
 from peft_moe_compat.adapters.names import linear_role, role_of
+from peft_moe_compat.adapters.placing import hub_paths
 from peft_moe_compat.adapters.shapes import parameter_order
 from peft_moe_compat.families import (
     FAMILIES,
@@ -32,6 +33,7 @@ from peft_moe_compat.families import (
     PACKED_CLASSES,
     REWRITTEN,
     ROUTERS,
+    STORED_OTHERWISE,
     UNDECLARED_CLASSES,
     Family,
     family,
@@ -471,6 +473,38 @@ def test_experts_stand_where_they_do_in_the_checkpoints(package):
                 found = [_converted(f"{prefix}{theirs}", package) for prefix in ("", "model.language_model.")]
                 assert any(converted.endswith(f"{path}.{name}") for converted in found), found
                 assert base.fused_path(base.per_expert_path(path)) == path
+
+
+def _whole_models():
+    """(model_type, a causal model of its default config, without weights) of families with fused experts."""
+    auto = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    for model_type in sorted(name for name in auto if package_of(name) in PACKAGES):
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type))
+        except (AttributeError, ImportError, KeyError, TypeError, ValueError):  # not made of its defaults alone
+            continue
+        if any(p.ndim == 3 and "expert" in name for name, p in model.named_parameters()):
+            yield model_type.removesuffix("_text"), model
+
+
+@pytest.mark.skipif(INSTALLED < Version("5"), reason="transformers 4 keeps the checkpoints' names")
+def test_linears_and_routers_are_called_as_in_the_checkpoints_or_the_family_is_known_not_to_tell():
+    from transformers.core_model_loading import revert_weight_conversion
+
+    compared = set()
+    for model_type, model in _whole_models():
+        kinds = {}
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and ".layers." in name and name.endswith(".weight"):
+                kinds[re.sub(r"\.\d+\.", ".N.", name)] = name, parameter
+        for name, parameter in kinds.values():
+            theirs = {hub.partition("layers.")[2] for hub in revert_weight_conversion(model, {name: parameter})}
+            path = name.partition("layers.")[2].removesuffix(".weight")
+            ours = {f"{spelled}.weight" for spelled in hub_paths(path, BaseModel(model_type))}
+            assert (len(theirs) == 1 and theirs <= ours) or model_type in STORED_OTHERWISE, (model_type, name, theirs)
+        compared.add(model_type)
+    assert len(compared) > 15
 
 
 # --- names in target_modules -----------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from support import zoo
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import __version__ as transformers_version
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import peft_moe_compat
+from peft_moe_compat.families import FAMILIES
 
 
 def logits(model, ids):
@@ -96,6 +98,46 @@ def test_a_base_saved_as_the_model_holds_it(tmp_path, family):
     peft_moe_compat.merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(logits(merged, ids), logits(model, ids), rtol=0, atol=1e-5)
+
+
+RENAMED = {
+    "deepseek_v4": {
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "q_lora_rank": 16,
+        "o_lora_rank": 8,
+        "o_groups": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 4,
+    },
+    "granitemoe": {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "hy_v3": {"moe_intermediate_size": 24, "intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2},
+    "laguna": {"moe_intermediate_size": 24, "intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2},
+    "phimoe": {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
+}
+COMMON = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in RENAMED if f in CONFIG_MAPPING_NAMES and (zoo.FUSED or FAMILIES[f].fused_in_4)]
+)
+def test_what_a_checkpoint_calls_otherwise_is_merged(family, tmp_path):
+    """Routers, shared experts and attention too, under the names that transformers writes."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **COMMON, **RENAMED[family])
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(tmp_path / "base")
+    linears = [n for n, p in base.named_parameters() if ".layers." in n and n.endswith(".weight") and p.ndim == 2]
+    model = zoo.peft_model(base, target_parameters=[*peft_moe_compat.expert_parameters(base), *linears])
+    model.save_pretrained(tmp_path / "adapter")
+    peft_moe_compat.merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    same_weights(merged, model.merge_and_unload())
+    assert peft_moe_compat.verify_merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").same
 
 
 def vision_model():

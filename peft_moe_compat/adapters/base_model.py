@@ -6,7 +6,7 @@ Read from the model's `config.json`, or made from a live model by `patching.matc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -130,6 +130,10 @@ class BaseModel:
         """Name of an expert's linear in the Hub's checkpoints: `gate_proj`, or `w1` for Mixtral's relatives."""
         return family(self.model_type).linears[role]
 
+    def hub_path(self, path: str) -> str:
+        """Path of a router, linear or shared expert in the Hub's checkpoints, given the one in transformers 5."""
+        return _renamed(path, family(self.model_type).on_hub.items())
+
     def per_expert_path(self, path: str) -> str:
         """Path of an experts module in the Hub's checkpoints, given the one in transformers 5."""
         if family(self.model_type).block_sparse_moe:
@@ -147,14 +151,22 @@ class BaseModel:
         if not family(self.model_type).block_sparse_moe:
             return path
         if form == "fused":
-            return re.sub(r"(^|\.)block_sparse_moe\.", r"\1mlp.", path)
-        return re.sub(r"(^|\.)mlp\.gate$", r"\1block_sparse_moe.gate", path)
+            back = ((hub, name) for name, hub in family(self.model_type).on_hub.items())
+            return re.sub(r"(^|\.)block_sparse_moe\.", r"\1mlp.", _renamed(path, back))
+        return re.sub(r"(^|\.)mlp\.gate$", r"\1block_sparse_moe.gate", self.hub_path(path))
 
     @property
     def parameters(self) -> dict[str, str]:
         """Role -> parameter of the fused experts in transformers 5."""
         up = {"gate_up": "gate_up_proj"} if self.gated else {"up": "up_proj"}
         return up | {"down": "down_proj"}
+
+
+def _renamed(path: str, names: Iterable[tuple[str, str]]) -> str:
+    """With parts of a path replaced, one after the other."""
+    for old, new in names:
+        path = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, path)
+    return path
 
 
 def load_base_model(model: str | Path | Mapping[str, Any] | BaseModel) -> BaseModel:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import AdapterError, AdapterFileError
-from ..families import LINEAR_NAMES, family
+from ..families import LINEAR_NAMES, STORED_OTHERWISE, family
 from .base_model import BaseModel
 from .checkpoint import PLAIN, Checkpoint, StoredWeight
 from .names import PREFIX
@@ -16,7 +16,7 @@ from .parts import Part, plain_part
 from .source import AdapterSource
 from .stored import Plain
 
-__all__ = ["Placed", "Update", "place", "replaced"]
+__all__ = ["Placed", "Update", "hub_paths", "place", "replaced"]
 
 # What a name has before and from its layer on: checkpoints and classes differ in the first part.
 _LAYER = re.compile(r"(?P<prefix>|.*?\.)(?P<tail>(?:layers|blocks|h)\.\d+\..+)")
@@ -90,7 +90,7 @@ def place(source: AdapterSource, parts: Sequence[Part], checkpoint: Checkpoint, 
         parameter = "weight" if target is None else target.rpartition(".")[2]
         wanted.append((plain_part(slot), list(_linear_options(slot.path, parameter, base))))
     names = _Names(checkpoint)
-    names.settle(wanted)
+    names.settle(wanted, base)
     found: dict[str, tuple[StoredWeight, list[Update]]] = {}
     for part, options in wanted:
         option = next(option for option in options if names.find(option.names[0]) is not None)
@@ -121,7 +121,7 @@ def _expert_options(part: Part, base: BaseModel, most: int) -> Iterator[_Option]
     # Of a part that is one half of the weight, all rows go to that half.
     into = (slice(None), halves[part.role == "up"]) if joined else whole
     own = (parameter,) if joined else dict.fromkeys((part.name, parameter))
-    places = [(path, name) for path in _paths(part.path, base) for name in own]
+    places = [(path, name) for path in hub_paths(part.path, base) for name in own]
     role = "gate_up" if joined else part.role
     if role in ("gate_up", "down"):
         renamed = [expert_parameter(base.model_type, release, part.path, role) for release in ("4.57.0", None)]
@@ -135,23 +135,24 @@ def _expert_options(part: Part, base: BaseModel, most: int) -> Iterator[_Option]
     known = [base.linear(role) for role in roles], ["w1", "w3"], ["gate_proj", "up_proj"], ["w2"], ["down_proj"]
     linears = [names for names in known if [LINEAR_NAMES.get(name) for name in names] == list(roles)]
     linears += [[name] for role in roles if len(roles) == 1 for name in LINEAR_NAMES if LINEAR_NAMES[name] == role]
-    for path in _paths(part.path, base):
+    for path in hub_paths(part.path, base):
         for names in linears:
             every = (f"{path}.{e}.{name}.weight" for e in range(part.meta.num_experts) for name in names)
             yield _Option(tuple(every), True, sides)
 
 
 def _linear_options(path: str, parameter: str, base: BaseModel) -> Iterator[_Option]:
-    for spelled in _paths(path, base):
+    for spelled in hub_paths(path, base):
         yield _Option((f"{spelled}.{parameter}",), True, ((slice(None), slice(None)),))
 
 
-def _paths(path: str, base: BaseModel) -> list[str]:
-    """A module's path, and as Mixtral's relatives have it in the other form of the model."""
-    if not family(base.model_type).block_sparse_moe:
-        return [path]
-    old, new = re.compile(r"(^|\.)block_sparse_moe(?=\.|$)"), re.compile(r"(^|\.)mlp(?=\.|$)")
-    return list(dict.fromkeys((path, new.sub(r"\1block_sparse_moe", path), old.sub(r"\1mlp", path))))
+def hub_paths(path: str, base: BaseModel) -> list[str]:
+    """A module's path, and as the Hub has it; for Mixtral's relatives, as the other form of the model has it."""
+    found = [path, base.hub_path(path)]
+    if family(base.model_type).block_sparse_moe:
+        old, new = re.compile(r"(^|\.)block_sparse_moe(?=\.|$)"), re.compile(r"(^|\.)mlp(?=\.|$)")
+        found += [new.sub(r"\1block_sparse_moe", path), old.sub(r"\1mlp", path)]
+    return list(dict.fromkeys(found))
 
 
 def _halves(rows: int, interleaved: bool) -> tuple[slice, slice]:
@@ -184,7 +185,7 @@ class _Names:
         there = self._settled.get(prefix, prefix)
         return there + tail if there in self._prefixes.get(tail, ()) else None
 
-    def settle(self, wanted: Iterable[tuple[Part, Sequence[_Option]]]) -> None:
+    def settle(self, wanted: Iterable[tuple[Part, Sequence[_Option]]], base: BaseModel) -> None:
         """Decides what stands for each prefix of the adapter: one that has a weight for every part with it.
 
         Raises:
@@ -200,7 +201,7 @@ class _Names:
                 tried = " or ".join(dict.fromkeys(repr(option.names[0]) for option in options))
                 raise AdapterError(
                     f"The LoRA on {part.name} of {part.path!r} finds no weight in {self._folder}; {tried} was looked "
-                    "for, under any prefix. Is it the adapter's base model?"
+                    f"for, under any prefix. {self._why(base)}"
                 )
             possible[prefix] = left
         for prefix, candidates in possible.items():
@@ -210,6 +211,15 @@ class _Names:
                     f"{self._folder}. Rename them in the adapter."
                 )
             self._settled[prefix] = prefix if prefix in candidates else next(iter(candidates))
+
+    def _why(self, base: BaseModel) -> str:
+        if base.model_type not in STORED_OTHERWISE:
+            return "Is it the adapter's base model?"
+        return (
+            f"Checkpoints of {base.model_type} hold some weights several in one, or under names that say nothing of "
+            "their modules; transformers changes that as it loads them. Merge into a copy as the model has it: "
+            f"from_pretrained({str(self._folder)!r}).save_pretrained(COPY, save_original_format=False)."
+        )
 
 
 def _is_tied(name: str, checkpoint: Checkpoint) -> AdapterError:
