@@ -503,6 +503,10 @@ def test_linears_and_routers_are_called_as_in_the_checkpoints_or_the_family_is_k
             path = name.partition("layers.")[2].removesuffix(".weight")
             ours = {f"{spelled}.weight" for spelled in hub_paths(path, BaseModel(model_type))}
             assert (len(theirs) == 1 and theirs <= ours) or model_type in STORED_OTHERWISE, (model_type, name, theirs)
+            if path.rpartition(".")[2] in ROUTERS and "mlp" in path and "block_sparse_moe" in min(theirs):
+                there = BaseModel(model_type).beside_experts(path, "per_expert")
+                assert {f"{there}.weight"} == theirs
+                assert BaseModel(model_type).beside_experts(there, "fused") == path
         compared.add(model_type)
     assert len(compared) > 15
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from packaging.version import Version
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import zoo
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -136,7 +137,11 @@ def test_what_a_checkpoint_calls_otherwise_is_merged(family, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     peft_moe_compat.merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    same_weights(merged, model.merge_and_unload())
+    loaded = PeftModel.from_pretrained(
+        base.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter"
+    )
+    for of_peft in (model, loaded):
+        same_weights(merged, of_peft.merge_and_unload())
     assert peft_moe_compat.verify_merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").same
 
 

@@ -35,6 +35,7 @@ from .resuming import remember_converted
 from .targets import convert_config
 
 __all__ = [
+    "convert_names",
     "convert_peft_config",
     "from_pretrained",
     "load_adapter",
@@ -221,6 +222,20 @@ def convert_peft_config(stock: Any) -> Any:
             raise LayoutError(
                 f"PEFT cannot take {load.model_id} as it is: {error} Convert it: {convert_command(load.model_id)}."
             ) from error
+
+    return replacement
+
+
+def convert_names(stock: Any) -> Any:
+    """For `convert_peft_adapter_state_dict_for_transformers` of PEFT, which renames tensors like weights.
+
+    transformers takes laguna's `mlp.shared_experts` for the Hub's `mlp.shared_expert` and one character more (5.12 to
+    5.24), and gives back the name with a dot too many.
+    """
+
+    @wraps(stock)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return {name.replace("..", "."): tensor for name, tensor in stock(*args, **kwargs).items()}
 
     return replacement
 

@@ -81,7 +81,7 @@ def replacements() -> list[Replacement]:
         _attribute(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),
         _attribute(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
         _attribute(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
-        *_of_converted_configs(),
+        *_of_conversions(),
         *_of_sharded_experts(ParamWrapper),
     ]
 
@@ -102,15 +102,22 @@ def _registry_entries() -> list[Replacement]:
     return found
 
 
-def _of_converted_configs() -> list[Replacement]:
-    """Where the targets of transformers 4 become those of 5: in PEFT from 0.19, in transformers from 5.0 to 5.12."""
+def _of_conversions() -> list[Replacement]:
+    """Where the targets of transformers 4 become those of 5: in PEFT from 0.19, in transformers from 5.0 to 5.12.
+
+    And where PEFT renames an adapter's tensors.
+    """
     if importlib.util.find_spec(REGISTRY_MODULE) is None:
         return []  # transformers 4, beside which PEFT's module cannot be imported
-    name, found = "convert_peft_config_for_transformers", []
-    for module in ("peft.utils.transformers_weight_conversion", "transformers.integrations.peft"):
+    theirs, found = "peft.utils.transformers_weight_conversion", []
+    for module, name, make in (
+        (theirs, "convert_peft_config_for_transformers", loading.convert_peft_config),
+        ("transformers.integrations.peft", "convert_peft_config_for_transformers", loading.convert_peft_config),
+        (theirs, "convert_peft_adapter_state_dict_for_transformers", loading.convert_names),
+    ):
         owner = importlib.import_module(module) if importlib.util.find_spec(module) else None
         if hasattr(owner, name):
-            found.append(_attribute(owner, name, module.partition(".")[0] + ".", loading.convert_peft_config))
+            found.append(_attribute(owner, name, module.partition(".")[0] + ".", make))
     return found
 
 
