@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import AdapterFileError
 from .files import show
 from .patterns import Expression, Patterns
+from .ranks import MAX_ALPHA, is_alpha, is_rank
 from .targets import Targets
 
 __all__ = ["AUTOMODEL_NAME", "CONFIG_NAME", "UNSLOTH_DETAIL", "UNSLOTH_LAYOUT", "AdapterConfig", "parse_config"]
@@ -30,6 +31,8 @@ def _names(value: Any) -> bool:
 
 # Field -> (what PEFT writes there, whether a value is that). None is allowed everywhere.
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a positive whole number", is_rank),
+    "lora_alpha": (f"a number below {MAX_ALPHA:g}", is_alpha),
     "peft_type": ("'LORA'", lambda value: value == "LORA"),
     "target_modules": ("names or a pattern", lambda value: isinstance(value, str) or _names(value)),
     "target_parameters": ("names", _names),

@@ -12,9 +12,9 @@ from .conclusions import Finding
 from .decide import Decision
 from .health import Numbers, examine, far, findings, gaps, not_finite
 from .outputs import LAYER
-from .parts import Part, expert_parts, plain_part
+from .parts import Part, expert_parts, open_part, plain_part
 from .shapes import slot_orientations
-from .slots import ExpertsModule, LinearSlot
+from .slots import ExpertsModule
 from .source import AdapterSource
 from .tensors import AdapterTensors
 
@@ -120,8 +120,7 @@ def _looks(module: ExpertsModule, source: AdapterSource, decision: Decision) -> 
     base = source.base
     if module.form == "fused" and not (module.path in decision.readings and decision.packing.decided):
         for slot in module.slots:
-            numbers = next(iter(slot.candidates.values()))
-            yield _Look(plain_part(LinearSlot(slot.lora_A, slot.lora_B, module.path, numbers)), settled=False)
+            yield _Look(open_part(module.path, slot), settled=False)
         return
     parts = expert_parts(module, decision, base.num_experts if base else None)
     reading = decision.readings.get(module.path)

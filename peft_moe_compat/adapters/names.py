@@ -73,6 +73,7 @@ class Place:
         depth: Of a fused pair: it is that many wrappers inside the outermost one.
         expert: Of a per-expert pair.
         name: Of an expert's linear, or of a stack.
+        native: Of a stack: whether its name is NeMo Automodel's, who has the features before the ranks.
     """
 
     form: str
@@ -80,6 +81,7 @@ class Place:
     depth: int = 0
     expert: int = 0
     name: str = ""
+    native: bool = False
 
     def __str__(self) -> str:
         if self.form == "fused":
@@ -275,7 +277,7 @@ def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
     """(place, "A" or "B") of a tensor; None where it is no experts' LoRA."""
     native = _NATIVE.match(name)
     if native and ndim == 3 and _is_experts(native["path"]):
-        return Place("stacked", native["path"], name=_NATIVE_NAMES[native["name"]]), native["factor"]
+        return Place("stacked", native["path"], name=_NATIVE_NAMES[native["name"]], native=True), native["factor"]
     match = _LORA.match(name)
     if match is None or match["adapter"] == "bias" or ndim not in (2, 3):
         return None
@@ -292,6 +294,8 @@ def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
         return (place, match["factor"]) if ndim == 2 else None
     if parameter in LINEAR_NAMES and (_is_experts(module) or (ndim == 3 and parameter in _GGUF_NAMES)):
         return Place("stacked", module, name=parameter), match["factor"]
-    if (ndim == 2 and targets.matrix(path)) or depth or parts[-1] == "experts":
+    target = targets.matrix(path)
+    known = target is not None and (ndim == 2 or role_of(path, target.rpartition(".")[2]) is not None)
+    if known or depth or parts[-1] == "experts":
         return Place("fused", path, depth), match["factor"]
     return None

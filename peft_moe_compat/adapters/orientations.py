@@ -107,11 +107,12 @@ def has_separate_experts(model_type: str, peft: str, transformers: str | None) -
     return old and not family(model_type).fused_in_4
 
 
-def expert_parameter(model_type: str, transformers: str | None, path: str, role: str) -> tuple[str, str] | None:
+def expert_parameter(model_type: str | None, transformers: str | None, path: str, role: str) -> tuple[str, str] | None:
     """(module path, parameter) of an experts projection under a transformers release, for a family that was renamed.
 
     Args:
-        model_type: Of the base model, without `_text`.
+        model_type: Of the base model, without `_text`; None where it is unknown. Then the path tells, but for
+            `mlp.experts`, which others call theirs too.
         transformers: The release; None for the newest form.
         path: Of the module under any release.
         role: `"gate_up"` or `"down"`.
@@ -119,13 +120,18 @@ def expert_parameter(model_type: str, transformers: str | None, path: str, role:
     Returns:
         None for a family that never was.
     """
-    renamed = family(model_type).renamed
-    if renamed is None:
+    rows = FAMILIES.values() if model_type is None else [family(model_type)]
+    ends = {
+        end: row.renamed
+        for row in rows
+        if row.renamed is not None
+        for end in (*row.renamed.apart.values(), row.renamed.together)
+        if model_type is not None or end != "mlp.experts"
+    }
+    end = next((end for end in ends if path == end or path.endswith(f".{end}")), None)
+    if end is None:
         return None
-    ends = (*renamed.apart.values(), renamed.together)
-    stem = next((path.removesuffix(end) for end in ends if path == end or path.endswith(f".{end}")), None)
-    if stem is None:
-        return None
+    stem, renamed = path.removesuffix(end), ends[end]
     if transformers is None or _release(transformers) >= renamed.since:
         return stem + renamed.together, {"gate_up": "gate_up_proj", "down": "down_proj"}[role]
     return stem + renamed.apart[role], "weight"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -19,7 +19,7 @@ from .shapes import slot_orientations
 from .slots import ExpertSlot, ExpertsModule, FusedSlot, LinearSlot, Slot, StackSlot
 from .steps import Step
 
-__all__ = ["Part", "expert_parts", "plain_part", "times"]
+__all__ = ["Part", "expert_parts", "open_part", "plain_part", "times"]
 
 _MAX_FOLD = 1e12  # float32 holds 1e-38 to 1e38, and the factors of LoRA lie around 1e-3
 
@@ -156,6 +156,13 @@ def plain_part(slot: LinearSlot) -> Part:
         return ExpertLora(A, B, slot.numbers.scaling)
 
     return Part(slot.path, slot.path.rpartition(".")[2], None, slot.numbers.alpha, (slot,), load)
+
+
+def open_part(path: str, slot: FusedSlot) -> Part:
+    """The LoRA of a fused slot whose reading is open: stacks as they are, a flat pair as that of a single expert."""
+    numbers = next(iter(slot.candidates.values()))
+    part = plain_part(LinearSlot(slot.lora_A, slot.lora_B, path, numbers))
+    return replace(part, load=partial(_from_stacks, slot, numbers.scaling)) if slot.unfolded else part
 
 
 def _of_expert(factor: Tensor, expert: int) -> Tensor:

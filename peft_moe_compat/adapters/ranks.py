@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import AdapterFileError
 from .files import show
 from .patterns import Patterns
 
-__all__ = ["Numbers", "lora_alpha", "lora_numbers", "lora_rank"]
+__all__ = ["MAX_ALPHA", "Numbers", "is_alpha", "is_rank", "lora_alpha", "lora_numbers", "lora_rank"]
 
-_MAX_ALPHA = 1e30  # far above any in use; float32 holds it, and its products with ranks
+MAX_ALPHA = 1e30  # far above any in use; float32 holds it, and its products with ranks
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,20 @@ class Numbers:
         return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
 
+def is_rank(value: Any) -> TypeGuard[int]:
+    """Whether a value is one of `r`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_alpha(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is one of `lora_alpha`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ALPHA
+
+
 def lora_rank(config: Mapping[str, Any], key: str) -> int:
     """Rank of the LoRA on `key`, a parameter's or linear's full name: `rank_pattern` as PEFT matches it, else `r`."""
     rank = _pattern(config, "rank_pattern", key, "r")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if not is_rank(rank):
         raise AdapterFileError(
             f"adapter_config.json gives {key!r} the rank {show(rank)}; a positive whole number was needed."
         )
@@ -43,9 +53,9 @@ def lora_rank(config: Mapping[str, Any], key: str) -> int:
 def lora_alpha(config: Mapping[str, Any], key: str) -> float:
     """alpha of the LoRA on `key`: `alpha_pattern` as PEFT matches it, else `lora_alpha`."""
     alpha = _pattern(config, "alpha_pattern", key, "lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
+    if not is_alpha(alpha):
         raise AdapterFileError(
-            f"adapter_config.json gives {key!r} the lora_alpha {show(alpha)}; a number below {_MAX_ALPHA:g} was needed."
+            f"adapter_config.json gives {key!r} the lora_alpha {show(alpha)}; a number below {MAX_ALPHA:g} was needed."
         )
     return alpha
 

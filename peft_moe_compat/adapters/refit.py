@@ -101,9 +101,15 @@ class Refit:
 
     def _module_key(self, part: Part) -> str:
         """What parts of one experts module share: its path, except in renamed families, whose parts lie apart."""
-        base = self.source.base
-        place = expert_parameter(base.model_type, None, part.path, "down") if base is not None else None
+        place = self._renamed(None, part.path, "down")
         return part.path if place is None else place[0]
+
+    def _renamed(self, transformers: str | None, path: str, role: str) -> tuple[str, str] | None:
+        """(path, parameter) that a renamed family gives a role; None for all other families."""
+        base = self.source.base
+        if base is None and self.source.form != "fused":
+            return None
+        return expert_parameter(None if base is None else base.model_type, transformers, path, role)
 
     def outputs(self, group: Mapping[str, Part]) -> tuple[list[Output], list[Step]]:
         """What becomes of a group, and what that takes."""
@@ -154,9 +160,8 @@ class Refit:
 
     def _place(self, part: Part) -> tuple[str, str]:
         """(path, parameter) of a part in the target."""
-        base = self.source.base
-        if base is not None and self.target.transformers and part.role in ("gate_up", "down"):
-            place = expert_parameter(base.model_type, self.target.transformers, part.path, part.role)
+        if self.target.transformers and part.role in ("gate_up", "down"):
+            place = self._renamed(self.target.transformers, part.path, part.role)
             if place is not None:
                 return place
         if self.source.form == "fused":

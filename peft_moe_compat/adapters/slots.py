@@ -201,7 +201,8 @@ def _expert_slot(place: Place, pair: Factors, config: AdapterConfig) -> ExpertSl
             f"{place.path!r}, {place.name}, expert {place.expert}: lora_A is {A} and lora_B {B}; 'r in', 'out r' "
             "were expected."
         )
-    numbers = lora_numbers(config.raw, f"{place.path}.{place.expert}.{place.name}", A[-2])
+    parts = (place.name, place.expert) if place.name.endswith("_projs") else (place.expert, place.name)
+    numbers = lora_numbers(config.raw, ".".join(map(str, (place.path, *parts))), A[-2])
     return ExpertSlot(*pair, place.expert, place.name, numbers)
 
 
@@ -233,7 +234,7 @@ def _layouts(place: Place, pair: Factors, config: AdapterConfig) -> list[tuple[s
     # A matrix beside a stack is one expert's, whose names overwrote each other (Megatron-Bridge's packed families).
     if (A[0] != B[0] and 1 not in (A[0], B[0])) or len(pair[0].shape) != len(pair[1].shape):
         return []
-    both = [("stacked", A[1], B[2])]
+    both = [] if place.native else [("stacked", A[1], B[2])]
     if len(pair[0].shape) == 3:
         both.append(("transposed", A[2], B[1]))
     fitting = [(layout, a) for layout, a, b in both if a == b]
@@ -264,18 +265,20 @@ def linear_slots(
         if stem == name or lora_B not in rest:
             continue
         A, B = infos[rest[name]], infos[rest[lora_B]]
-        stack_of_one = len(A.shape) == len(B.shape) == 3 and (A.shape[0], B.shape[0], B.shape[2]) == (1, 1, A.shape[1])
-        if stack_of_one or len(A.shape) == 2:
-            rank = A.shape[-2]
-            floating = is_signed_float(A.dtype) and is_signed_float(B.dtype)
-            if len(A.shape) != len(B.shape) or rank != B.shape[-1] or 0 in (*A.shape, *B.shape) or not floating:
-                raise AdapterFileError(
-                    f"{A.name!r} is {A.shape} of {A.dtype} and {B.name!r} {B.shape} of {B.dtype}; floating-point "
-                    "'r in' and 'out r' with the same r were expected. Do the two belong to the same adapter?"
-                )
-            del rest[name], rest[lora_B]
-            path = stem.removeprefix(PREFIX)
-            target = config.target_parameters.matrix(path)
-            key = path if target is None else f"{path}.{target.rpartition('.')[2]}"
-            found.append(LinearSlot(A, B, path, lora_numbers(config.raw, key, rank)))
+        same_ndim = len(A.shape) == len(B.shape)
+        stack_of_one = same_ndim and len(A.shape) == 3 and (A.shape[0], B.shape[0], B.shape[2]) == (1, 1, A.shape[1])
+        if same_ndim and len(A.shape) > 2 and not stack_of_one and A.shape[0] == B.shape[1]:
+            continue  # a convolution's
+        floating = is_signed_float(A.dtype) and is_signed_float(B.dtype)
+        fits = stack_of_one or (same_ndim and len(A.shape) == 2 and A.shape[0] == B.shape[1])
+        if not fits or 0 in (*A.shape, *B.shape) or not floating:
+            raise AdapterFileError(
+                f"{A.name!r} is {A.shape} of {A.dtype} and {B.name!r} {B.shape} of {B.dtype}; floating-point "
+                "'r in' and 'out r' with the same r were expected. Do the two belong to the same adapter?"
+            )
+        del rest[name], rest[lora_B]
+        path = stem.removeprefix(PREFIX)
+        target = config.target_parameters.matrix(path)
+        key = path if target is None else f"{path}.{target.rpartition('.')[2]}"
+        found.append(LinearSlot(A, B, path, lora_numbers(config.raw, key, A.shape[-2])))
     return tuple(found), rest

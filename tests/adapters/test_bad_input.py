@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.adapter_files import Spec, load, read_config, save, save_fused, save_per_expert
+from support.adapter_files import PREFIX, Spec, load, read_config, save, save_fused, save_per_expert
 from typer.testing import CliRunner
 
 from peft_moe_compat.adapters.convert import convert_adapter
@@ -133,6 +133,8 @@ def test_bad_files(tmp_path, case):
         {"lora_alpha": 10**400},
         {"lora_alpha": True},
         {"r": 0},
+        {"r": 1.5, "rank_pattern": {".*": 2}},
+        {"lora_alpha": "4", "alpha_pattern": {".*": 2}},
         {"peft_version": "new"},
         {"lora_B_layout": ["grouped_by_expert"]},
         {"peft_type": "IA3"},
@@ -143,6 +145,14 @@ def test_config_values_that_make_no_sense(tmp_path, values):
     source, model = adapter(tmp_path), base(tmp_path)
     (source / CONFIG).write_text(json.dumps({**read_config(source), **values}))
     assert_refused(run_convert(source, tmp_path / "out", model), tmp_path, {"in", "config.json"})
+
+
+@pytest.mark.parametrize("shapes", [((1, 2, 8), (6, 2)), ((2, 8), (1, 6, 2)), ((3, 2, 8), (3, 6, 2)), ((8,), (6,))])
+def test_a_linear_whose_factors_are_no_matrices(tmp_path, shapes):
+    stem = f"{PREFIX}model.layers.0.mlp.shared_expert.up_proj"
+    extra = {f"{stem}.lora_{x}.weight": torch.ones(shape) for x, shape in zip("AB", shapes, strict=True)}
+    source = save_per_expert(tmp_path / "in", SPEC, SPEC.factors(("gate", "up", "down")), extra=extra)
+    assert_refused(run_convert(source, tmp_path / "out", base(tmp_path)), tmp_path, {"in", "config.json"})
 
 
 @pytest.mark.parametrize("role", ["up", "gate"])

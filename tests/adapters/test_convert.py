@@ -288,6 +288,16 @@ def test_an_alpha_of_zero_changes_nothing_and_breaks_nothing(tmp_path, to, alpha
     assert_updates(read_adapter(tmp_path / "out", QWEN, 4, **how).experts, spec.updates(factors))
 
 
+def test_experts_that_were_renamed_are_known_by_their_path_where_the_model_is_not(tmp_path):
+    old = FIXTURES / "peft/peft0200-tf5121/granitemoe"
+    convert_adapter(old, tmp_path / "new", to="peft==0.21.2,transformers==5.23.0", orientation="linear")
+    targets = read_config(tmp_path / "new")["target_parameters"]
+    assert {".".join(target.split(".")[-3:]) for target in targets} == {
+        "block_sparse_moe.experts.gate_up_proj",
+        "block_sparse_moe.experts.down_proj",
+    }
+
+
 @pytest.mark.parametrize("case", ["granitemoe", "aria"])
 def test_experts_that_were_renamed_get_the_names_of_the_release_asked_for(tmp_path, case):
     """Two modules with a `weight` each in older releases of transformers, one with two parameters in newer ones."""

@@ -14,6 +14,7 @@ from support.adapter_files import (
     GPT_OSS,
     PREFIX,
     QWEN,
+    Family,
     Spec,
     assert_updates,
     attention,
@@ -241,6 +242,49 @@ def test_stacks_under_pefts_names_are_linear_whatever_the_config_claims(tmp_path
     """Of square experts the shapes say nothing, and the release in the config speaks of its flat pairs."""
     spec = Spec(QWEN, H=12, I=6)
     source, updates = written(tmp_path / "in", spec, form, peft_version="0.18.1")
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+    found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=QWEN.parameters)
+    assert_updates(found.experts, updates)
+
+
+def test_stacks_whose_nesting_is_open_are_looked_at(tmp_path):
+    """Without the model nothing tells which parameter is which."""
+    spec = Spec(FAMILIES[2])
+    source, _ = written(tmp_path / "in", spec, "for vLLM")
+    assert {finding.code for finding in inspect_adapter(source).content} == {"not_settled"}
+
+
+def test_stacks_of_a_renamed_family_are_found_by_their_targets(tmp_path):
+    """granitemoe's experts are two modules with a `weight` each before transformers 5.13."""
+    spec = Spec(Family("granitemoe", "num_local_experts", "intermediate_size"))
+    factors, tensors, targets = spec.factors(("gate_up", "down")), {}, []
+    for (layer, role), (A, B) in factors.items():
+        path = f"model.layers.{layer}.block_sparse_moe.{'output' if role == 'down' else 'input'}_linear"
+        tensors |= pair(PREFIX + path, A, B)
+        targets.append(f"{path}.weight")
+    source = save(tmp_path / "in", tensors, lora_config(spec, target_parameters=targets))
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+    found = read_adapter(tmp_path / "out", spec.family, 4, orientation="linear", nesting=QWEN.parameters)
+    assert_updates(found.experts, spec.updates(factors))
+
+
+def test_patterns_find_the_linears_of_lists_by_their_names(tmp_path):
+    """PEFT calls them `experts.down_projs.2`, not `experts.2.down_projs`."""
+    spec = Spec(GPT_OSS, layers=(0,))
+    patterns = {"experts.down_projs.2": 6, "gate_up_projs.1": 9}
+    source, updates = written(tmp_path / "in", spec, "lists", alpha_pattern=patterns)
+    updates[0, "down"][2] *= 2
+    for role in ("gate", "up"):
+        updates[0, role][1] *= 3
+    convert_adapter(source, tmp_path / "out", to="per-expert", model=spec.model())
+    assert_updates(read_adapter(tmp_path / "out", GPT_OSS, 4).experts, updates)
+
+
+@pytest.mark.parametrize("r", [2, 4])
+def test_square_factors_of_nemo_automodel_lie_as_their_names_say(tmp_path, r):
+    """Under moe_rank_scaling the config's rank is another one than theirs, and breaks no tie."""
+    spec = Spec(QWEN, H=12, I=6)
+    source, updates = written(tmp_path / "in", spec, "NeMo Automodel", r=r)
     convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
     found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=QWEN.parameters)
     assert_updates(found.experts, updates)
