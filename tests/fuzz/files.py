@@ -31,7 +31,9 @@ def _parts(file: Path) -> tuple[dict[str, Any], bytes]:
     size = int.from_bytes(raw[:8], "little")
     try:
         header = json.loads(raw[8 : 8 + size])
-    except ValueError:
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or header.keys() <= {"__metadata__"}:
         header = {"x": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}
     return header, raw[8 + size :] or b"\0\0\0\0"
 
@@ -58,6 +60,12 @@ def header_entry(folder: Path, rng: random.Random) -> str:
     header, data = _parts(file)
     name = rng.choice([name for name in header if name != "__metadata__"])
     entry = header[name]
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("data_offsets"), list)
+        or len(entry["data_offsets"]) != 2
+    ):
+        return "read"  # it was damaged before
     start, end = entry["data_offsets"]
     shapes = (entry["shape"][::-1], [1, *entry["shape"]], [], [-1, -1], [2**40, 2**40], ["a"], None, [1.0], [True])
     offsets = (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,117 +14,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fuzz.cases import DTYPES, FUSED, SINGLE, Case
 from fuzz.families import FAMILIES, PAIRS, orientation
 from fuzz.oracle import PREFIX, Facts, Meaning, lookup, scaling
+from fuzz.written import WRITERS, name_of, stacked
 
-FORMS = ("fused", "single", "single_gate_up", "stacked", "stacked_gate_up", "transposed", "shared", "gguf")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-SIZES = ((8, 6), (8, 4), (8, 8), (6, 8), (12, 5), (5, 7))
-TARGETS = ("peft==0.21.2,transformers==5.23.0", "per-expert", "vllm", "sglang", "llama.cpp")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One adapter and what is done to it, in plain values: what a failure prints, and what shrinking makes simpler.
-
-    Attributes:
-        seed: Of the numbers in it, and of what the damages choose.
-        only: Fused role that alone is adapted, "" for all.
-        pair: (PEFT, transformers) that wrote it, an index of `PAIRS`.
-        turned: Whether it is in the orientation that this pair would not write.
-        swapped: Whether the wrappers are nested the other way round.
-        packing: Of fused factors; `mark` is Unsloth's word for it, and where it stands.
-        patterns: How many patterns of ranks and alphas the config has.
-        beside: Letters: attention, router, router as parameter, shared experts, dense layer, head saved whole.
-        one_A: Whether gate and up share lora_A.
-        missing: Experts without LoRA.
-        prefix: How names begin and end: "peft", "bare", "named" (an adapter's name in them), "compiled".
-        told: Whether the caller says all there is to say; else the file alone, with the model or without.
-        damages: Names of `damages.DAMAGES`.
-        to: The readers to convert for.
-    """
-
-    seed: int = 0
-    family: str = "qwen3_moe"
-    form: str = "fused"
-    E: int = 4
-    H: int = 8
-    I: int = 6
-    r: int = 2
-    layers: int = 1
-    dtype: str = "float32"
-    alpha: float = 4
-    rslora: bool = False
-    only: str = ""
-    pair: int = len(PAIRS) - 1
-    turned: bool = False
-    swapped: bool = False
-    packing: str = "rank_major"
-    mark: str = ""
-    patterns: int = 0
-    beside: str = ""
-    one_A: bool = False
-    missing: int = 0
-    prefix: str = "peft"
-    shards: int = 1
-    told: bool = True
-    model: bool = True
-    damages: tuple[str, ...] = ()
-    to: tuple[str, ...] = TARGETS
-
-    def to_json(self) -> str:
-        """What differs from the defaults."""
-        there = asdict(self)
-        return json.dumps({f.name: there[f.name] for f in fields(self) if there[f.name] != f.default})
-
-    @classmethod
-    def from_json(cls, text: str) -> Case:
-        values = json.loads(text)
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def draw(seed: int, damages: Sequence[str]) -> Case:
-    """The case of an integer; `damages` are the names to choose from."""
-    rng = random.Random(seed)
-    family = FAMILIES[rng.choice(list(FAMILIES))]
-    form = "fused" if rng.random() < 0.45 else rng.choice(FORMS)
-    if not family.gated and form.endswith("gate_up"):
-        form = "stacked"
-    H, I = rng.choice(SIZES)
-    pairs = [i for i, (_, beside) in enumerate(PAIRS) if form != "fused" or not family.single_experts(beside)]
-    grouped = form == "fused" and rng.random() < 0.2
-    told = rng.random() < 0.6
-    counts = rng.choices((0, 1, 2), (40, 45, 15))[0]
-    targets = [f"peft=={peft},transformers=={beside}" for peft, beside in PAIRS]
-    return Case(
-        seed=seed,
-        family=family.model_type,
-        form=form,
-        E=rng.choice((2, 3, 4, 4, 8, 11)),  # one expert's LoRA is that of a matrix
-        H=H,
-        I=I,
-        r=rng.choice((1, 2, 2, 3, 4)),
-        layers=rng.choice((1, 1, 2, 3)),
-        dtype=rng.choice(("float32", "float32", *DTYPES)),
-        alpha=rng.choice((1, 2, 4, 16, 3.5, 0.1)),
-        rslora=rng.random() < 0.3,
-        only=rng.choice(("", "", "", *family.roles)) if form != "gguf" else "",
-        pair=rng.choice(pairs),
-        turned=form == "fused" and rng.random() < 0.2,
-        swapped=form == "fused" and rng.random() < 0.2,
-        packing="grouped" if grouped else "rank_major",
-        mark=rng.choice(("top", "mapping")) if form == "fused" and rng.random() < (0.7 if grouped else 0.1) else "",
-        patterns=rng.choice((0, 0, 0, 1, 2, 4)),
-        beside="".join(letter for letter in "arRsdh" if rng.random() < (0.1 if letter == "h" else 0.25)),
-        one_A=rng.random() < 0.3,
-        missing=rng.choice((0, 0, 0, 1, 2)),
-        prefix=rng.choice(("peft", "peft", "peft", "bare", "named", "compiled")),
-        shards=rng.choice((1, 1, 1, 2)),
-        told=told,
-        model=told or rng.random() < 0.7,
-        damages=tuple(rng.choice(damages) for _ in range(counts)) if damages else (),
-        to=tuple(rng.sample([*TARGETS[1:], *targets], 2)),
-    )
+OTHER_LAYERS = "trunk.layers"  # what a renamed file calls them
+AUTOMODEL = "automodel_peft_config.json"
 
 
 @dataclass
@@ -138,6 +35,8 @@ class Adapter:
         meaning: What it does.
         said: Arguments for the package's functions.
         metadata: Of the safetensors file.
+        rename: Parts of paths in the file -> what the model calls them.
+        beside: Names of further files -> what is in them.
     """
 
     tensors: dict[str, Tensor]
@@ -147,9 +46,11 @@ class Adapter:
     meaning: Meaning
     said: dict[str, Any]
     metadata: dict[str, str]
+    rename: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
 
 
-class _Making:
+class Making:
     """Makes the adapter of a case."""
 
     def __init__(self, case: Case) -> None:
@@ -166,7 +67,8 @@ class _Making:
     def roles(self) -> tuple[str, ...]:
         """Of the file's own form."""
         case, family = self.case, self.family
-        whole = case.form in ("fused", "single_gate_up", "stacked_gate_up") or not family.gated
+        together = ("fused", "unfolded", "single_gate_up", "stacked_gate_up", "native", "listed")
+        whole = case.form in together or not family.gated
         if not case.only:
             return family.roles if whole else family.apart_roles
         return (case.only,) if whole or case.only == "down" else ("gate", "up")
@@ -176,16 +78,18 @@ class _Making:
         case, family = self.case, self.family
         for layer in range(self.first, self.first + case.layers):
             for role in self.roles():
-                if case.form == "fused":
+                name = name_of(case.family, case.form, case.way, role)
+                if case.form in FUSED:
                     path, name = family.place(role, PAIRS[case.pair][1])
                     yield layer, role, f"{path.format(layer)}.{name}"
-                elif case.form.startswith("single"):
-                    name = "gate_up_proj" if role == "gate_up" else family.linear(role)
+                elif case.form == "listed":
+                    yield layer, role, f"{family.path.format(layer)}.{name}s.{{}}"
+                elif case.form in SINGLE:
                     yield layer, role, f"{family.apart_path().format(layer)}.{{}}.{name}"
                 elif case.form == "gguf":
                     yield layer, role, f"blk.{layer}.ffn_{role}_exps"
                 else:
-                    yield layer, role, f"{family.path.format(layer)}.{role}_proj"
+                    yield layer, role, f"{family.path.format(layer)}.{name}"
 
     def beside(self) -> dict[str, tuple[int, int]]:
         """Path of an ordinary module with LoRA -> (in, out)."""
@@ -209,7 +113,7 @@ class _Making:
     def patterns(self) -> None:
         """Random tables, in every way in which people write patterns; what they reach is what `lookup` says."""
         keys = [name.format(0) for _, _, name in self.places()] + list(self.beside())
-        singles = self.case.form.startswith("single")
+        singles = self.case.form in SINGLE
         for table, values in (("rank_pattern", (1, 2, 3, 4)), ("alpha_pattern", (1, 2, 5, 0.5, 8))):
             found: dict[str, Any] = {}
             for _ in range(self.rng.randint(0, self.case.patterns)):
@@ -238,11 +142,18 @@ class _Making:
         return self.random(experts, rank, fan_in), self.random(experts, fan_out, rank)
 
     def write(self, module: str, A: Tensor, B: Tensor) -> None:
+        self.put(module, {"A": A, "B": B})
+
+    def put(self, module: str, factors: Mapping[str, Tensor]) -> None:
+        """One LoRA, or one side of it, under a module's name; NeMo's parameters begin the last part."""
         if self.case.prefix == "compiled":
             module = module.replace(".layers.", ".layers._orig_mod.", 1)
         start = "" if self.case.prefix == "bare" else PREFIX
         end = ".default.weight" if self.case.prefix == "named" else ".weight"
-        self.tensors |= {f"{start}{module}.lora_A{end}": A.contiguous(), f"{start}{module}.lora_B{end}": B.contiguous()}
+        own = module.rpartition(".")[2].startswith("lora_")
+        for half, factor in factors.items():
+            name = f"{module}_{half}" if own else f"{module}.lora_{half}{end}"
+            self.tensors[start + name] = factor.contiguous()
 
     def keep(self, layer: int, role: str, update: Tensor, halves: bool = False) -> None:
         if role != "gate_up":
@@ -255,53 +166,6 @@ class _Making:
         for part, which in rows.items():
             self.meaning.experts[layer, part] = update[:, which]
 
-    def fused(self, facts: Facts) -> None:
-        E = self.case.E
-        for layer, role, key in self.places():
-            rank = lookup(self.config, "rank_pattern", "r", key)
-            A, B = self.factors(role, rank, E)
-            self.keep(layer, role, (B.double() @ A.double()) * scaling(self.config, key, rank))
-            rows, columns = (A, B) if facts.orientation == "linear" else (B.transpose(1, 2), A.transpose(1, 2))
-            order = "q r E" if facts.packing == "rank_major" else "q E r"
-            wide = columns.permute(1, 2, 0) if order == "q r E" else columns.permute(1, 0, 2)
-            path = key.rpartition(".")[0]
-            here = [one for one in facts.nesting if self.family.place(one, facts.pair[1])[0].format(layer) == path]
-            depth = len(here) - 1 - here.index(role)
-            self.write(path + ".base_layer" * depth, rows.reshape(E * rank, -1), wide.reshape(wide.shape[0], -1))
-            self.parameters.append(key)
-
-    def single(self) -> None:
-        case = self.case
-        shared: dict[tuple[int, int, int], Tensor] = {}
-        absent = set(self.rng.sample(range(case.E), min(case.missing, case.E - 1)))
-        for layer, role, name in self.places():
-            fan_in, fan_out = self.family.size(role, case.H, case.I)
-            stack = torch.zeros(case.E, fan_out, fan_in, dtype=torch.float64)
-            for e in (e for e in range(case.E) if e not in absent):
-                key = name.format(e)
-                rank = lookup(self.config, "rank_pattern", "r", key)
-                A, B = (factor[0] for factor in self.factors(role, rank, 1))
-                if case.one_A and role in ("gate", "up"):
-                    A = shared.setdefault((layer, e, rank), A)
-                stack[e] = (B.double() @ A.double()) * scaling(self.config, key, rank)
-                self.write(key, A, B)
-            self.keep(layer, role, stack, halves=True)
-            self.linears.append(name.rpartition(".")[2])
-
-    def stacked(self) -> None:
-        case = self.case
-        for layer, role, key in self.places():
-            rank = lookup(self.config, "rank_pattern", "r", key)
-            A, B = self.factors(role, rank, 1 if case.form == "shared" else case.E)
-            update = (B.double() @ A.double()) * scaling(self.config, key, rank)
-            self.keep(layer, role, update.expand(case.E, -1, -1))
-            if case.form == "shared":
-                A, B = A[0], B[0]
-            elif case.form == "transposed":
-                A, B = A.transpose(1, 2), B.transpose(1, 2)
-            self.write(key, A, B)
-            self.linears.append(key.rpartition(".")[2])
-
     def make(self) -> Adapter:
         case, family = self.case, self.family
         pair = PAIRS[case.pair]
@@ -310,24 +174,23 @@ class _Making:
         nesting = tuple(role for role in family.roles if role in self.roles())
         if case.swapped:
             nesting = nesting[::-1]
-        transposed = case.form == "transposed"
+        transposed = case.form in ("transposed", "native")
         facts = Facts(family, case.E, case.H, case.I, turned, case.packing, nesting, pair, transposed)
+        facts = replace(facts, scaled=case.mark == "scaled")
+        self.facts = facts
         self.config = {"r": case.r, "lora_alpha": case.alpha, "use_rslora": case.rslora}
         self.patterns()
-        if case.form == "fused":
-            self.fused(facts)
-        elif case.form.startswith("single"):
-            self.single()
-        else:
-            self.stacked()
+        WRITERS.get(case.form, stacked)(self)
+        if case.mark == "scaled":  # the experts' rank is r over the experts per token
+            self.config["r"] *= 2
         self.others()
         said: dict[str, Any] = {}
-        if case.told and case.form == "fused":
-            said = {"orientation": turned, "packing": case.packing}
+        if case.told and case.form in FUSED:
+            said = {"orientation": turned, "packing": case.packing} if case.form == "fused" else {}
             said["nesting"] = [family.place(role, pair[1])[1] for role in facts.nesting]
             if said["nesting"] == ["weight"] * len(said["nesting"]):
                 del said["nesting"]
-        elif case.form == "fused":  # what neither the file nor its writer can tell
+        elif case.form in FUSED:  # what neither the file nor its writer can tell
             if case.packing == "grouped" and not case.mark:
                 said["packing"] = case.packing
             square = any(len(set(family.size(role, case.H, case.I))) == 1 for role in nesting)
@@ -336,7 +199,37 @@ class _Making:
         model = family.config(case.E, case.H, case.I)
         if case.model:
             said["model"] = model
-        return Adapter(self.tensors, self.config, model, facts, self.meaning, said, {"format": "pt"})
+        adapter = Adapter(self.tensors, self.config, model, facts, self.meaning, said, {"format": "pt"})
+        if case.mark in ("automodel", "scaled"):
+            self.automodel(adapter)
+        if case.renamed:
+            self.rename(adapter)
+        return adapter
+
+    def automodel(self, adapter: Adapter) -> None:
+        """NeMo's own file, and without what its config has not."""
+        case, version = self.case, adapter.facts.pair[0]
+        adapter.beside[AUTOMODEL] = {"moe_rank_scaling": case.mark == "scaled", "target_modules": ["*.experts"]}
+        if case.form == "fused" and not (version < "0.19" and case.way):
+            adapter.beside[AUTOMODEL]["paramwrapper_layout"] = "peft-0.18" if version < "0.19" else "peft-0.19.1"
+        adapter.config.pop("peft_version", None)
+
+    def rename(self, adapter: Adapter) -> None:
+        """The layers under another name, in the tensors and wherever the config speaks of them."""
+        old = self.family.path.partition(".{}")[0]
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, str):
+                return re.sub(rf"(^|[.(^]){re.escape(old)}(?=\\?\.)", rf"\g<1>{OTHER_LAYERS}", value)
+            if isinstance(value, dict):
+                return {changed(key): one for key, one in value.items()}
+            return [changed(one) for one in value] if isinstance(value, list) else value
+
+        adapter.tensors = {changed(name): tensor for name, tensor in adapter.tensors.items()}
+        for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+            adapter.config[name] = changed(adapter.config[name])
+        adapter.rename = {OTHER_LAYERS: old}
+        adapter.facts = replace(adapter.facts, rename=(OTHER_LAYERS, old))
 
     def others(self) -> None:
         """Everything that is no LoRA of experts, and the rest of the config."""
@@ -370,7 +263,7 @@ class _Making:
             self.meaning.rest[PREFIX + "lm_head.weight"] = head
             config["modules_to_save"] = ["lm_head"]
         version = PAIRS[case.pair][0]
-        if case.form in ("fused", "single") and not version.startswith("0.17"):
+        if case.form in (*FUSED, "single", "listed") and not version.startswith("0.17"):
             config["peft_version"] = version
         if self.rng.random() < 0.3 and config["target_parameters"] and case.form == "fused":
             config["target_parameters"] = sorted({".".join(t.split(".")[-2:]) for t in config["target_parameters"]})
@@ -384,7 +277,7 @@ class _Making:
 
 def make(case: Case) -> Adapter:
     """The adapter of a case, without its damages."""
-    return _Making(replace(case, damages=())).make()
+    return Making(replace(case, damages=())).make()
 
 
 def save(adapter: Adapter, folder: Path, shards: int = 1) -> None:
@@ -392,6 +285,8 @@ def save(adapter: Adapter, folder: Path, shards: int = 1) -> None:
     folder.mkdir()
     adapter.tensors = {name: tensor.contiguous().clone() for name, tensor in adapter.tensors.items()}
     (folder / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2))
+    for name, content in adapter.beside.items():
+        (folder / name).write_text(json.dumps(content))
     names = list(adapter.tensors)
     if shards == 1 or len(names) < shards:
         file = folder / "adapter_model.safetensors"

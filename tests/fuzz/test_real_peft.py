@@ -9,12 +9,12 @@ import transformers
 from packaging.specifiers import SpecifierSet
 from peft import PeftModel
 from peft import __version__ as PEFT
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from support import zoo
 
+from fuzz.cases import draw
 from fuzz.families import FAMILIES, PAIRS
-from fuzz.made import draw, make, save
-from fuzz.oracle import Meaning
+from fuzz.loading import added
+from fuzz.made import make, save
 from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.inspect import inspect_adapter
 
@@ -23,23 +23,9 @@ HERE = next((i for i, pair in enumerate(PAIRS) if pair[0] == PEFT), len(PAIRS) -
 
 
 def loaded(folder, family):
-    """What PEFT adds to a tiny model: (layer, role) -> updates of gate_up or down, path -> update of a linear."""
+    """What PEFT adds to a tiny model."""
     model = PeftModel.from_pretrained(zoo.tiny_model(family.model_type), str(folder))
-    transposed, _ = family.held(transformers.__version__)
-    found = Meaning()
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or "default" not in getattr(module, "lora_A", {}):
-            continue
-        path = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        delta = module.get_delta_weight("default").detach().double()
-        if not isinstance(module, ParamWrapper) or delta.ndim == 2:
-            found.linears[path] = delta
-            continue
-        delta = delta.transpose(1, 2) if transposed else delta
-        layer = int(path.split(".layers.")[1].split(".")[0])
-        rows = family.halves(delta.shape[1]) if module.parameter_name.startswith("gate_up") else {"down": slice(None)}
-        found.experts |= {(layer, role): delta[:, which] for role, which in rows.items()}
-    return found
+    return added(model, family, transformers.__version__)
 
 
 def cases():
@@ -49,7 +35,7 @@ def cases():
         alike = [c for c in drawn if c.family == name and c.form in ("fused", "single") and c.prefix == "peft"]
         for case in alike[:5]:
             beside = "".join(letter for letter in case.beside if letter == "R")
-            plain = {"dtype": "float32", "missing": 0, "shards": 1, "model": True, "told": True}
+            plain = {"dtype": "float32", "missing": 0, "shards": 1, "model": True, "told": True, "renamed": False}
             yield replace(case, E=E, H=H, I=I, layers=2, beside=beside, pair=HERE, **plain)
 
 
