@@ -11,7 +11,7 @@ from typing import Any
 from ..model.experts import REGISTRY_MODULE
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS
-from . import hotswap, loading, resuming, saving, sharding
+from . import hotswap, loading, parametrised, resuming, saving, sharding
 from .forward import experts_registry, registered_forward, wrapper_forward
 from .resuming import forget_converted
 
@@ -59,6 +59,7 @@ def replacements() -> list[Replacement]:
     import transformers.modeling_utils
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.lora.model import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
     from transformers.integrations.peft import PeftAdapterMixin
 
     peft_model, swapping, modeling = peft.peft_model, peft.utils.hotswap, transformers.modeling_utils
@@ -76,6 +77,7 @@ def replacements() -> list[Replacement]:
         _attribute(peft, "load_peft_weights", "peft.", loading.load_peft_weights),
         _attribute(swapping, "load_peft_weights", "peft.", loading.load_weights_to_swap),
         _attribute(LoraModel, "_prepare_model", "peft.", loading.prepare_model),
+        _attribute(BaseTuner, "_inject_parameters", "peft.", parametrised.inject_parameters),
         _attribute(PreTrainedModel, "_load_pretrained_model", "transformers.", loading.load_pretrained_model),
         _attribute(PeftModel, "save_pretrained", "peft.", saving.save_pretrained),
         _attribute(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),

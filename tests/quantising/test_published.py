@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support import mxfp4, zoo
 from support.mxfp4 import STACKS
@@ -77,20 +77,10 @@ def test_loss_and_every_gradient_equal_stock_peft_on_the_dequantised_model(publi
     theirs = PeftModel.from_pretrained(dequantised(published, torch.float32).train(), tmp_path, is_trainable=True)
     for model in (ours, theirs) if checkpointing else ():
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    expected = canonical(theirs, stock(zoo.loss_and_gradients, theirs, ids))
+    expected = stock(zoo.loss_and_gradients, theirs, ids)
     for _ in range(2):  # nothing accumulates
-        zoo.assert_same(canonical(ours, zoo.loss_and_gradients(ours, ids)), expected, FLOAT32)
+        zoo.assert_same(zoo.loss_and_gradients(ours, ids), expected, FLOAT32)
     assert sum("lora_" in name for name in expected) == 12
-
-
-def canonical(model, gradients):
-    """Told by what a wrapper is on, since PEFT nests the wrappers of parametrised weights in another order."""
-    told = {}
-    for index, wrapper in enumerate(zoo.wrappers(model)):
-        for part in ("lora_A", "lora_B"):
-            told[id(getattr(wrapper, part)["default"].weight)] = f"{index // 2}.{wrapper.parameter_name}.{part}"
-    names = {name: told.get(id(parameter), name) for name, parameter in model.named_parameters()}
-    return {names.get(name, name): gradient for name, gradient in gradients.items()}
 
 
 def test_a_training_step_changes_the_lora_and_nothing_that_was_published(published):
@@ -114,14 +104,46 @@ def test_report_says_what_is_stored_and_that_it_runs_in_the_librarys_forward(pub
 # Files
 
 
-def test_an_adapter_moves_between_the_packed_and_the_dequantised_model(published, tmp_path):
+ENDINGS = [f"experts.{name}" for name in STACKS]
+
+
+def test_the_files_of_an_adapter_are_those_that_stock_peft_saves_from_a_plain_model(published, tmp_path, stock):
+    """Tensors, bit for bit, and config. No stack is dequantised to put LoRA on it."""
+    names = []
+    for folder, base, run in (
+        (tmp_path / "ours", packed(published, dtype=torch.bfloat16), lambda function, *args: function(*args)),
+        (tmp_path / "theirs", dequantised(published, torch.bfloat16), stock),
+    ):
+        torch.manual_seed(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(Mxfp4Weight, "forward")
+            config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=ENDINGS)
+            model = run(get_peft_model, base, config)
+        run(model.save_pretrained, folder)
+        names.append([name for name, p in model.named_parameters() if p.requires_grad])
+    assert names[0] == names[1]
+    ours, theirs = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    configs = [(tmp_path / each / "adapter_config.json").read_text(encoding="utf-8") for each in ("ours", "theirs")]
+    assert configs[0] == configs[1]
+
+
+def test_an_adapter_of_a_plain_model_loads_onto_the_packed_one(published, tmp_path, stock):
     ids = zoo.token_ids()
-    model = zoo.peft_model(packed(published, dtype=torch.float32))
-    expected = model(ids).logits
-    model.save_pretrained(tmp_path)
-    for base in (packed(published, dtype=torch.float32), dequantised(published, torch.float32)):
-        moved = PeftModel.from_pretrained(base, tmp_path)
-        assert (moved(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    plain = zoo.peft_model(dequantised(published, torch.float32), target_parameters=ENDINGS)
+    plain.save_pretrained(tmp_path)
+    expected = stock(plain, ids).logits
+    model = PeftModel.from_pretrained(packed(published, dtype=torch.float32), tmp_path)
+    assert (model(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_module_is_what_it_was_when_peft_refuses_a_config(published):
+    model = packed(published, dtype=torch.float32)
+    before = [(name, [*module._parameters], [*module._modules]) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match="lora_dropout"):
+        get_peft_model(model, LoraConfig(target_modules=[], target_parameters=ENDINGS, lora_dropout=0.1))
+    assert [(name, [*module._parameters], [*module._modules]) for name, module in model.named_modules()] == before
 
 
 def test_what_is_saved_is_what_was_published_and_loads_again(published, tmp_path):
