@@ -23,11 +23,13 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CHUNK = 4 << 20  # bytes of packed numbers dequantised at once; the scratch beside the result is 10 times as large
 
 
-@cache
-def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """ "256 2": the two numbers of each byte, the one in the low bits first."""
     values = torch.tensor((*_VALUES, *(-value for value in _VALUES)), dtype=dtype)
     return torch.stack((values.repeat(16), values.repeat_interleave(16)), 1).to(device)
+
+
+_kept_table = cache(_table)
 
 
 class Mxfp4Weight(nn.Module):
@@ -62,8 +64,9 @@ class Mxfp4Weight(nn.Module):
         """The weight, "E in out" laid out as "E out in": the transpose of what is stored, without another copy."""
         E, in_features, out_features = self.shape
         weight = torch.empty(E * out_features, in_features, dtype=self.dtype, device=blocks.device)
-        rows = len(weight) if torch.compiler.is_compiling() else max(1, 2 * _CHUNK // in_features)
-        pairs = _pairs(self.dtype, blocks.device)
+        in_graph = torch.compiler.is_compiling()
+        rows = len(weight) if in_graph else max(1, 2 * _CHUNK // in_features)
+        pairs = (_table if in_graph else _kept_table)(self.dtype, blocks.device)
         packed, exponents = blocks.reshape(len(weight), -1, BLOCK // 2), self.scales.reshape(len(weight), -1)
         for start in range(0, len(weight), rows):
             part = slice(start, start + rows)

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support import mxfp4, zoo
 from support.mxfp4 import STACKS
+from support.processes import result_of
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import peft_moe_compat
@@ -51,6 +52,29 @@ def test_nothing_is_dequantised_while_loading_and_all_that_is_held_is_what_was_p
     in_experts = [sum(t.nbytes for name, t in each.items() if ".experts." in name) for each in (held, file)]
     assert in_experts[0] == in_experts[1]
     assert not any(p.requires_grad for p in model.parameters() if p.dtype == torch.uint8)
+
+
+# VmHWM, not ru_maxrss: that one starts at the parent's own size.
+_PEAK = """
+import json, sys, torch, transformers, peft_moe_compat
+from transformers.models.gpt_oss import modeling_gpt_oss
+import transformers.integrations.mxfp4
+
+def peak():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+config = peft_moe_compat.PackedMxfp4Config()
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.bfloat16)
+before = peak()
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=config, dtype=torch.bfloat16)
+print("RESULT", json.dumps(peak() - before))
+"""
+
+
+def test_the_peak_of_memory_while_loading_is_what_the_file_has(published, tmp_path):
+    large = mxfp4.publish(tmp_path, hidden_size=1024, intermediate_size=1024) / "model.safetensors"
+    size = large.stat().st_size  # 21 MB; the experts alone are 76 MB in bfloat16
+    assert result_of(_PEAK, published, tmp_path, timeout=120) < 1.1 * size + (8 << 20)
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from support import zoo
@@ -13,6 +14,8 @@ from torch.nn.utils import parametrize
 from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig, quantize_
 from transformers import FineGrainedFP8Config
 from transformers.integrations import finegrained_fp8
+
+from peft_moe_compat.quantising.mxfp4 import hold_packed
 
 from . import models
 
@@ -75,6 +78,21 @@ def to_fp8(model):
                 fp8._parameters[key] = nn.Parameter(value, requires_grad=False)
 
 
+def to_mxfp4(model):
+    """Every weight to the nearest of 16 numbers, times the least power of two that reaches a block's largest."""
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    for experts in experts_of(model):
+        for name in PROJECTIONS:
+            weight = experts._parameters[name].detach().transpose(1, 2)
+            rows = weight.unflatten(-1, (-1, 32))
+            power = (rows.abs().amax(-1) / 6).log2().ceil()
+            codes = (rows.unsqueeze(-1) / 2 ** power[..., None, None] - numbers).abs().argmin(-1).to(torch.uint8)
+            hold_packed(experts, name)
+            held = experts.parametrizations[name]
+            held.original.data.copy_(codes[..., ::2] | codes[..., 1::2] << 4)
+            held[0].scales.copy_(power + 127)
+
+
 QUANTISE = {
     "bnb nf4": to_bnb4("nf4"),
     "bnb fp4": to_bnb4("fp4"),
@@ -82,7 +100,13 @@ QUANTISE = {
     "torchao Int8Tensor": to_torchao(Int8WeightOnlyConfig),
     "torchao Float8Tensor": to_torchao(Float8WeightOnlyConfig),
     "fp8 (fine-grained)": to_fp8,
+    "mxfp4": to_mxfp4,
 }
+
+
+def family_of(stored: str) -> str:
+    """What a format is tried on: nothing but gpt-oss is published in MXFP4."""
+    return "gpt_oss" if stored == "mxfp4" else "qwen3_moe"
 
 
 def experts_of(model):
@@ -102,7 +126,9 @@ def experts_at_the_bottom(model):
 
 
 def base_model(stored: str) -> Any:
-    model = models.base_model("qwen3_moe", hidden_size=H, moe_intermediate_size=I)
+    family = family_of(stored)
+    sizes = {"intermediate_size": I} if family == "gpt_oss" else {"moe_intermediate_size": I}
+    model = models.base_model(family, hidden_size=H, **sizes)
     if stored:
         QUANTISE[stored](model)
     return model

@@ -23,11 +23,12 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 import peft_moe_compat
 from peft_moe_compat.errors import CompatWarning, NoExpertParametersError, PeftMoeCompatError
 
-from .quantised_models import BLOCK, PROJECTIONS, QUANTISE, H, I, experts_at_the_bottom, experts_of, to_fp8
+from .quantised_models import BLOCK, PROJECTIONS, QUANTISE, H, I, experts_at_the_bottom, experts_of, family_of, to_fp8
 
 FLOAT32 = 2e-5
-CASES = [("qwen3_moe", stored) for stored in QUANTISE]
-CASES += [("gpt_oss", stored) for stored in QUANTISE if not stored.startswith("fp8")]  # FP8Experts takes no bias
+CASES = [(family_of(stored), stored) for stored in QUANTISE]
+# FP8Experts takes no bias.
+CASES += [("gpt_oss", stored) for stored in QUANTISE if not stored.startswith("fp8") and family_of(stored) != "gpt_oss"]
 
 
 def tiny(family="qwen3_moe"):
@@ -162,7 +163,7 @@ def kept_for_backward(model, ids):
 
 @pytest.mark.parametrize("stored", QUANTISE)
 def test_no_dequantised_stack_is_kept_for_the_backward(stored):
-    model = tiny()
+    model = tiny(family_of(stored))
     QUANTISE[stored](model)
     model = zoo.peft_model(model)
     for p in model.parameters():  # so that not one product is without a backward
@@ -203,13 +204,13 @@ def test_each_stack_is_dequantised_once_forward_and_once_backward():
     assert len(calls) == 8, "naming a weight takes no dequantising"
 
 
-@pytest.mark.parametrize("stored", ["bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)"])
+@pytest.mark.parametrize("stored", ["bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)", "mxfp4"])
 def test_bfloat16_is_bit_equal_to_plain_weights(stored):
     """So what is tested of plain weights in low precision holds for these."""
-    plain = tiny().to(torch.bfloat16)
+    plain = tiny(family_of(stored)).to(torch.bfloat16)
     quantised = copy.deepcopy(plain)
     QUANTISE[stored](quantised)
-    if stored.startswith("bnb"):
+    if stored.startswith(("bnb", "mxfp4")):
         assert experts_of(quantised)[0].down_proj.dtype == torch.bfloat16
     quantised, plain = zoo.peft_model(quantised), zoo.peft_model(plain)
     share(quantised, plain)
@@ -243,9 +244,9 @@ def test_fp8_is_dequantised_to_the_dtype_of_autocast_where_that_is_on():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("stored", ["bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)"])
+@pytest.mark.parametrize("stored", ["bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)", "mxfp4"])
 def test_activation_checkpointing_changes_nothing(stored, reentrant):
-    quantised, _ = pair("qwen3_moe", stored)
+    quantised, _ = pair(family_of(stored), stored)
     quantised.enable_input_require_grads()
     ids = zoo.token_ids()
     before = zoo.loss_and_gradients(quantised, ids)
@@ -279,8 +280,9 @@ def offload_by_hooks(experts):
         add_hook_to_module(parametrized, AlignDevicesHook("cpu", offload=True, weights_map=weights))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("stored", ["bnb nf4", "parametrised by Int8"])
+@pytest.mark.parametrize(
+    ("family", "stored"), [case for case in CASES if case[1] in ("bnb nf4", "parametrised by Int8", "mxfp4")]
+)
 def test_training_over_offloaded_parametrised_weights(family, stored):
     from accelerate import cpu_offload
 
@@ -310,9 +312,9 @@ def test_upstream_accelerate_does_not_find_4bit_parametrised_weights():
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("stored", ["bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)"])
+@pytest.mark.parametrize("stored", ["bnb nf4", "torchao Int8Tensor", "fp8 (fine-grained)", "mxfp4"])
 def test_fullgraph_compile_keeps_no_dequantised_stack_either(stored, checkpointed):
-    quantised, _ = pair("qwen3_moe", stored)
+    quantised, _ = pair(family_of(stored), stored)
     layer = quantised.base_model.model.model.layers[0].mlp.experts
     index, weights = zoo.routing(6)
     given = {"hidden_states": torch.randn(zoo.T, H), "top_k_index": index, "top_k_weights": weights}
@@ -451,7 +453,7 @@ def test_an_adapter_whose_wrappers_stock_peft_nested_otherwise_is_read_as_what_i
 
 @pytest.mark.parametrize("stored", QUANTISE)
 def test_an_adapter_saved_from_a_quantised_base_loads_onto_it_again(stored, tmp_path):
-    quantised, _ = pair("qwen3_moe", stored)
+    quantised, _ = pair(family_of(stored), stored)
     ids = zoo.token_ids()
     before = zoo.loss_and_gradients(quantised, ids)
     quantised.save_pretrained(tmp_path)
