@@ -48,9 +48,8 @@ def target_config(
             config["peft_version"] = target.peft
     steps = _fit_for_parameters(config) if how.form == "fused" and target.peft is not None else []
     _retarget(config, how, experts, [output.path for output in linears] + list(others))
-    if target.reader.everything:  # it finds patterns by the name of what is targeted, others by the module's
-        targets = Targets(config["target_parameters"] or ())
-        linears = [_keyed(output, named_as(targets, output.path)) for output in linears]
+    targets = Targets(config["target_parameters"] or ())
+    linears = [_keyed(output, named_as(targets, output.path), target.reader.everything) for output in linears]
     ranks = {output: output.part.meta.rank for output in (*experts, *linears)}
     alphas = {output: number(output.part.alpha) for output in (*experts, *linears)}
     for name, values in (("r", ranks), ("lora_alpha", alphas)):
@@ -75,8 +74,12 @@ def _fit_for_parameters(config: dict[str, Any]) -> list[Step]:
     return [Step("dropout", (dropout,))] if dropout else []
 
 
-def _keyed(output: Output, key: str) -> Output:
-    return replace(output, keys=(key,), pattern=key, full_pattern=key)
+def _keyed(output: Output, name: str, by_name: bool) -> Output:
+    """Found by the name of what is targeted, as PEFT does; unless `by_name`, by the module's too, as others do."""
+    if by_name or name == output.path:
+        return replace(output, keys=(name,), pattern=name, full_pattern=name)
+    pattern = rf"{output.path}(\.{name.rpartition('.')[2]})?"
+    return replace(output, keys=(output.path, name), pattern=pattern, full_pattern=pattern)
 
 
 def _keeps_targets(how: Refit, experts: Iterable[Output]) -> bool:

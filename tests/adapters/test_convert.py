@@ -396,6 +396,22 @@ def test_lora_on_a_router_keeps_its_target_and_its_scaling(tmp_path, to):
     assert to != "per-expert" or config["alpha_pattern"]["gate.weight"] == 12
 
 
+def test_numbers_of_a_router_are_found_by_module_and_by_parameter(tmp_path):
+    """vLLM from 0.32 on goes by the module's name, PEFT and this library by that of the parameter that is targeted."""
+    spec, gate = Spec(GPT_OSS), "model.layers.0.mlp.router"
+    extra = {f"{PREFIX}{gate}.lora_A.weight": torch.randn(1, 8), f"{PREFIX}{gate}.lora_B.weight": torch.randn(4, 1)}
+    patterns = {"rank_pattern": {"mlp.router": 1}, "alpha_pattern": {"mlp.router": 8}}
+    source = save_per_expert(
+        tmp_path / "in", spec, spec.factors(("gate", "up", "down")), extra=extra, target_modules=["router"], **patterns
+    )
+    convert_adapter(source, tmp_path / "out", to="vllm==0.33", model=spec.model())
+    config = read_config(tmp_path / "out")
+    for key in (gate, f"{gate}.weight"):
+        assert pattern_value(config, "rank_pattern", "r", key) == 1
+        assert pattern_value(config, "alpha_pattern", "lora_alpha", key) == 8
+    assert verify_adapters(source, tmp_path / "out", model=spec.model()).same
+
+
 @pytest.mark.parametrize("layers", [0, [0]])
 def test_what_narrowed_the_linears_alone_does_not_narrow_the_experts(tmp_path, layers):
     spec = Spec(attention=True)

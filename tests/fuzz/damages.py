@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fuzz import files
-from fuzz.cases import Case
+from fuzz.cases import SINGLE, Case
 from fuzz.made import Adapter
 from fuzz.oracle import Meaning, UnreadableError
 from fuzz.reading import read
@@ -113,7 +113,8 @@ def all_names_changed(adapter: Adapter, case: Case, rng: random.Random) -> str:
     to = rng.choice(_SEGMENTS[part])
     before = len(adapter.tensors)
     _rename(adapter, lambda name: ".".join(to if p == part else p for p in name.split(".")).replace("..", "."))
-    return "read" if len(adapter.tensors) == before else "any"
+    # What is called moe_experts may be a module of experts or not.
+    return "read" if len(adapter.tensors) == before and to != "moe_experts" else "any"
 
 
 @_damage
@@ -405,7 +406,7 @@ def model_changed(adapter: Adapter, case: Case, rng: random.Random) -> str:
     inner[field] = rng.choice(values)
     adapter.said["model"] = sizes
     # Where experts may be missing, or share their factors, the number of them is the caller's to say.
-    counted = field == family.count and (case.form.startswith("single") or case.form == "shared")
+    counted = field == family.count and (case.form in SINGLE or case.form == "shared")
     return "any" if field == "model_type" or counted else "same"
 
 

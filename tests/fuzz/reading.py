@@ -75,7 +75,8 @@ class Reading:
                 self.meaning.rest[PREFIX + name] = tensor
                 continue
             experts = "expert" in name.replace("shared_expert", "shared")
-            if not (tensor.is_floating_point() or not experts) or not tensor.float().isfinite().all():
+            wide = tensor if tensor.is_complex() else tensor.double()
+            if not (tensor.is_floating_point() or not experts) or not wide.isfinite().all():
                 raise UnreadableError(f"{name} has no numbers to count with")
             pair = pairs.setdefault((found["path"], found["depth"].count(".base_layer")), {})
             if found["half"] in pair:
