@@ -1,8 +1,8 @@
-"""A reader of adapter files that shares no code with the package: names by name, shapes by shape, sums in float64.
+"""What an adapter means, for a reader of its own that shares no code with the package: `reading` is the other half.
 
-Written from PEFT's `ParamWrapper` and `get_pattern_key`, and from what vLLM, SGLang and llama.cpp document or do. It
-knows from the fuzzer what the package has to find out: family, sizes, orientation, packing and nesting. Files that
-leave anything open are `Unreadable`.
+Sums are made in float64. Written from PEFT's `ParamWrapper` and `get_pattern_key`, and from what vLLM, SGLang and
+llama.cpp document or do. It knows from the fuzzer what the package has to find out: family, sizes, orientation, packing
+and nesting. Files that leave anything open are `Unreadable`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The oracle's eyes: an adapter's names, sorted and counted by a reader that shares no code with the package."""
+"""The oracle's reading of an adapter: names by name, shapes by shape, without the package."""
 
 from __future__ import annotations
 
