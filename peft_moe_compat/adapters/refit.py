@@ -230,7 +230,9 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
     how = Refit(source, decision, target, reader.form)
     if base is not None and is_of(base, reader.refuses):
         raise NotTakenError("no_experts", f"{reader.title} takes no LoRA on the experts of {base.model_type}.")
-    if reader.form != "gguf" and any(GGUF_PATH.fullmatch(module.path) for module in source.modules):
+    if reader.form != "gguf" and any(
+        s.parameter.startswith("ffn_") for module in source.modules for s in module.stacks
+    ):
         raise AdapterError(
             f"{source.folder} has the experts' LoRA under llama.cpp's names, which do not say what the model calls "
             "them. Convert the adapter that it was made from."
@@ -244,7 +246,9 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
         flag = f"--to peft=={target.peft},transformers==VERSION"
     else:
         written = decision.orientation.value
-        fused_source = source.form == "fused" and decision.peft is not None and written is not None
+        # Unfolded factors are linear however the model stores its experts.
+        flat = source.form == "fused" and not any(s.unfolded for module in source.modules for s in module.slots)
+        fused_source = flat and decision.peft is not None and written is not None
         if fused_source:
             writer = str(decision.peft), decision.transformers
             possible = orientations_after(writer, str(written), (target.peft, target.transformers))

@@ -25,7 +25,7 @@ from support.adapter_files import (
 )
 
 from peft_moe_compat import convert_adapter, inspect_adapter, verify_adapters
-from peft_moe_compat.errors import AdapterError, AdapterFileError
+from peft_moe_compat.errors import AdapterError, AdapterFileError, AmbiguousAdapterError
 
 NEW = "peft==0.21.2,transformers==5.24.0"
 OUTER = {"gate": "A", "up": "A", "gate_up": "A", "down": "B"}  # the side that faces the hidden size
@@ -252,6 +252,13 @@ def test_stacks_whose_nesting_is_open_are_looked_at(tmp_path):
     spec = Spec(FAMILIES[2])
     source, _ = written(tmp_path / "in", spec, "for vLLM")
     assert {finding.code for finding in inspect_adapter(source).content} == {"not_settled"}
+
+
+def test_stacks_do_not_say_how_the_model_stores_its_experts(tmp_path):
+    """They are linear whoever wrote them, so that without the model nothing tells what a release of PEFT reads."""
+    source, _ = written(tmp_path / "in", Spec(QWEN), "twinkle", peft_version="0.21.2")
+    with pytest.raises(AmbiguousAdapterError, match="depending on how the model stores"):
+        convert_adapter(source, tmp_path / "out", to=NEW)
 
 
 def test_stacks_of_a_renamed_family_are_found_by_their_targets(tmp_path):

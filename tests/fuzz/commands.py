@@ -97,7 +97,13 @@ def check_commands(
     tally[f"commands: convert {code}"] += 1
     if out.exists() != (code == 0):
         raise ViolationError("convert's exit code is wrong", f"{code} and {'a' if out.exists() else 'no'} folder")
-    if code and not case.damages and case.told and not (refusable(case, to) or (case.renamed and case.patterns)):
+    if (
+        code
+        and not case.damages
+        and case.told
+        and case.model
+        and not (refusable(case, to) or (case.renamed and case.patterns))
+    ):
         raise ViolationError("the command convert refuses a good file", to)
     if code == 0:
         _invoke(["verify", str(folder), str(out), *options, *json_too])

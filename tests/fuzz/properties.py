@@ -72,7 +72,7 @@ def check_refusal(case: Case, to: str, error: PeftMoeCompatError) -> None:
     """That a well-formed adapter is refused only where something is not said, or the reader takes no such thing."""
     if case.damages or refusable(case, to) or (case.renamed and case.patterns):  # expressions are not all renamed
         return
-    if case.told:
+    if case.told and case.model:
         raise ViolationError("convert refuses a good file", f"{to}: {type(error).__name__}: {error}"[:500])
     if case.model and not isinstance(error, AmbiguousAdapterError):
         raise ViolationError("convert refuses a good file", f"{to}: {type(error).__name__}: {error}"[:500])

@@ -96,7 +96,7 @@ class Reading:
                 if half in pair:
                     raise UnreadableError(f"two of {place[0]}")
                 if factor.ndim == 3:
-                    if int(single["expert"]) >= factor.shape[0] > 1:
+                    if not factor.shape[0] or int(single["expert"]) >= factor.shape[0] > 1:
                         raise UnreadableError(f"{whole} lacks an expert")
                     factor = factor[int(single["expert"]) if factor.shape[0] > 1 else 0]
                 found[place] = {**pair, half: factor}
