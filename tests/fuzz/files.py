@@ -211,9 +211,9 @@ def beside_files(folder: Path, rng: random.Random) -> str:
         (folder / "README.md").write_text("x")
         (folder / "optimizer.pt").write_bytes(b"x")
     elif way == 2:
-        (folder / "more").mkdir()
+        (folder / "more").mkdir(exist_ok=True)
         (folder / "more" / "adapter_model.safetensors").write_bytes(b"x")
-    elif way == 3:
+    elif way == 3 and not (folder / "pipe").exists():
         os.mkfifo(folder / "pipe")
     elif way == 4:
         Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe")).write_bytes(b"x")
