@@ -5,6 +5,7 @@ The one module here that imports transformers when it is imported: it is reached
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
@@ -115,6 +116,11 @@ class PackedMxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
                 "distributed_config), which would have to spread blocks and scales alike. Load them without one, and "
                 "train with DistributedDataParallel; or dequantised, with Mxfp4Config(dequantize=True)."
             )
+        if missing := list(_missing(model)):
+            raise PeftMoeCompatError(
+                f"The checkpoint has nothing for {len(missing)} tensors of experts, {missing[0]} first. Of gpt-oss as "
+                f"it is published, {', '.join(_NAMES)} and biases were expected in every layer."
+            )
 
     def _dequantize(self, *_: Any, **__: Any) -> None:
         raise PeftMoeCompatError("Load the model with Mxfp4Config(dequantize=True) to have its experts dequantised.")
@@ -129,3 +135,16 @@ class PackedMxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
 
 def _is_gpt_oss(module: nn.Module) -> bool:
     return type(module).__name__ == "GptOssExperts"
+
+
+def _missing(model: nn.Module) -> Iterator[str]:
+    """The tensors of packed experts that the loader has not filled; it marks those that it has.
+
+    Not of what accelerate has put elsewhere, where marks may be lost.
+    """
+    for path, experts in model.named_modules():
+        if "parametrizations" not in experts._modules or hasattr(experts, "_hf_hook"):
+            continue
+        for name, tensor in (*experts.named_parameters(), *experts.named_buffers()):
+            if not getattr(tensor, "_is_hf_initialized", False):
+                yield f"{path}.{name}"

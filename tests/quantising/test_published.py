@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import mxfp4, zoo
 from support.mxfp4 import STACKS
 from support.processes import result_of
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM, Mxfp4Config, Trainer, TrainingArguments
 
 import peft_moe_compat
 from peft_moe_compat.errors import ParallelismError, PeftMoeCompatError
@@ -116,6 +117,23 @@ def test_a_training_step_changes_the_lora_and_nothing_that_was_published(publish
     optimizer.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "lora_" in name}
+
+
+def test_trainer_takes_the_model(published, tmp_path):
+    model = zoo.peft_model(packed(published, dtype=torch.bfloat16).train())
+    before = {name: value.clone() for name, value in model.named_parameters() if "lora_" in name}
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, gradient_checkpointing=True, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    rows = [{"input_ids": row, "labels": row} for row in zoo.token_ids(8)]
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert not any(torch.equal(value, before[name]) for name, value in model.named_parameters() if name in before)
+
+
+def test_the_config_is_copied_and_pickled_like_any_other():
+    config = pickle.loads(pickle.dumps(peft_moe_compat.PackedMxfp4Config()))
+    assert type(config) is peft_moe_compat.PackedMxfp4Config
+    assert config.to_dict() == peft_moe_compat.PackedMxfp4Config().to_dict()
 
 
 def test_report_says_what_is_stored_and_that_it_runs_in_the_librarys_forward(published):
@@ -225,6 +243,16 @@ def test_another_model_is_refused(published, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": mxfp4.CONFIG}), encoding="utf-8")
     with pytest.raises(PeftMoeCompatError, match="Qwen3MoeForCausalLM has no GptOssExperts"):
+        packed(tmp_path)
+
+
+@pytest.mark.parametrize("gone", ["gate_up_proj_blocks", "down_proj_scales", "down_proj_bias"])
+def test_a_checkpoint_that_lacks_a_tensor_of_experts_is_refused(gone, tmp_path):
+    mxfp4.publish(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(f"1.mlp.experts.{gone}")}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(PeftMoeCompatError, match=r"nothing for 1 tensors of experts, model\.layers\.1\.mlp\.experts"):
         packed(tmp_path)
 
 
