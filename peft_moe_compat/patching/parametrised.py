@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import AdapterError
 from ..families import ROLE_ORDER, ROLES
 from ..model.experts import dispatching_registry
-from ..model.weights import format_of, read
+from ..model.weights import format_of, read, stored_format
+from ..model.wrappers import is_param_wrapper
+from .matching import live_path
 
-__all__ = ["inject_parameters"]
+__all__ = ["check_merge_allowed", "inject_parameters"]
 
 _ORDER = {name: ROLE_ORDER.index(role) for name, role in ROLES.items()}
 
@@ -30,6 +33,27 @@ def inject_parameters(stock: Any) -> Any:
     def replacement(self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _plain(model):
             return stock(self, peft_config, model, *args, **kwargs)
+
+    return replacement
+
+
+def check_merge_allowed(stock: Any) -> Any:
+    """For `LoraModel._check_merge_allowed`, which is asked before anything is merged.
+
+    PEFT would add the update to a dequantised copy that nobody keeps, or to values before their scales.
+    """
+
+    @wraps(stock)
+    def replacement(self: Any) -> None:
+        stock(self)
+        for path, wrapper in self.model.named_modules():
+            stored = is_param_wrapper(wrapper) and stored_format(wrapper.get_base_layer(), wrapper.parameter_name)
+            if stored:
+                raise AdapterError(
+                    f"{live_path(path)}.{wrapper.parameter_name} is stored as {stored}, which PEFT cannot merge LoRA "
+                    "into: the update would be lost. Save the adapter and merge it into the checkpoint, with "
+                    "`peft-moe-compat merge BASE ADAPTER OUT`."
+                )
 
     return replacement
 

@@ -77,6 +77,7 @@ def replacements() -> list[Replacement]:
         _attribute(peft, "load_peft_weights", "peft.", loading.load_peft_weights),
         _attribute(swapping, "load_peft_weights", "peft.", loading.load_weights_to_swap),
         _attribute(LoraModel, "_prepare_model", "peft.", loading.prepare_model),
+        _attribute(LoraModel, "_check_merge_allowed", "peft.", parametrised.check_merge_allowed),
         _attribute(BaseTuner, "_inject_parameters", "peft.", parametrised.inject_parameters),
         _attribute(PreTrainedModel, "_load_pretrained_model", "transformers.", loading.load_pretrained_model),
         _attribute(PeftModel, "save_pretrained", "peft.", saving.save_pretrained),

@@ -15,7 +15,7 @@ from support.processes import result_of
 from transformers import AutoModelForCausalLM, Mxfp4Config, Trainer, TrainingArguments
 
 import peft_moe_compat
-from peft_moe_compat.errors import ParallelismError, PeftMoeCompatError
+from peft_moe_compat.errors import AdapterError, ParallelismError, PeftMoeCompatError
 from peft_moe_compat.quantising.mxfp4 import Mxfp4Weight
 
 FLOAT32 = 2e-5
@@ -254,6 +254,16 @@ def test_a_checkpoint_that_lacks_a_tensor_of_experts_is_refused(gone, tmp_path):
     save_file(kept, file, metadata={"format": "pt"})
     with pytest.raises(PeftMoeCompatError, match=r"nothing for 1 tensors of experts, model\.layers\.1\.mlp\.experts"):
         packed(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_merging_into_packed_experts_is_refused_before_anything_is_merged(how, published):
+    model = zoo.peft_model(packed(published, dtype=torch.float32), target_modules=["q_proj"])
+    ids = zoo.token_ids()
+    before = model(ids).logits
+    with pytest.raises(AdapterError, match=r"\w+_proj is stored as mxfp4.*`peft-moe-compat merge BASE ADAPTER"):
+        getattr(model, how)()
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_dequantising_the_loaded_model_is_refused_with_how_to_load_it(published):
