@@ -40,7 +40,8 @@ Merge into the base's checkpoint, shard by shard, in its own dtypes and packed f
     print(right, max(row.relative for row in done.rows))
 
 Look inside, and switch. `expert_loras` gives a module's factors in canonical form, `declare_layout` says how a class of
-your own is stored, `set_backend` chooses what computes.
+your own is stored, `set_backend` chooses what computes, `quantize_experts` packs experts in 4 or 8 bits, and
+`BitsAndBytesExpertsConfig` does so while they load.
 
     with peft_moe_compat.set_backend("torch"):
         model(input_ids=tokens)
@@ -70,6 +71,7 @@ from .errors import (
     UnsupportedPeftError,
 )
 from .patching.activation import Activation, activate, activate_on_import, deactivate, is_active
+from .quantising.registering import register_on_import
 
 if TYPE_CHECKING:
     from .adapters.conclusions import Inspection
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from .model.wrappers import expert_loras
     from .patching.opening import written_by
     from .proving import convert_adapter
+    from .quantising.experts import BitsAndBytesExpertsConfig, quantize_experts
     from .quantising.published import PackedMxfp4Config
     from .releases import LayoutRule, release_for
     from .reporting import Report, report
@@ -96,6 +99,7 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "AmbiguousAdapterError",
+    "BitsAndBytesExpertsConfig",
     "CompatWarning",
     "Conversion",
     "ExpertLora",
@@ -123,6 +127,7 @@ __all__ = [
     "inspect_adapter",
     "is_active",
     "merge_adapter",
+    "quantize_experts",
     "release_for",
     "report",
     "set_backend",
@@ -133,6 +138,7 @@ __all__ = [
 
 # Public names that would slow the import down, most of them by needing torch, and the modules they come from.
 _LAZY = {
+    "BitsAndBytesExpertsConfig": "quantising.experts",
     "Conversion": "adapters.convert",
     "ExpertLora": "layout",
     "Inspection": "adapters.conclusions",
@@ -148,6 +154,7 @@ _LAZY = {
     "expert_parameters": "model.targets",
     "inspect_adapter": "adapters.inspect",
     "merge_adapter": "adapters.merge",
+    "quantize_experts": "quantising.experts",
     "release_for": "releases",
     "report": "reporting",
     "set_backend": "forward.backend",
@@ -169,4 +176,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+register_on_import()
 activate_on_import()

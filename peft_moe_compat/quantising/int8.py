@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +21,11 @@ class Int8Weight(nn.Module):
     Attributes:
         scales: "E d1" float32, the largest absolute value of each row.
         shape: (E, d1, d2).
-        dtype: Of the weight, as it was before it was quantised.
+        dtype: Of the weight. It follows the module's, as that of a parameter would: `model.to(torch.float16)`.
+        stored_format: What `report` calls the format.
     """
 
+    stored_format = "bnb int8"
     scales: Tensor
     # bitsandbytes multiplies by this float32 number, for a division by 127.
     STEP = 7.874015718698502e-3
@@ -43,6 +48,14 @@ class Int8Weight(nn.Module):
             part = slice(start, start + at_once)
             out[part] = original[part] * scales[part] * self.STEP
         return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != torch.float32:  # rounded with the rest: moved alone
+            self.scales = scales.to(self.scales.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, dtype={self.dtype}"
