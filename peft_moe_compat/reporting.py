@@ -10,12 +10,13 @@ from io import StringIO
 from shutil import get_terminal_size
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import CompatWarning
 from .families import PACKED_CLASSES
 from .forward.fused import backend_of
-from .model.experts import is_transposed, routed_experts, stored_shape, strip_base_layer
+from .model.experts import bare, is_transposed, routed_experts, stored_shape, strip_base_layer
 from .model.sharding import exchanges_tokens
 from .model.weights import format_of, stored_format, unreadable_reason
 from .model.wrappers import active_adapters, is_param_wrapper, native_reason
@@ -188,7 +189,8 @@ def report(model: nn.Module) -> Report:
 
     Warns (`CompatWarning`) of what silently trains less than it seems to: expert parameters left unwrapped in a model
     that PEFT has wrapped, a parameter wrapped twice, adapters missing on some parameters, active adapters whose
-    lora_A or lora_B gets no gradient while another does, and trainable adapters that are offloaded.
+    lora_A or lora_B gets no gradient while another does, trainable adapters that are offloaded, and frozen stacks that
+    are float32 in a model loaded in half precision.
 
     Args:
         model: The model, wrapped by PEFT or not.
@@ -226,10 +228,34 @@ def report(model: nn.Module) -> Report:
             f"{offloaded} of {len(lora)} LoRA weights of experts are on the meta device: offloaded, so they get no "
             "gradient, or without data. To train, offload the modules called base_layer alone."
         )
+    found += _widened(model, experts.values())
     for complaint in found:
         warnings.warn(complaint, CompatWarning, stacklevel=2)
     untested = newer_than_tested(**installed_versions("peft", "transformers"))
     return Report(inactive_reason() is None, tuple(rows), tuple(found), untested)
+
+
+def _widened(model: nn.Module, experts: Iterable[tuple[str, nn.Module, tuple[str, ...]]]) -> Iterable[str]:
+    """Of frozen stacks in float32, where the model's config says that it was loaded in half precision."""
+    dtype = str(getattr(getattr(bare(model), "config", None), "dtype", None)).removeprefix("torch.")
+    if dtype not in ("bfloat16", "float16"):
+        return
+    wide = {
+        f"{path}.{name}": weight
+        for path, module, names in experts
+        for name in names
+        if (weight := module._parameters.get(name)) is not None
+        and weight.dtype == torch.float32
+        and not weight.requires_grad
+    }
+    if wide:
+        size = sum(weight.numel() * 4 for weight in wide.values())
+        yield (
+            f"{len(wide)} frozen stacks of experts are float32 in a model of {dtype}, {next(iter(wide))} among them: "
+            f"{size / 2**30:.2f} GiB instead of {size / 2**31:.2f}, and no fused kernels. PEFT's "
+            "prepare_model_for_kbit_training widens them where peft_moe_compat is not active or the experts run in "
+            f"another forward than its own: activate it before that call, or narrow them: module.to(torch.{dtype})."
+        )
 
 
 def _complaints(rows: Iterable[ExpertsRow]) -> Iterable[str]:

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import warnings
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
@@ -127,7 +128,9 @@ class Activation:
 
 
 def _owner(function: Any) -> str:
-    """The module a function or class method was written in; `functools.wraps` does not hide it."""
+    """The module a function or class method was written in, of code its file; `functools.wraps` does not hide it."""
+    if isinstance(function, CodeType):
+        return function.co_filename
     function = getattr(function, "__func__", function)
     code_globals = getattr(function, "__globals__", {})
     return str(code_globals.get("__name__") or getattr(function, "__module__", None) or repr(function))

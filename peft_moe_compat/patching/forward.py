@@ -9,6 +9,9 @@ import importlib
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .. import layout
 from ..errors import PeftMoeCompatError
 from ..forward.layer import experts_forward
@@ -136,14 +139,32 @@ def wrapper_forward(peft_forward: Any) -> Any:
     return forward
 
 
+def _narrower(experts: Any, hidden_states: Tensor) -> bool:
+    """Whether hidden states are float32 and the stacks are not: left so by `kbit`, or packed from half precision."""
+    if hidden_states.dtype != torch.float32 or is_transposed(experts) is None:
+        return False
+    weight, packed = experts._parameters.get("down_proj"), experts._modules.get("parametrizations", {})
+    if "down_proj" in packed:
+        weight = packed["down_proj"][0]
+        weight = getattr(weight, "quant_state", weight)
+    return getattr(weight, "dtype", None) in (torch.bfloat16, torch.float16)
+
+
 def registered_forward(stock: Any) -> Any:
-    """The registry entry that consumes the factors; without any it is transformers' own function."""
+    """The registry entry that consumes the factors; without any it is transformers' own function.
+
+    But for experts narrower than what they are given, which some of those functions cannot multiply.
+    """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handover = _carried.get() if exchanges_tokens(self) else kwargs.pop(KEYWORD, None)
-        if handover is None:
+        exchanges = exchanges_tokens(self)
+        handover = _carried.get() if exchanges else kwargs.pop(KEYWORD, None)
+        if handover is not None:
+            handover.arrived = True
+        elif exchanges or not _narrower(self, args[0] if args else kwargs["hidden_states"]):
             return stock(self, *args, **kwargs)
-        handover.arrived = True
+        else:
+            handover = {}
         named = {_ARGUMENT_ALIASES.get(key, key): value for key, value in kwargs.items()}
         return experts_forward(self, handover, *args, **named)
 

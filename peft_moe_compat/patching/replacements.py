@@ -6,12 +6,14 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..model.experts import REGISTRY_MODULE
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS
-from . import hotswap, loading, parametrised, resuming, saving, sharding
+from . import hotswap, kbit, loading, parametrised, resuming, saving, sharding
 from .forward import experts_registry, registered_forward, wrapper_forward
 from .resuming import forget_converted
 
@@ -49,6 +51,16 @@ class Replacement:
             setattr(self.owner, self.name, function)
 
 
+class CodeReplacement(Replacement):
+    """The code of a function, its `owner`: for one that others hold by its name. See `kbit`."""
+
+    def there(self) -> Any:
+        return self.owner.__code__
+
+    def put(self, function: Any) -> None:
+        kbit.put_code(self.owner, function)
+
+
 def _attribute(owner: Any, name: str, home: str, make: Callable[[Any], Any], of_forward: bool = False) -> Replacement:
     return Replacement(owner, name, home, make, f"{owner.__name__}.{name}", of_forward)
 
@@ -84,6 +96,7 @@ def replacements() -> list[Replacement]:
         _attribute(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),
         _attribute(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
         _attribute(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
+        _of_kbit_training(peft),
         *_of_conversions(),
         *_of_sharded_experts(ParamWrapper),
     ]
@@ -103,6 +116,12 @@ def _registry_entries() -> list[Replacement]:
                 what = f"transformers' {whose}experts implementation {key!r}"
                 found.append(Replacement(mapping, key, "transformers.", registered_forward, what, of_forward=True))
     return found
+
+
+def _of_kbit_training(peft: Any) -> Replacement:
+    function = peft.prepare_model_for_kbit_training
+    home, what = str(Path(peft.__file__).parent), "peft.prepare_model_for_kbit_training"
+    return CodeReplacement(function, "__code__", home, partial(kbit.take_over, function), what)
 
 
 def _of_conversions() -> list[Replacement]:
