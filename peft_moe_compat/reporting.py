@@ -236,9 +236,12 @@ def report(model: nn.Module) -> Report:
 
 
 def _widened(model: nn.Module, experts: Iterable[tuple[str, nn.Module, tuple[str, ...]]]) -> Iterable[str]:
-    """Of frozen stacks in float32, where the model's config says that it was loaded in half precision."""
+    """Of frozen stacks in float32, where the model's config says that it was loaded in half precision.
+
+    Not of a model that is float32 in whole: `model.float()` is what somebody wanted.
+    """
     dtype = str(getattr(getattr(bare(model), "config", None), "dtype", None)).removeprefix("torch.")
-    if dtype not in ("bfloat16", "float16"):
+    if dtype not in ("bfloat16", "float16") or all(p.dtype == torch.float32 for p in model.parameters()):
         return
     wide = {
         f"{path}.{name}": weight

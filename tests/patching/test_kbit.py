@@ -27,6 +27,12 @@ def half_model(family, implementation="grouped_mm", dtype=torch.bfloat16):
     return model.to(dtype)
 
 
+def with_packed_linears(model):
+    """As far as a dtype tells: without any, a model that is float32 in whole is so on purpose."""
+    model.register_parameter("packed", torch.nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False))
+    return model
+
+
 def split(model):
     """(dtypes of what experts hold themselves, dtypes of all else)."""
     of_experts = {id(p) for n, m in model.named_modules() if n.endswith("experts") for p in m._parameters.values()}
@@ -53,7 +59,7 @@ def test_experts_stay_as_they_are_and_all_else_is_pefts(family, dtype):
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_off_it_is_pefts_and_report_says_what_it_has_widened(family, stock):
-    model = half_model(family)
+    model = with_packed_linears(half_model(family))
     stock(prepare_model_for_kbit_training, model)
     assert split(model) == ({torch.float32}, {torch.float32})
     stacks = [p for row in row_of(model) for p in row.parameters]
@@ -67,6 +73,7 @@ def test_off_it_is_pefts_and_report_says_what_it_has_widened(family, stock):
         peft_moe_compat.report(model)
     model.to(torch.bfloat16)
     peft_moe_compat.report(model)
+    peft_moe_compat.report(half_model(family).float())
 
 
 def row_of(model):
@@ -112,7 +119,7 @@ def test_the_model_trains_in_float32_around_them(family, where, implementation, 
 
 @zoo.needs_registry
 def test_what_another_forward_runs_is_left_to_peft():
-    model = prepare_model_for_kbit_training(half_model("qwen3_moe", "eager"))
+    model = prepare_model_for_kbit_training(with_packed_linears(half_model("qwen3_moe", "eager")))
     assert split(model) == ({torch.float32}, {torch.float32})
     with pytest.warns(CompatWarning, match="float32 in a model of bfloat16"):
         peft_moe_compat.report(model)

@@ -15,6 +15,7 @@ from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8Weight
 from transformers import FineGrainedFP8Config
 from transformers.integrations import finegrained_fp8
 
+import peft_moe_compat
 from peft_moe_compat.quantising.mxfp4 import hold_packed
 
 from . import models
@@ -52,6 +53,10 @@ def to_int8(model):
             packed, scales, _ = bnb.int8_vectorwise_quant(weight.reshape(-1, weight.shape[-1]).half())
             setattr(experts, name, nn.Parameter(packed.view(weight.shape), requires_grad=False))
             parametrize.register_parametrization(experts, name, Int8(scales), unsafe=True)
+
+
+def to_packed(experts, **options):
+    return lambda model: peft_moe_compat.quantize_experts(model, experts, **options)
 
 
 def to_torchao(config):
@@ -95,7 +100,8 @@ def to_mxfp4(model):
 
 QUANTISE = {
     "bnb nf4": to_bnb4("nf4"),
-    "bnb fp4": to_bnb4("fp4"),
+    "bnb fp4": to_packed("fp4", double_quant=True),
+    "bnb int8": to_packed("int8"),
     "parametrised by Int8": to_int8,
     "torchao Int8Tensor": to_torchao(Int8WeightOnlyConfig),
     "torchao Float8Tensor": to_torchao(Float8WeightOnlyConfig),

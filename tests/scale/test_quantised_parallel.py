@@ -21,7 +21,7 @@ from . import models
 from .quantised_models import base_model, experts_at_the_bottom, lora_model
 from .ranks import run
 
-FORMATS = ("bnb nf4", "torchao Int8Tensor", "torchao Float8Tensor", "fp8 (fine-grained)", "mxfp4")
+FORMATS = ("bnb nf4", "bnb int8", "torchao Int8Tensor", "torchao Float8Tensor", "fp8 (fine-grained)", "mxfp4")
 TOLERANCE = 2e-5
 
 
