@@ -189,6 +189,13 @@ KNOWN_ISSUES: tuple[KnownIssue, ...] = (
         "on an already parametrised (4-bit) expert parameter, PEFT's own forward adds the update again at every call",
         "keep peft_moe_compat active from the first forward on, or leave the experts unquantised",
     ),
+    KnownIssue(
+        "kbit_widens",
+        SpecifierSet(">=0.17"),
+        _ANY,
+        "prepare_model_for_kbit_training casts fused experts in half precision to float32, twice their bytes",
+        "keep peft_moe_compat active, and the experts in its forward; report(model) warns of stacks that are wide",
+    ),
 )
 
 
