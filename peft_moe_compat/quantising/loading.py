@@ -88,7 +88,7 @@ class _Experts:
         need_bitsandbytes()
         device_map = kwargs.get("device_map")
         devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
-        if len(devices) > 1 and devices & {"cpu", "disk"}:
+        if "disk" in devices or (len(devices) > 1 and "cpu" in devices):
             raise PeftMoeCompatError(
                 f"The device_map puts modules on {', '.join(sorted(devices))}; packed experts cannot be offloaded "
                 "while they load. Load all of the model on one device, or over several GPUs; offload after "
