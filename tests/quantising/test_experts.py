@@ -19,7 +19,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional: test_refus
 
 from bitsandbytes import functional
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -257,6 +257,28 @@ def test_lora_trains_and_is_saved_as_on_a_plain_model_of_the_same_values(family,
                 found[f"{index}.{wrapper.parameter_name}.{part}"] = found.pop(old)
     assert len(ours) == 10
     zoo.assert_same(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("where", ["experts", "attention"])
+@pytest.mark.parametrize("stored", ["nf4, nested", "int8"])
+def test_the_recipe_of_the_page_trains(stored, where, implementation, checkpoints):
+    """Hidden states are float32 there, which transformers' own functions cannot multiply with bfloat16 stacks."""
+    found, ids, folder = [], zoo.token_ids(), checkpoints["qwen3_moe"]
+    for model in (load(folder, config_of(stored, "4-bit")), plain_twin(folder, stored, "4-bit")):
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._experts_implementation = implementation
+        prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+        targets = peft_moe_compat.expert_parameters(model) if where == "experts" else None
+        lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+        wrapped = get_peft_model(model, lora)
+        torch.manual_seed(5)
+        zoo.randomise(wrapped)
+        found.append(zoo.loss_and_gradients(wrapped, ids))
+    packed, unpacked = found
+    assert len(packed) == (14 if where == "experts" else 6)
+    zoo.assert_same(packed, unpacked, 1e-6)
 
 
 def test_report_names_what_the_experts_are_packed_to(checkpoints):
