@@ -13,7 +13,7 @@ from typing import Any
 from ..model.experts import REGISTRY_MODULE
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS
-from . import hotswap, kbit, loading, parametrised, resuming, saving, sharding
+from . import hotswap, kbit, loading, parametrised, resuming, saving, sharding, whole_state
 from .forward import experts_registry, registered_forward, wrapper_forward
 from .resuming import forget_converted
 
@@ -75,6 +75,7 @@ def replacements() -> list[Replacement]:
     from transformers.integrations.peft import PeftAdapterMixin
 
     peft_model, swapping, modeling = peft.peft_model, peft.utils.hotswap, transformers.modeling_utils
+    accelerator = importlib.import_module("accelerate.accelerator")
     PeftModel, PreTrainedModel = peft.PeftModel, transformers.PreTrainedModel
     return [
         _attribute(ParamWrapper, "forward", "peft.", wrapper_forward, of_forward=True),
@@ -97,6 +98,7 @@ def replacements() -> list[Replacement]:
         _attribute(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
         _attribute(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
         _of_kbit_training(peft),
+        _attribute(accelerator, "load_accelerator_state", "accelerate.", whole_state.load_accelerator_state),
         *_of_conversions(),
         *_of_sharded_experts(ParamWrapper),
     ]

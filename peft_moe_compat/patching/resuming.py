@@ -57,9 +57,9 @@ class _Turned:
         return self.file.source.tensors.infos[name].shape
 
 
-def _turned(file: UnderstoodFile, model: Any, adapter_name: str) -> list[_Turned]:
+def _turned(file: UnderstoodFile, live: list[tuple[ExpertsModule, Wrappers]], adapter_name: str) -> list[_Turned]:
     found = []
-    for module, wrappers in live_wrappers(file, model, adapter_name):
+    for module, wrappers in live:
         if why := differences(module, wrappers, file.decision):
             named = {name: wrappers[name] for name in file.decision.readings[module.path].nesting}
             found.append(_Turned(file, module, named, adapter_name, frozenset(why)))
@@ -76,7 +76,7 @@ def _of_checkpoint(model: Any, checkpoint: Path) -> list[_Turned]:
     for folder, name in _adapters(model, checkpoint):
         file = understand(model, str(folder), {})
         if isinstance(file, UnderstoodFile):
-            found += _turned(file, model, name)
+            found += _turned(file, live_wrappers(file, model, name), name)
         elif isinstance(file, AdapterSource) and any(is_param_wrapper(m) and name in m.lora_A for m in model.modules()):
             raise AdapterError(
                 f"{folder} has LoRA on every expert by itself, and this model's experts are stacks. The adapter can be "
@@ -202,10 +202,12 @@ def _problem(saved: Any, model: Any, turned: list[_Turned]) -> str | None:
     for shape, count in Counter(shape for shape, _ in factors).items():
         if found[shape] < count:
             keys = sorted({str(key) for entry in entries for key in entry})
+            shapes = [next((tuple(tensor.shape) for tensor in _many(entry).values()), ()) for entry in entries]
+            plain = all(_elementwise(entry, one) for entry, one in zip(entries, shapes, strict=True))
+            why = "of another adapter or layout" if plain else "8-bit and factored states are not converted"
             return (
                 f"it would take tensors of the shape {shape}, floating-point and nothing else, for {count} factors, "
-                f"and has such for {found[shape]} (it holds {', '.join(keys)}: 8-bit and factored states are not "
-                "converted)"
+                f"and has such for {found[shape]} (it holds {', '.join(keys)}: {why})"
             )
     return None
 
@@ -264,8 +266,9 @@ _watching: list[Any] = []
 
 def remember_converted(file: UnderstoodFile, model: Any, adapter_name: str) -> None:
     """After a load: has the next optimizer step look whether somebody gave it the state of the file's own layout."""
-    turned = _turned(file, model, adapter_name)
-    for _, wrapper in (at for _, wrappers in live_wrappers(file, model, adapter_name) for at in wrappers.values()):
+    found = live_wrappers(file, model, adapter_name)
+    turned = _turned(file, found, adapter_name)
+    for _, wrapper in (at for _, wrappers in found for at in wrappers.values()):
         for linear in (wrapper.lora_A[adapter_name], wrapper.lora_B[adapter_name]):
             _converted.pop(linear.weight, None)
     for each in turned:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import zoo
@@ -259,7 +260,7 @@ def in_pieces(saved):
         (in_8_bit, "holds exp_avg_sq, qmap1, state1, step: 8-bit"),
         (factored, "holds exp_avg, exp_avg_sq_col, exp_avg_sq_row, step: 8-bit and factored states are not converted"),
         (of_fewer, r"it is of \d+ parameters, and the model trains \d+"),
-        (of_others, "and has such for 0"),
+        (of_others, "and has such for 0 .it holds exp_avg, exp_avg_sq, step: of another adapter or layout"),
         (in_pieces, "and has such for 0"),
         (dict.clear, "it holds no state as torch's optimizers save it"),
     ],
@@ -362,6 +363,29 @@ def test_a_converted_adapter_trains_without_a_word_and_is_then_forgotten(tmp_pat
     optimizer.step()
     optimizer.step()
     assert not resuming._converted
+
+
+def test_accelerates_own_checkpoint_of_another_layout_is_refused_before_anything_is_loaded(tmp_path):
+    model = fresh()
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    ids = zoo.token_ids()
+    for _ in range(2):
+        accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+    accelerator.save_state(tmp_path)
+    accelerator.load_state(tmp_path)  # its own goes on
+
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    for name in [name for name in tensors if "experts" in name and ".lora_A." in name]:
+        other = name.replace(".lora_A.", ".lora_B.")
+        tensors[name], tensors[other] = (factor.contiguous() for factor in flipped(tensors[name], tensors[other], E))
+    save_file(tensors, file, {"format": "pt"})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(AdapterError, match="model.safetensors has .*lora_A.*not converted.*save_pretrained"):
+        accelerator.load_state(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 IMPORTS = """
