@@ -255,10 +255,12 @@ class ReaderVerdict:
             that; else what it is known to do without the change, `"fails"` or `"wrong"` (without an error), or
             `"unknown"`.
         why: What a conversion would change, or what stands in its way.
+        in_general: The same for all releases of the reader, where one conversion is right in all of them.
     """
 
     verdict: str
     why: str
+    in_general: ReaderVerdict | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,8 @@ class Inspection:
         """For JSON: the attributes, `undecided`, and `schema_version`, which counts changes of that form."""
         conclusions = {name: getattr(self, name).to_dict() for name in ("writer", "orientation", "packing", "nesting")}
         content = None if self.content is None else [finding.to_dict() for finding in self.content]
-        found = {**asdict(self), **conclusions, "content": content, "undecided": self.undecided}
+        readers = {name: {"verdict": found.verdict, "why": found.why} for name, found in self.readers.items()}
+        found = {**asdict(self), **conclusions, "content": content, "undecided": self.undecided, "readers": readers}
         return {"schema_version": SCHEMA_VERSION, **found}
 
     def to_json(self, indent: int | None = 2) -> str:

@@ -118,8 +118,8 @@ def download(repo_id: str, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
     except (client_error, OSError, ValueError, RuntimeError) as error:
         raise AdapterFileError(
-            f"There is no folder {repo_id}, and the Hugging Face Hub did not give {patterns[0]} of that id: "
-            f"{type(error).__name__}: {error}. Check the spelling, the access rights (`hf auth login`) and the network."
+            f"There is no folder {repo_id!r}, and the Hugging Face Hub gave nothing of that id "
+            f"({type(error).__name__}). Check the spelling, or the access rights (`hf auth login`) and the network."
         ) from error
 
 

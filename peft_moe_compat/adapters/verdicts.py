@@ -7,6 +7,7 @@ without a step of the conversion is a fact of its row in `readers`, or follows f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import isclose
 from typing import Any
 
@@ -75,7 +76,8 @@ def reader_verdict(source: AdapterSource, decision: Decision, target: Target) ->
     try:
         steps = _steps(source, decision, target)
     except NotTakenError as error:
-        return ReaderVerdict(target.reader.lacking.get(error.kind, "fails"), str(error))
+        refused = ReaderVerdict(target.reader.lacking.get(error.kind, "fails"), str(error))
+        return replace(refused, in_general=refused)
     except AdapterError as error:
         return ReaderVerdict("unknown", str(error))
     found = {_without(step, source, target) for step in steps}
@@ -83,9 +85,13 @@ def reader_verdict(source: AdapterSource, decision: Decision, target: Target) ->
     newest = target.reader == READERS[target.name][-1]
     to = f"peft=={target.peft}" if target.peft else target.name if newest else str(target)
     needed = " and ".join(dict.fromkeys(map(str, steps)))
-    return ReaderVerdict(
-        verdict, _WORDS[verdict].format(needed, f"`peft-moe-compat convert ADAPTER OUT --to {to} --model BASE`")
-    )
+
+    def said(to: str) -> str:
+        return _WORDS[verdict].format(needed, f"`peft-moe-compat convert ADAPTER OUT --to {to} --model BASE`")
+
+    if target.peft is not None and verdict != "reads":  # of two layouts, each takes a conversion of its own
+        return ReaderVerdict(verdict, said(to))
+    return ReaderVerdict(verdict, said(to), ReaderVerdict(verdict, said(target.name)))
 
 
 def _without(step: Step, source: AdapterSource, target: Target) -> str:

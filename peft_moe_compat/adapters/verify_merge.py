@@ -46,6 +46,11 @@ class MergedWeight:
     def same(self) -> bool:
         return not self.note and self.error <= self.explained
 
+    @property
+    def excess(self) -> float:
+        """The error, relative to what rounding explains of it."""
+        return self.error / self.explained if self.explained else (float("inf") if self.error else 0.0)
+
 
 @dataclass(frozen=True)
 class MergeVerification:
@@ -56,6 +61,12 @@ class MergeVerification:
     @property
     def same(self) -> bool:
         return all(row.same for row in self.rows)
+
+    @property
+    def absent(self) -> bool:
+        """Whether every error is the update itself: nothing of the adapter is there."""
+        found = [row for row in self.rows if not row.note and row.update > row.explained]
+        return bool(found) and all(abs(row.error - row.update) < 0.01 * row.update for row in found)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -109,7 +120,7 @@ def verify_merge(
         else:
             for row in _placed(unit, job, other):
                 key = row.name, row.projection
-                if key not in worst or not _excess(row) <= _excess(worst[key]):
+                if key not in worst or not row.excess <= worst[key].excess:
                     worst[key] = row
         done += sum(ours[name].nbytes for name in names)
         if progress is not None:
@@ -119,10 +130,6 @@ def verify_merge(
 
 def _odd(name: str, note: str) -> MergedWeight:
     return MergedWeight(name, "", 0.0, 0.0, 0.0, note)
-
-
-def _excess(row: MergedWeight) -> float:
-    return row.error / row.explained if row.explained else (float("inf") if row.error else 0.0)
 
 
 def _unlike(name: str, base: Checkpoint, merged: Checkpoint) -> str:

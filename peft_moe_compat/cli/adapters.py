@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +21,11 @@ from rich.table import Table
 from ..errors import PeftMoeCompatError
 
 if TYPE_CHECKING:
-    from ..adapters.conclusions import Conclusion, ExpertsSummary, Finding, Inspection
+    from ..adapters.conclusions import Conclusion, ExpertsSummary, Finding, Inspection, ReaderVerdict
     from ..adapters.convert import Conversion
     from ..adapters.merge import Merge, Rounding
     from ..adapters.verify import Verification
-    from ..adapters.verify_merge import MergeVerification
+    from ..adapters.verify_merge import MergedWeight, MergeVerification
 
 __all__ = ["register"]
 
@@ -36,7 +37,7 @@ _STATED = {
     ],
     "written_by": Annotated[
         str | None,
-        typer.Option("--written-by", help="peft==VERSION[,transformers==VERSION], where the file is silent."),
+        typer.Option("--written-by", help="peft==X[,transformers==Y], where the file is silent."),
     ],
     "orientation": Annotated[
         str | None, typer.Option(help="linear or reversed, where neither shapes nor writer tell.")
@@ -107,8 +108,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="peft (the one installed), peft==VERSION[,transformers==VERSION], per-expert, vllm (right in every "
-            "release from 0.28 on), vllm==VERSION, sglang, llama.cpp, shared-outer."
+            help="peft (the one installed), peft==X[,transformers==Y], per-expert, vllm (right in every release from "
+            "0.28 on), vllm==X, sglang, llama.cpp, shared-outer."
         ),
     ] = "peft",
     stated: dict[str, Any],
@@ -116,7 +117,7 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="OLD=NEW",
-            help="Part of module paths -> what the model calls it, as model.layers=model.language_model.layers.",
+            help="Part of module paths -> what the model calls it, as backbone=model.",
         ),
     ] = None,
     fill_missing: Annotated[bool, typer.Option(help="Give experts without LoRA one of zeros.")] = False,
@@ -229,11 +230,26 @@ def _show_inspection(found: Inspection, console: Console) -> None:
     readers.add_column()
     readers.add_column()
     readers.add_column(overflow="fold")
-    for reader, verdict in found.readers.items():
+    for reader, verdict in _folded(found.readers):
         readers.add_row(reader, _MARKS[verdict.verdict], escape(verdict.why))
     console.print(readers)
     for note in found.notes:
         console.print(plain(f"note: {note}"), markup=False, highlight=False)
+
+
+def _folded(readers: Mapping[str, ReaderVerdict]) -> Iterator[tuple[str, ReaderVerdict]]:
+    """The verdicts, one for neighbouring releases of which the same is to be said."""
+
+    def alike(item: tuple[str, ReaderVerdict]) -> tuple[str, ReaderVerdict | None]:
+        return (item[0].partition(" >=")[0] if item[1].in_general else item[0]), item[1].in_general
+
+    for (_, general), group in groupby(readers.items(), key=alike):
+        (first, verdict), *more = group
+        if general is not None and more:
+            start, end = first.partition(", <")[0], more[-1][0].partition(", <")[1:]
+            yield start + "".join(end), general
+        else:
+            yield first, verdict
 
 
 def _add_conclusion(table: Table, name: str, conclusion: Conclusion) -> None:
@@ -336,14 +352,22 @@ def _show_merge(done: Merge, console: Console) -> None:
 
 
 def _show_merge_verification(found: MergeVerification, console: Console) -> None:
-    table = Table(title="merged(x) against base(x) + adapter(x)")
-    for column in ("module", "projection", "error", "explained by rounding", "update", ""):
+    table = Table(
+        title="merged(x) against base(x) + adapter(x), of each projection where it is worst",
+        caption="Norms over random x. error: of what the two differ by; explained: the most that rounding to the "
+        "base's format makes of that; update: of the adapter's part.",
+    )
+    for column in ("module", "projection", "error", "explained", "update", ""):
         table.add_column(column, overflow="fold")
-    rows = sorted(found.rows, key=lambda row: (row.same, -row.error))
-    for row in rows[:20]:
-        numbers = (f"{row.error:.2g}", f"{row.explained:.2g}", f"{row.update:.2g}") if not row.note else ("", "", "")
-        table.add_row(escape(row.name), escape(row.projection), *numbers, escape(row.note))
+    alike: dict[tuple[str, str], list[MergedWeight]] = {}
+    for row in sorted(found.rows, key=lambda row: (row.same, -row.error)):
+        alike.setdefault((row.projection, row.note), []).append(row)
+    for (projection, note), rows in alike.items():
+        worst = max(rows, key=lambda row: row.excess)
+        where = worst.name if len(rows) == 1 else f"{worst.name} and {len(rows) - 1} more"
+        numbers = ("", "", "") if note else (f"{worst.error:.2g}", f"{worst.explained:.2g}", f"{worst.update:.2g}")
+        table.add_row(escape(where), escape(projection), *numbers, escape(note))
     console.print(table)
-    if len(rows) > 20:
-        console.print(f"and {len(rows) - 20} more with smaller errors")
+    if found.absent:
+        console.print("The adapter is in none of the weights compared: is this the base, or another merge?")
     console.print("merged as it should be" if found.same else "[red]not merged as it should be[/]")

@@ -350,12 +350,14 @@ def test_verify_sees_experts_rows_and_other_tensors_that_are_lost(tmp_path, stor
         assert [(row.name, row.projection) for row in found.rows if not row.same] == [
             ("model.layers.1.mlp.experts", "down_proj")
         ], change
+        assert not found.absent
         edited(out, lambda tensors: tensors.update({n: t.clone() for n, t in whole.items()}))
     edited(out, lambda tensors: tensors["model.embed_tokens.weight"].add_(1))
     assert [row.name for row in verify_merge(folder, source, out).rows if row.note] == ["model.embed_tokens.weight"]
     edited(out, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     assert not verify_merge(folder, source, out).same
     assert not verify_merge(folder, source, folder).same
+    assert verify_merge(folder, source, folder).absent
 
 
 def refused(tmp_path, folder, source, match, error=AdapterError, **how):

@@ -45,6 +45,26 @@ def test_inspect_shows_what_it_found(files):
         assert text in result.output
 
 
+def test_releases_of_which_the_same_is_to_be_said_share_a_row(files):
+    shown = run("inspect", files / "in", "--model", files / "config.json").output
+    (row,) = [line for line in shown.splitlines() if "vLLM >=" in line]
+    assert ", <" not in row
+    assert "--to vllm --model" in row
+    assert sum("PEFT >=" in line for line in shown.splitlines()) == 3  # the layouts differ, and what converts to them
+    factors = SPEC.factors(("gate", "up", "down"))
+    save_per_expert(files / "single", SPEC, factors, use_rslora=True)  # which vLLM ignores before 0.30
+    shown = run("inspect", files / "single", "--model", files / "config.json").output
+    assert [line.split("│")[1].strip() for line in shown.splitlines() if "vLLM >=" in line] == [
+        "vLLM >= 0.28, < 0.30",
+        "vLLM >= 0.30",
+    ]
+
+
+def test_help_fits_a_narrow_terminal():
+    for command in ("inspect", "convert", "merge", "verify"):
+        assert "…" not in run(command, "--help", columns=80).output
+
+
 def test_inspect_shows_what_the_numbers_show_a_row_for_modules_alike(files):
     assert "nothing out of the ordinary" in run("inspect", files / "in", "--model", files / "config.json").output
     factors = SPEC.factors(("gate_up", "down"))
@@ -124,6 +144,7 @@ def test_merge_then_verify(files):
     result = run("verify", files / "in", base, "--base", base)
     assert result.exit_code == 1
     assert "not merged" in result.output
+    assert "The adapter is in none of the weights" in result.output
     assert json.loads(run("verify", files / "in", base, "--base", base, "--json").stdout)["same"] is False
 
 
