@@ -138,6 +138,16 @@ def verify_adapters(
 
 
 def _side(adapter: str | Path, stated: Stated) -> _Side:
+    """One of the two; errors say which."""
+    try:
+        return _read(adapter, stated)
+    except AdapterError as error:
+        if str(adapter) not in str(error):
+            error.args = (f"{adapter}: {error}",)
+        raise
+
+
+def _read(adapter: str | Path, stated: Stated) -> _Side:
     source = open_adapter(adapter, stated)
     decision = decide(source, stated)
     decision.require(str(source.folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.adapter_files import PREFIX, QWEN, Spec, load, lora_config, save, save_fused
+from support.adapter_files import PREFIX, QWEN, Spec, load, lora_config, save, save_fused, save_per_expert
 
 from peft_moe_compat import AdapterFileError, verify_adapters
 
@@ -86,3 +86,12 @@ def test_a_whole_model_is_said_to_be_one(tmp_path):
     (tmp_path / "merged" / "config.json").write_text("{}")
     with pytest.raises(AdapterFileError, match="--base BASE"):
         verify_adapters(one, tmp_path / "merged", model=SPEC.model())
+
+
+def test_which_of_the_two_does_not_fit_the_model_is_said(tmp_path):
+    wide = Spec(I=SPEC.I + 8)
+    one = save_per_expert(tmp_path / "one", SPEC, SPEC.factors(("gate", "up", "down")))
+    other = save_per_expert(tmp_path / "other", wide, wide.factors(("gate", "up", "down")))
+    for pair in ((one, other), (other, one)):
+        with pytest.raises(AdapterFileError, match=r"^\S*other: .*none of these sizes"):
+            verify_adapters(*pair, model=SPEC.model())
