@@ -32,6 +32,7 @@ __all__ = [
     "Factors",
     "Names",
     "Place",
+    "in_model",
     "linear_role",
     "peft_name",
     "role_of",
@@ -123,7 +124,7 @@ def peft_name(name: str, prefix: str) -> str:
         name: In the file.
         prefix: See `Names`.
     """
-    name = unwrapped(name.removeprefix(prefix))
+    name = in_model(name, prefix)
     match = _LORA.match(name)
     if match is not None and match["adapter"] != "bias":
         name = f"{match['module']}.lora_{match['factor']}.weight"
@@ -133,6 +134,11 @@ def peft_name(name: str, prefix: str) -> str:
 def unwrapped(name: str) -> str:
     """The name of a module or tensor before anybody but PEFT wrapped what it is in."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def in_model(name: str, prefix: str) -> str:
+    """A tensor's name below the model that LoRA was put into; `prefix`: see `Names`."""
+    return unwrapped(name).removeprefix(prefix)
 
 
 def same_tensor(name: str, other: str) -> AdapterFileError:
@@ -152,7 +158,7 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     Raises:
         AdapterFileError: One half of a pair or a nesting level is missing, or two names mean the same tensor.
     """
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in infos) else ""
+    prefix = PREFIX if any(unwrapped(name).startswith(PREFIX) for name in infos) else ""
     halves: dict[Place, dict[str, TensorInfo]] = {}
     empty = set()
     for name, info in infos.items():
@@ -161,7 +167,7 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
                 f"{show(name)} is no name of a tensor: at most {MAX_NAME} printable characters were expected. Is the "
                 "file damaged?"
             )
-        clean = unwrapped(name.removeprefix(prefix))
+        clean = in_model(name, prefix)
         found = _place(clean, len(info.shape), config.target_parameters)
         if found is None:
             # As some writers leave the projection that a model has not.
@@ -191,7 +197,7 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     other = [name for name in infos if name not in experts and name not in empty]
     stems = {_stem(name, prefix) for places in by_path.values() for pair in places.values() for name in _names(pair)}
     placed = {name for places in by_path.values() for pair in places.values() for name in _names(pair)}
-    unknown = tuple(n for n in other if n not in placed and _is_unknown(unwrapped(n.removeprefix(prefix)), stems))
+    unknown = tuple(n for n in other if n not in placed and _is_unknown(in_model(n, prefix), stems))
     return Names(prefix, pairs, unknown, tuple(other))
 
 
@@ -201,7 +207,7 @@ def _names(pair: Factors) -> tuple[str, str]:
 
 def _stem(name: str, prefix: str) -> str:
     """What a tensor is the LoRA of."""
-    return unwrapped(name.removeprefix(prefix)).rpartition(".lora_")[0]
+    return in_model(name, prefix).rpartition(".lora_")[0]
 
 
 def _is_unknown(name: str, stems: Container[str]) -> bool:
@@ -294,6 +300,8 @@ def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
         return (place, match["factor"]) if ndim == 2 else None
     if parameter in LINEAR_NAMES and (_is_experts(module) or (ndim == 3 and parameter in _GGUF_NAMES)):
         return Place("stacked", module, name=parameter), match["factor"]
+    if expert and _is_experts(expert["path"]):
+        return None  # of an expert's linear that nobody calls so, not of a router of that name
     target = targets.matrix(path)
     known = target is not None and (ndim == 2 or role_of(path, target.rpartition(".")[2]) is not None)
     if known or depth or parts[-1] == "experts":

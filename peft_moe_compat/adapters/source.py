@@ -15,7 +15,7 @@ from ..errors import AdapterError, AdapterFileError
 from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_config
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, ordinary_file, read_json, show
-from .names import PREFIX, Names, sort_names
+from .names import PREFIX, Names, in_model, sort_names
 from .renaming import renamed, renamed_config
 from .safetensors_io import TensorInfo
 from .slots import ExpertsModule, LinearSlot, experts_modules, is_signed_float, linear_slots
@@ -95,7 +95,7 @@ def open_adapter(
 def _opened_renamed(adapter: str | Path, stated: Stated, renames: Mapping[str, str]) -> AdapterSource:
     """The adapter as if it had the new paths; its numbers must be those that it has under the old ones."""
     before = open_adapter(adapter, stated)
-    names = {name: _renamed_tensor(name, renames) for name in before.tensors.infos}
+    names = {name: PREFIX + renamed(in_model(name, before.prefix), renames) for name in before.tensors.infos}
     for old in renames:
         if all(renamed(name, {old: ""}) == name for name in names):
             raise AdapterError(
@@ -114,11 +114,6 @@ def _opened_renamed(adapter: str | Path, stated: Stated, renames: Mapping[str, s
             "renamed. Write its adapter_config.json with full names or the last parts of names, and convert that."
         )
     return after
-
-
-def _renamed_tensor(name: str, renames: Mapping[str, str]) -> str:
-    prefix = PREFIX if name.startswith(PREFIX) else ""
-    return prefix + renamed(name.removeprefix(prefix), renames)
 
 
 def _numbers(source: AdapterSource) -> list[Any]:

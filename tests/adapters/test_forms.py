@@ -16,8 +16,10 @@ from support.adapter_files import (
     QWEN,
     Family,
     Spec,
+    assert_identical,
     assert_updates,
     attention,
+    load,
     lora_config,
     read_adapter,
     save,
@@ -205,6 +207,27 @@ def test_lora_on_experts_that_no_rule_places_is_refused(tmp_path, name, beside):
         ) as error:
             call()
         assert len(str(error.value)) < 1500
+
+
+def test_an_experts_linear_is_no_router(tmp_path):
+    spec = Spec(layers=(0,))
+    tensors = pair(stem(spec, 0, 3, "gate"), torch.ones(2, 8), torch.ones(6, 2))
+    source = save(tmp_path / "in", tensors, lora_config(spec, target_parameters=["gate.weight"]))
+    with pytest.raises(AdapterFileError, match="names that are not understood"):
+        convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+
+
+@pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module"])
+@pytest.mark.parametrize("place", ["", "base_model.", PREFIX, f"{PREFIX}model.layers."])
+def test_whatever_module_was_wrapped_the_paths_are_the_models(tmp_path, part, place):
+    spec = Spec(attention=True)
+    factors = spec.factors(("gate", "up", "down"))
+    source = save_per_expert(tmp_path / "in", spec, factors)
+    tensors = {f"{place}{part}.{name.removeprefix(place)}": tensor for name, tensor in load(source).items()}
+    wrapped = save(tmp_path / "wrapped", tensors, lora_config(spec))
+    for name, folder in (("a", source), ("b", wrapped)):
+        convert_adapter(folder, tmp_path / name, to=NEW, model=spec.model())
+    assert_identical(load(tmp_path / "b"), load(tmp_path / "a"))
 
 
 def test_what_is_beside_the_experts_is_ordinary(tmp_path):

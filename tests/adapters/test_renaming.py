@@ -13,6 +13,7 @@ from support.adapter_files import (
     load,
     read_adapter,
     read_config,
+    save,
     save_fused,
     save_per_expert,
 )
@@ -65,6 +66,15 @@ def test_several_parts_are_renamed(tmp_path):
     paths = {".".join(name.split(".")[5:6]) for name in load(tmp_path / "out")}
     assert paths == {"feed_forward", "attn"}
     assert_updates(read_adapter(tmp_path / "out", QWEN, 4).experts, spec.updates(factors))
+
+
+def test_a_new_path_may_look_like_pefts_prefix(tmp_path):
+    spec = Spec(attention=True)
+    source = save_per_expert(tmp_path / "in", spec, spec.factors(("gate", "up", "down")))
+    bare = {f"base_model.trunk.{name.removeprefix(PREFIX)}": tensor for name, tensor in load(source).items()}
+    source = save(tmp_path / "bare", bare, read_config(source))
+    convert_adapter(source, tmp_path / "out", to="per-expert", model=spec.model(), rename=["trunk=model"])
+    assert all(name.startswith(f"{PREFIX}{PREFIX}model.layers.") for name in load(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
