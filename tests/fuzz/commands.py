@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ def _weights(case: Case, meaning: Meaning) -> dict[str, Tensor]:
             fan_in, fan_out = family.size(role, case.H, case.I)
             none = torch.zeros(case.E, fan_out, fan_in, dtype=torch.float64)
             stacks[layer, role] = meaning.experts.get((layer, role), none)
-    found = {f"{path}.weight": update for path, update in meaning.linears.items()}
+    # Whatever stands before the layers in the adapter, merging finds the base's.
+    before = family.path.partition("layers.")[0]
+    places = {path: re.sub(r"^(.*?\.)??(?=layers\.[0-9])", before, path) for path in meaning.linears}
+    found = {f"{places[path]}.weight": update for path, update in meaning.linears.items()}
     if not family.fused_in_4:
         for (layer, role), stack in stacks.items():
             path = family.apart_path().format(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -60,13 +61,11 @@ def header_entry(folder: Path, rng: random.Random) -> str:
     header, data = _parts(file)
     name = rng.choice([name for name in header if name != "__metadata__"])
     entry = header[name]
-    if (
-        not isinstance(entry, dict)
-        or not isinstance(entry.get("data_offsets"), list)
-        or len(entry["data_offsets"]) != 2
-    ):
-        return "read"  # it was damaged before
-    start, end = entry["data_offsets"]
+    match entry:
+        case {"data_offsets": [int(start), int(end)], "shape": list()}:
+            pass
+        case _:
+            return "read"  # it was damaged before
     shapes = (entry["shape"][::-1], [1, *entry["shape"]], [], [-1, -1], [2**40, 2**40], ["a"], None, [1.0], [True])
     offsets = (
         [0, end],
@@ -178,8 +177,13 @@ def index_edited(folder: Path, rng: random.Random) -> str:
     file = folder / "adapter_model.safetensors.index.json"
     if not file.is_file():
         return "same"
-    content = json.loads(file.read_text())
-    weight_map = content["weight_map"]
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        return "same"  # it was damaged before
     name = rng.choice(list(weight_map))
     values: tuple[Any, ...] = (
         "../x.safetensors",
@@ -234,7 +238,11 @@ def automodel_file(folder: Path, rng: random.Random) -> str:
 
 @_damage
 def file_gone(folder: Path, rng: random.Random) -> str:
-    rng.choice(sorted(folder.glob("adapter_*"))).unlink()
+    gone = rng.choice(sorted(folder.glob("adapter_*")))
+    if gone.is_dir() and not gone.is_symlink():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
     return "any"
 
 
@@ -248,8 +256,9 @@ def link(folder: Path, rng: random.Random) -> str:
         ("good", "good", "/dev/zero", "/dev/null", "/dev/tty", "loop", "folder", "pipe", "nowhere", "/proc/self/mem")
     )
     if way == "good":
-        (folder / "aside").write_bytes(whole)
-        file.symlink_to("aside")
+        aside = folder / f"aside of {file.name}"
+        aside.write_bytes(whole)
+        file.symlink_to(aside.name)
         return "same"
     if way == "pipe":
         os.mkfifo(file)

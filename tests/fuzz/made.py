@@ -114,7 +114,8 @@ class Making:
         """Random tables, in every way in which people write patterns; what they reach is what `lookup` says."""
         keys = [name.format(0) for _, _, name in self.places()] + list(self.beside())
         singles = self.case.form in SINGLE
-        for table, values in (("rank_pattern", (1, 2, 3, 4)), ("alpha_pattern", (1, 2, 5, 0.5, 8))):
+        ranks = (1, 2, 3) if self.case.form == "unfolded" else (1, 2, 3, 4)  # as in `draw`
+        for table, values in (("rank_pattern", ranks), ("alpha_pattern", (1, 2, 5, 0.5, 8))):
             found: dict[str, Any] = {}
             for _ in range(self.rng.randint(0, self.case.patterns)):
                 key = self.rng.choice(keys)

@@ -17,6 +17,7 @@ _LISTED = re.compile(r"(?P<path>.*experts)\.(?P<linear>\w+_proj)s\.(?P<expert>0|
 _NATIVE = re.compile(r"(.*experts)\.lora_(gate_and_up|up|down)_([AB])", re.ASCII)
 _GGUF = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)_exps", re.ASCII)
 _WRAPPED = re.compile(r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_SHARED = re.compile("shared_experts?", re.IGNORECASE)
 _NAMES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _NAMES |= {"gate_up_proj": "gate_up"} | {role: role for role in ("gate_up", "gate", "up", "down")}
 _NATIVE_NAMES = {"gate_and_up": "gate_up", "up": "up", "down": "down"}
@@ -39,7 +40,7 @@ class Reading:
         fused = [(path, depth) for path, depth in pairs if self._fused(path, depth)]
         for (path, depth), pair in pairs.items():
             if len(pair) != 2:
-                if "expert" in path.replace("shared_expert", "shared") or (path, depth) in fused or "blk" in path:
+                if "expert" in _SHARED.sub("", path) or (path, depth) in fused or "blk" in path:
                     raise UnreadableError(f"half of {path}")
                 self.meaning.rest |= {f"{PREFIX}{path}.lora_{half}.weight": tensor for half, tensor in pair.items()}
                 continue
@@ -60,9 +61,10 @@ class Reading:
 
     def _pairs(self) -> dict[tuple[str, int], dict[str, Tensor]]:
         pairs: dict[tuple[str, int], dict[str, Tensor]] = {}
-        bare = not any(name.startswith(PREFIX) for name in self.tensors)
-        for full, tensor in self.tensors.items():
-            name = self._renamed(_WRAPPED.sub("", full if bare else full.removeprefix(PREFIX)))
+        tensors = [(_WRAPPED.sub("", name), tensor) for name, tensor in self.tensors.items()]
+        bare = not any(name.startswith(PREFIX) for name, _ in tensors)
+        for full, tensor in tensors:
+            name = self._renamed(full if bare else full.removeprefix(PREFIX))
             name = re.sub(r"\.lora_([AB])(\.(?!bias)[^.]+)??(\.weight)?$", r".lora_\1.weight", name)
             if tensor.ndim == 3 and (native := _NATIVE.fullmatch(name)):
                 name = f"{native[1]}.{_NATIVE_NAMES[native[2]]}_proj.lora_{native[3]}.weight"
@@ -70,11 +72,11 @@ class Reading:
             if tensor.numel() == 0 and tensor.ndim not in (2, 3) and "experts." in name and "lora" in name:
                 continue  # what a writer leaves of a projection that is not there
             if found is None or (tensor.ndim not in (2, 3)):
-                if "expert" in name and "lora" in name and "shared_expert" not in name:
+                if "expert" in _SHARED.sub("", name) and "lora" in name:
                     raise UnreadableError(f"{name} is nothing known")
                 self.meaning.rest[PREFIX + name] = tensor
                 continue
-            experts = "expert" in name.replace("shared_expert", "shared")
+            experts = "expert" in _SHARED.sub("", name)
             wide = tensor if tensor.is_complex() else tensor.double()
             if not (tensor.is_floating_point() or not experts) or not wide.isfinite().all():
                 raise UnreadableError(f"{name} has no numbers to count with")
@@ -189,7 +191,7 @@ class Reading:
             self.ranks[path] = A.shape[0]
             place = self._layer(path), role, _LISTED.fullmatch(path) is not None
             self.single.setdefault(place, {})[int(single["expert"])] = update
-        elif re.search(r"(^|\.)(\w*experts?)(\.|$)", path.replace("shared_expert", "shared")):
+        elif re.search(r"(^|\.)(\w*experts?)(\.|$)", _SHARED.sub("", path)):
             raise UnreadableError(f"{path} is nothing known")
         else:
             self._add_linear(path, A, B)

@@ -51,6 +51,8 @@ _SEGMENTS = {
 def _renamed(name: str, rng: random.Random) -> str:
     parts = name.split(".")
     places = [i for i, part in enumerate(parts) if part in _SEGMENTS or part.isdigit()]
+    if not places:
+        return name  # it was changed before
     i = rng.choice(places)
     numbers = ("0", "1", "7", "03", "-1", "1e3", "999999999", "9" * 5000, "٣", "²", "1_0", " 1", "")
     parts[i] = rng.choice(numbers if parts[i].isdigit() else _SEGMENTS[parts[i]])
@@ -125,6 +127,8 @@ def contents_exchanged(adapter: Adapter, case: Case, rng: random.Random) -> str:
 def shape_changed(adapter: Adapter, case: Case, rng: random.Random) -> str:
     one = _one(adapter, rng)
     tensor = adapter.tensors[one]
+    if not tensor.ndim or not tensor.numel():
+        return "read"  # it was changed before
     ways = (
         lambda: tensor.transpose(0, -1),
         lambda: tensor[:-1],
@@ -163,6 +167,8 @@ def all_types_changed(adapter: Adapter, case: Case, rng: random.Random) -> str:
 def value_odd(adapter: Adapter, case: Case, rng: random.Random) -> str:
     one = _one(adapter, rng)
     tensor = adapter.tensors[one] = adapter.tensors[one].clone()
+    if not tensor.is_floating_point() or not tensor.numel():
+        return "read"  # it was changed before, or is of a projection that is not there
     if rng.random() < 0.5:
         tensor.view(-1)[0] = rng.choice((float("nan"), float("inf"), float("-inf")))
         return "read"
