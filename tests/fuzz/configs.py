@@ -216,8 +216,9 @@ def model_changed(adapter: Adapter, case: Case, rng: random.Random) -> str:
         values = ("qwen3_moe", "gpt_oss", "mixtral", "", None, 7, "nobody", "nemotron_h", "é", [])
     inner[field] = rng.choice(values)
     adapter.said["model"] = sizes
-    # Where experts may be missing, or share their factors, the number of them is the caller's to say.
-    counted = field == family.count and (case.form in SINGLE or case.form == "shared")
+    # Where experts may be missing, or share their factors, or have a rank that the config does not say, the number of
+    # them is the caller's to say.
+    counted = field == family.count and (case.form in (*SINGLE, "shared") or case.mark == "scaled")
     return "any" if field == "model_type" or counted else "same"
 
 

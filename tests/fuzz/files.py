@@ -163,7 +163,7 @@ def json_odd(folder: Path, rng: random.Random) -> str:
         *(text.replace(b'"r"', b'"r": 9, "r"'), b"[" * 10**6, b'{"a": ' * 5000 + b"1" + b"}" * 5000, b"{}"),
         *(
             text.replace(b": ", b': NaN, "x": ', 1),
-            text.decode().encode("utf-16"),
+            text.decode(errors="replace").encode("utf-16"),
             text.replace(b"{", b'{"\\ud800": 1, ', 1),
         ),
         *(b'{"r": ' + b"9" * 10**6 + b"}", text.replace(b'"lora_alpha"', b'"lora_alpha": -Infinity, "q"')),
