@@ -1,11 +1,13 @@
-"""LoRA on quantised experts: stock PEFT and this library, one experts layer and a small model, on one GPU.
+r"""LoRA on quantised experts: stock PEFT and this library, one experts layer and a small model, on one GPU.
 
     python benchmarks/quantised.py --json OUT
-    python benchmarks/quantised.py --device cpu --shape 8,2,64,32 --tokens 64 --check-tokens 32 --block 32 --model 64,32
+    python benchmarks/quantised.py --device cpu --shapes 8,2,64,32 --tokens 64 --decode "" --check-tokens 32 \
+        --block 32 --model 64,32
 
-For every format: the errors against a float64 loop over the dequantised weights, relative to the largest entry of the
-output, of the adapter's effect and of the gradients (hidden states, and the worst of lora_A and lora_B); median
-milliseconds of forward + backward; the highest memory above the weights. A case that fails prints its error.
+For every format: the errors against a float64 loop over the dequantised weights, relative to the norm of the output, of
+the adapter's effect and of the gradients (hidden states, and the worst of lora_A and lora_B); median milliseconds of
+forward + backward, and how many times the unquantised layer's; the highest memory above the weights; microseconds of a
+forward of few tokens, replayed as a CUDA graph with a cold L2. A case that fails prints its error.
 
 bitsandbytes and torchao are used where they can be imported.
 """
@@ -30,13 +32,15 @@ import transformers
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import FineGrainedFP8Config
-from transformers.integrations import finegrained_fp8, mxfp4
+from transformers.integrations import finegrained_fp8
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeForCausalLM
 
 import peft_moe_compat
+from peft_moe_compat.quantising.int8 import Int8Weight
+from peft_moe_compat.quantising.mxfp4 import hold_packed
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 DTYPE = torch.bfloat16
@@ -46,8 +50,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file to write the rows to")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shape", default="128,8,2048,768", help="experts, top-k, hidden size, intermediate size")
-    parser.add_argument("--gpt-oss", default="32,4,2880,2880", help="the same for MXFP4; multiples of 32")
+    parser.add_argument(
+        "--shapes",
+        default="128,8,2048,768;32,4,2880,2880;8,2,4096,14336",
+        help="experts, top-k, hidden size, intermediate size; several between semicolons, the last two multiples of 32",
+    )
+    parser.add_argument("--formats", help="names, between commas; all by default")
+    parser.add_argument("--who", default="ours,stock")
+    parser.add_argument("--decode", default="1,16,64", help="tokens of a forward alone")
     parser.add_argument("--model", default="1024,512", help="hidden and intermediate size of the small model")
     parser.add_argument("--tokens", default="8192,2048")
     parser.add_argument("--check-tokens", type=int, default=256)
@@ -70,27 +80,15 @@ def sizes(text: str) -> list[int]:
 # Formats: each quantises one experts module in place, or returns the module to use instead of it.
 
 
-def bnb4(experts: nn.Module) -> nn.Module:
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+def bnb4(quant_type: str, nested: bool = False):
+    def quantise(experts: nn.Module) -> nn.Module:
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    for name in PROJECTIONS:
-        replace_parameter_4bit(experts, name, quant_type="nf4")
-    return experts
+        for name in PROJECTIONS:
+            replace_parameter_4bit(experts, name, nested, quant_type)
+        return experts
 
-
-class Int8(nn.Module):
-    """Row-wise int8 of bitsandbytes as a parametrization."""
-
-    def __init__(self, scales: torch.Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.register_buffer("scales", scales)
-
-    def forward(self, packed: torch.Tensor) -> torch.Tensor:
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        rows = packed.reshape(-1, packed.shape[-1])
-        return int8_vectorwise_dequant(rows, self.scales).view(packed.shape).to(self.dtype)
+    return quantise
 
 
 def bnb8(experts: nn.Module) -> nn.Module:
@@ -100,7 +98,18 @@ def bnb8(experts: nn.Module) -> nn.Module:
         weight = experts._parameters[name].detach()
         packed, scales, _ = int8_vectorwise_quant(weight.reshape(-1, weight.shape[-1]).half())
         setattr(experts, name, nn.Parameter(packed.view(weight.shape), requires_grad=False))
-        nn.utils.parametrize.register_parametrization(experts, name, Int8(scales, weight.dtype), unsafe=True)
+        held = Int8Weight(scales.view(weight.shape[:2]), weight.shape, weight.dtype)
+        nn.utils.parametrize.register_parametrization(experts, name, held, unsafe=True)
+    return experts
+
+
+def mxfp4(experts: nn.Module) -> nn.Module:
+    """Random blocks and exponents in the place of gpt-oss's stacks, as they are published."""
+    for name in PROJECTIONS:
+        hold_packed(experts, name)
+        held = experts.parametrizations[name]
+        held.original.random_(0, 256)
+        held[0].scales.random_(119, 123)
     return experts
 
 
@@ -133,14 +142,27 @@ def fp8(experts: nn.Module) -> nn.Module:
     return module
 
 
+def dequantised_mxfp4(experts: nn.Module) -> nn.Module:
+    """The same, dequantised as `Mxfp4Config(dequantize=True)` does on loading."""
+    mxfp4(experts)
+    for name in PROJECTIONS:
+        weight = getattr(experts, name)
+        nn.utils.parametrize.remove_parametrizations(experts, name, leave_parametrized=False)
+        experts._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    return experts
+
+
 FORMATS = {
     "bf16": lambda experts: experts,
-    "bnb nf4": bnb4,
+    "bnb nf4": bnb4("nf4"),
+    "bnb nf4, nested": bnb4("nf4", True),
+    "bnb fp4": bnb4("fp4"),
     "bnb int8": bnb8,
     "torchao int8": torchao("Int8WeightOnlyConfig"),
     "torchao float8": torchao("Float8WeightOnlyConfig"),
     "fp8 (fine-grained)": fp8,
 }
+GPT_OSS_FORMATS = {"bf16 gpt-oss": dequantised_mxfp4, "mxfp4": mxfp4}
 
 
 def dequantised(experts: nn.Module, name: str) -> torch.Tensor:
@@ -157,8 +179,8 @@ def dequantised(experts: nn.Module, name: str) -> torch.Tensor:
 # One layer
 
 
-def qwen_experts() -> tuple[nn.Module, int]:
-    E, k, H, inner = sizes(ARGS.shape)
+def qwen_experts(shape: list[int]) -> tuple[nn.Module, int]:
+    E, k, H, inner = shape
     config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=inner, num_experts=E, num_experts_per_tok=k)
     config._experts_implementation = "grouped_mm"
     with torch.device(ARGS.device):
@@ -168,19 +190,14 @@ def qwen_experts() -> tuple[nn.Module, int]:
     return experts, k
 
 
-def gpt_oss_experts() -> tuple[nn.Module, int]:
-    """gpt-oss as Mxfp4Config(dequantize=True) loads it, from random blocks and exponents."""
-    E, k, H, inner = sizes(ARGS.gpt_oss)
+def gpt_oss_experts(shape: list[int]) -> tuple[nn.Module, int]:
+    E, k, H, inner = shape
     config = GptOssConfig(hidden_size=H, intermediate_size=inner, num_local_experts=E, num_experts_per_tok=k)
     config._experts_implementation = "grouped_mm"
     with torch.device(ARGS.device):
         experts = GptOssExperts(config).to(DTYPE)
-    for name, out, into in (("gate_up_proj", 2 * inner, H), ("down_proj", H, inner)):
-        blocks = torch.randint(0, 256, (E, out, into // 32, 16), dtype=torch.uint8, device=ARGS.device)
-        scales = torch.randint(119, 123, (E, out, into // 32), dtype=torch.uint8, device=ARGS.device)
-        weight = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=DTYPE)
-        experts._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        nn.init.normal_(experts._parameters[f"{name}_bias"], std=0.02).requires_grad_(False)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.02).requires_grad_(False)
     return experts, k
 
 
@@ -311,6 +328,27 @@ def trains(block: nn.ModuleDict, tokens: int, H: int, k: int) -> dict[str, float
     return measure(step)
 
 
+def decodes(block: nn.ModuleDict, tokens: int, H: int, k: int) -> float:
+    """Median microseconds of a forward without gradients, as a CUDA graph, L2 emptied before each."""
+    experts = block["experts"].get_base_layer()
+    inputs_ = inputs(tokens, H, experts.num_experts, k)
+    times, graph, filler = [], torch.cuda.CUDAGraph(), torch.empty(2**28, dtype=torch.uint8, device=ARGS.device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.no_grad():
+        for _ in range(3):
+            block["experts"](*inputs_)
+        with torch.cuda.graph(graph):
+            block["experts"](*inputs_)
+    for _ in range(15):
+        filler.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end))
+    return statistics.median(times)
+
+
 def weights_gib(module: nn.Module) -> float:
     """What the module holds, packed forms by their own size."""
     total = 0
@@ -320,22 +358,40 @@ def weights_gib(module: nn.Module) -> float:
     return total / 2**30
 
 
+# (who, shape, tokens or "decode tokens") -> what the unquantised layer took
+UNQUANTISED: dict[tuple, float] = {}
+
+
 def layer_case(stored: str, who: str, make, quantise, shape: list[int]) -> None:
     H = shape[2]
     torch.manual_seed(0)
-    experts, k = make()
+    experts, k = make(shape)
     experts = quantise(experts)
-    row = {"case": "layer", "format": stored, "who": who, "weights_gib": weights_gib(experts)}
+    row = {"case": "layer", "format": stored, "who": who, "shape": shape, "weights_gib": weights_gib(experts)}
     block = wrapped(experts)
     row["report"] = peft_moe_compat_report(block) if who == "ours" else ""
     row["errors"] = errors(block, block["experts"], H, k)
+    add(row)
+    for tokens in sizes(ARGS.tokens):
+        row = {"case": "layer", "format": stored, "who": who, "tokens": tokens, "shape": shape}
+        row |= trains(block, tokens, H, k)
+        add(row | compared(row["ms"], stored, make, who, shape, tokens))
+    for tokens in sizes(ARGS.decode) if ARGS.decode else ():
+        us = decodes(block, tokens, H, k)
+        row = {"case": "decode", "format": stored, "who": who, "tokens": tokens, "shape": shape, "us": us}
+        add(row | compared(us, stored, make, who, shape, -tokens))
+
+
+def compared(time_: float, stored: str, make, who: str, shape: list[int], what: int) -> dict[str, float]:
+    key = make, who, *shape, what
+    if stored.startswith("bf16"):
+        UNQUANTISED[key] = time_
+    return {"times_bf16": time_ / UNQUANTISED[key]} if key in UNQUANTISED else {}
+
+
+def add(row: dict) -> None:
     ROWS.append(row)
     show(row)
-    for tokens in sizes(ARGS.tokens):
-        timed = {"case": "layer", "format": stored, "who": who, "tokens": tokens, "shape": shape}
-        timed |= trains(block, tokens, H, k)
-        ROWS.append(timed)
-        show(timed)
 
 
 def peft_moe_compat_report(model: nn.Module) -> str:
@@ -390,20 +446,10 @@ def model_case(stored: str, who: str, quantise) -> None:
     show(row)
 
 
-def mxfp4_kernels() -> None:
-    """Whether transformers' own MXFP4 kernels load here; LoRA on their experts is refused by name either way."""
-    from transformers.integrations.hub_kernels import get_kernel
-
-    kernels = get_kernel("kernels-community/gpt-oss-triton-kernels", version=1)
-    row = {"case": "mxfp4 kernels", "format": "mxfp4", "who": "transformers", "loaded": repr(kernels)}
-    ROWS.append(row)
-    show(row)
-
-
 def show(row: dict) -> None:
     cells = []
     for key, value in row.items():
-        if key in ("case", "format", "who", "shape"):
+        if key in ("case", "format", "who"):
             continue
         if key == "errors":
             cells.append(
@@ -451,17 +497,15 @@ def main() -> None:
     warnings.simplefilter("ignore", UserWarning)  # PEFT's, once a forward, on parametrised weights
     found = versions()
     print(json.dumps(found), flush=True)
-    shape = sizes(ARGS.shape)
+    wanted = ARGS.formats.split(",") if ARGS.formats else [*FORMATS, *GPT_OSS_FORMATS]
+    for shape in map(sizes, ARGS.shapes.split(";")):
+        for make, formats in ((qwen_experts, FORMATS), (gpt_oss_experts, GPT_OSS_FORMATS)):
+            for stored, quantise in formats.items():
+                for who in ARGS.who.split(",") if stored in wanted else ():
+                    guarded("layer", stored, who, layer_case, stored, who, make, quantise, shape)
     for stored, quantise in FORMATS.items():
-        for who in ("stock", "ours"):
-            guarded("layer", stored, who, layer_case, stored, who, qwen_experts, quantise, shape)
-    stored = "mxfp4, dequantised"
-    for who in ("stock", "ours"):
-        guarded("layer", stored, who, layer_case, stored, who, gpt_oss_experts, FORMATS["bf16"], sizes(ARGS.gpt_oss))
-    for stored, quantise in FORMATS.items():
-        for who in ("stock", "ours"):
+        for who in ARGS.who.split(",") if stored in wanted else ():
             guarded("model", stored, who, model_case, stored, who, quantise)
-    guarded("mxfp4 kernels", "mxfp4", "transformers", mxfp4_kernels)
     if ARGS.json:
         result = {"versions": found, "arguments": vars(ARGS), "rows": ROWS}
         Path(ARGS.json).write_text(json.dumps(result, indent=1), encoding="utf-8")

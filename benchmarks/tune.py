@@ -141,7 +141,7 @@ def products(shape: str, case: Case) -> None:
         base = ms(f"{shape} {name} torch's grouped_mm", lambda a=a, w=weight: grouped_mm(a, w, offs=where.offs))
         print(f"    {flops / base:.0f} TFLOP/s")
         for config, gemm.PER_SM, gemm.GROUP_TILES in PRODUCTS:
-            gemm._programs.cache_clear()
+            gemm.programs_of.cache_clear()
             function = lambda a=a, w=weight, f=factor: gemm.grouped_linear(a, w, where, low, f)  # noqa: E731
             label = f"{shape} {name} x{gemm.PER_SM} g{gemm.GROUP_TILES}"
             print(f"    {flops / ms(label, function, (gemm, 'PRODUCT', config)):.0f} TFLOP/s")
@@ -203,7 +203,7 @@ def start(shape: str, case: Case) -> None:
 
         return call
 
-    parts = {name: marked(getattr(layer, name)) for name in ("route", "grouped_linear")}
+    parts = {name: marked(getattr(layer, name)) for name in ("route", "linear")}
     with peft_moe_compat.activate(), unittest.mock.patch.multiple(layer, **parts):
         for _ in range(8):
             torch.cuda.synchronize()

@@ -183,7 +183,7 @@ def times(B: Tensor, factor: float) -> Tensor:
             f"Two scalings of this adapter (lora_alpha, alpha_pattern) differ by a factor of {factor:g}; at most "
             f"{_MAX_FOLD:g} can be folded into lora_B. Is adapter_config.json the one of this file?"
         )
-    return B.to(common_dtype({B.dtype, torch.float32}), copy=True).mul_(factor)
+    return B.to(common_dtype({B.dtype, torch.float32})) * factor
 
 
 def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], total: int, fill: bool) -> Part:

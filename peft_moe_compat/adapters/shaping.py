@@ -1,9 +1,7 @@
 """Parts of an experts module turned into other parts: gate and up joined or parted, ranks padded, scalings folded.
 
 Each function takes `Part`s that have not been read and returns such ones; the work happens when they are loaded. All
-of it runs on meta tensors too, which is how a conversion knows what it will write before it reads anything. There torch
-has some functions in Python alone, `cat`, `stack` and `*` among them, and imports its compiler for the first of these,
-which takes seconds: what is written here is in place.
+of it runs on meta tensors too, which is how a conversion knows what it will write before it reads anything.
 """
 
 from __future__ import annotations
@@ -42,9 +40,7 @@ def alternating(part: Part) -> Part:
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         lora = part.load(tensors)
         gate, up = lora.B.chunk(2, dim=1)
-        B = torch.empty_like(lora.B)
-        B[:, ::2], B[:, 1::2] = gate, up
-        return ExpertLora(lora.A, B, lora.scaling)
+        return ExpertLora(lora.A, torch.stack((gate, up), dim=2).flatten(1, 2), lora.scaling)
 
     return replace(part, load=load)
 
@@ -109,17 +105,14 @@ def join(sides: Mapping[str, Part], same_A: bool, interleaved: bool, rslora: boo
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         loras = {role: part.load(tensors) for role, part in sides.items()}
-        A = loras[lead].A
-        if joined:
-            A = A.new_empty(A.shape[0], rank, A.shape[2], dtype=common_dtype({lora.A.dtype for lora in loras.values()}))
+        of_both = common_dtype({lora.A.dtype for lora in loras.values()})
+        A = loras[lead].A if shared else torch.cat([lora.A.to(of_both) for lora in loras.values()], dim=1)
         factors = {role: times(lora.B, ratios[role]) for role, lora in loras.items()}
         dtype = common_dtype({B.dtype for B in factors.values()})
         whole = A.new_zeros(A.shape[0], 2 * loras[lead].out_features, rank, dtype=dtype)
         for role, B in factors.items():
             first = joined[0] if joined and role == "up" else 0
             whole[:, rows[role], first : first + B.shape[2]] = B
-            if joined:
-                A[:, first : first + B.shape[2]] = loras[role].A
         return ExpertLora(A, whole, loras[lead].scaling)
 
     steps = [step for part in sides.values() for step in part.steps]

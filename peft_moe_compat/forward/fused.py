@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import CompatWarning
 from ..families import CLAMPED_CLASSES
 from ..model.experts import REGISTRY_MODULE, constant_when_compiled, up_name
-from ..model.weights import is_plain, stored_format
+from ..model.packed import PackedWeight
+from ..model.weights import FP8_MODULE, is_plain, packed, stored_format
 from ..reasons import Reason, because
 from .backend import chosen
 from .grouped_mm import device_backend, fits_torch
@@ -38,6 +39,7 @@ _ACTIVATIONS = {
     "SiLUActivation": "silu",
     "silu": "silu",
 }
+_FP8_GATES = ("swiglu_alpha", "limit")  # attributes of FP8 experts that have another gate than the default
 _TRIED_ON = ("cuda",)  # types of devices; triton's interpreter compiles nothing
 _TRIAL_ERROR = 0.05  # of a tensor's largest entry; bfloat16 rounds each intermediate to 0.004, which adds up to 0.02
 
@@ -129,22 +131,32 @@ def fused_reason(module: Any, device: torch.device) -> Reason | None:
     if getattr(module, "has_post_expert_norm", False):
         return because("norm_follows")
     names = [up_name(module), "down_proj"]
+    held = []
     for name in names + ([f"{n}_bias" for n in names] if module.has_bias else []):
-        if stored := stored_format(module, name):
-            return because("quantised", name, stored)
-        weight = module._parameters.get(name)
-        if weight is None:
-            return because("computed", name)
-        if weight.requires_grad:
-            return because("trained", name)
-    weight = module._parameters[names[0]]
-    if weight.dtype not in _DTYPES:
-        return because("dtype", str(weight.dtype))
-    if weight.dtype == torch.float32 and choice == "auto":
+        frozen = _frozen(module, name)
+        if isinstance(frozen, Reason):
+            return frozen
+        held.append(frozen)
+    if held[0].dtype not in _DTYPES:
+        return because("dtype", str(held[0].dtype))
+    if held[0].dtype == torch.float32 and choice == "auto":
         return because("float32")
-    if math.gcd(*[width for name in names for width in module._parameters[name].shape[1:]]) % 8:
+    if math.gcd(*[width for weight in held[:2] for width in weight.shape[1:]]) % 8:
         return because("width")
     return None
+
+
+def _frozen(module: Any, name: str) -> Tensor | PackedWeight | Reason:
+    """A parameter as the kernels read it, or why they cannot."""
+    if stored := stored_format(module, name):
+        decoded = packed(module, name, torch.bfloat16)
+        if decoded is None:
+            return because("quantised", name, stored)
+        return because("quantised_compiled", name, stored) if torch.compiler.is_compiling() else decoded
+    weight: Tensor | None = module._parameters.get(name)
+    if weight is None:
+        return because("computed", name)
+    return because("trained", name) if weight.requires_grad else weight
 
 
 def _device_of(module: Any) -> torch.device:
@@ -181,11 +193,13 @@ def _nonlinearity(module: Any) -> Nonlinearity | Callable[[Tensor], Tensor]:
         name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
     if not getattr(module, "has_gate", True):
         return Nonlinearity(name, False) if name else act
-    cls: Any = type(module)
-    home = cls._apply_gate.__module__
-    if cls.__name__ in CLAMPED_CLASSES and home.startswith("transformers.models."):
-        return Nonlinearity("clamped", True, CLAMPED_CLASSES[cls.__name__], float(module.alpha), float(module.limit))
-    if name and home == REGISTRY_MODULE:
+    gate: Any = type(module)._apply_gate
+    # By the class that has the gate: parametrize makes a subclass of it.
+    of = next((cls.__name__ for cls in type(module).__mro__ if cls.__dict__.get("_apply_gate") is gate), "")
+    if of in CLAMPED_CLASSES and gate.__module__.startswith("transformers.models."):
+        return Nonlinearity("clamped", True, CLAMPED_CLASSES[of], float(module.alpha), float(module.limit))
+    plain_fp8 = gate.__module__ == FP8_MODULE and all(getattr(module, n, None) is None for n in _FP8_GATES)
+    if name and (gate.__module__ == REGISTRY_MODULE or plain_fp8):
         return Nonlinearity(name, True)
     own: Callable[[Tensor], Tensor] = module._apply_gate
     return own

@@ -5,7 +5,8 @@ gather -> base grouped mm + (x A^T)(scaling B)^T -> bias -> gate or activation -
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,13 +14,15 @@ from torch import Tensor
 from ..errors import LayoutError, PeftMoeCompatError
 from ..layout import ExpertLora, FlatLora
 from ..model.experts import is_transposed, up_name
-from ..model.weights import read, refuse_leftovers
+from ..model.packed import PackedWeight
+from ..model.weights import read, read_packed, refuse_leftovers
 from .frozen import grouped_mm_of
 from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
-from .kernels.interface import HeldProjection
 
 __all__ = ["experts_forward"]
+
+Weight = TypeVar("Weight", Tensor, Tensor | PackedWeight)
 
 _LORA_WITHOUT_DATA = (
     "lora_A or lora_B of {!r} is on the meta device and holds no numbers. PEFT puts a new adapter where the weight is, "
@@ -50,12 +53,13 @@ def _weight(
     in_features: int,
     lora: ExpertLora | FlatLora | None,
     hidden_states: Tensor,
-) -> Tensor:
+    reader: Callable[[Any, str, Tensor], Weight],
+) -> Weight:
     """A base weight as "E in out", checked against the rows it will meet and the factors it will be added to.
 
     A quantised weight that has no dtype of its own takes that of `hidden_states`, or autocast's.
     """
-    weight = read(module, name, hidden_states)  # once: a quantised weight is computed at each access
+    weight = reader(module, name, hidden_states)  # once: a quantised weight is computed at each access
     if not transposed:
         weight = weight.mT  # "E out in -> E in out"
     num_experts, read_in, out_features = weight.shape
@@ -77,7 +81,7 @@ def _project(
     x: Tensor,
     module: Any,
     name: str,
-    held: HeldProjection,
+    held: tuple[Tensor, Tensor | None, ExpertLora | FlatLora | None],
     offs: Tensor,
     expert_ids: Tensor,
     transposed: bool,
@@ -126,19 +130,22 @@ def experts_forward(
     if top_k_weights.shape != top_k_index.shape:
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(max=top_k_weights.shape[1] - 1))
 
-    def held(name: str, in_features: int) -> HeldProjection:
+    def held(
+        name: str, in_features: int, reader: Callable[[Any, str, Tensor], Weight]
+    ) -> tuple[Weight, Tensor | None, ExpertLora | FlatLora | None]:
         lora = expert_lora.get(name)
-        weight = _weight(module, name, transposed, in_features, lora, hidden_states)
+        weight = _weight(module, name, transposed, in_features, lora, hidden_states, reader)
         return weight, getattr(module, f"{name}_bias") if module.has_bias else None, lora
 
-    held_up = held(up_proj, hidden_states.shape[1])
     if runs_fused(module, hidden_states, top_k_index):
-        intermediate = held_up[0].shape[2] // (2 if up_proj == "gate_up_proj" else 1)
+        packed_up = held(up_proj, hidden_states.shape[1], read_packed)
+        intermediate = packed_up[0].shape[2] // (2 if up_proj == "gate_up_proj" else 1)
         routed = hidden_states, top_k_index, top_k_weights
-        fused = run_fused(module, routed, held_up, lambda: held("down_proj", intermediate))
+        fused = run_fused(module, routed, packed_up, lambda: held("down_proj", intermediate, read_packed))
         if fused is not None:
             return fused
 
+    held_up = held(up_proj, hidden_states.shape[1], read)
     expert_ids, order = torch.sort(top_k_index.reshape(-1))
     offs = _group_ends(expert_ids, E)
     # Sentinel rows sort to the tail, past offs[-1], where the grouped products leave results undefined.
@@ -157,7 +164,7 @@ def experts_forward(
     up = _without(up, elsewhere)
     del held_up
     h = module._apply_gate(up) if up_proj == "gate_up_proj" else module.act_fn(up)
-    held_down = held("down_proj", h.shape[1])
+    held_down = held("down_proj", h.shape[1], read)
     down = _project(h, module, "down_proj", held_down, offs, expert_ids, transposed, False)
     down = _without(down, elsewhere)
     if getattr(module, "has_post_expert_norm", False):

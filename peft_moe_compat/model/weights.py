@@ -6,6 +6,7 @@ between: only its packed form outlives a product. The LoRA factors never go thro
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from ..errors import PeftMoeCompatError
 from ..families import PACKED_CLASSES
 from ..reasons import Reason, because
+from .decoders import DECODERS
+from .packed import FLOAT8, INT8, Codec, PackedWeight
 
 __all__ = [
     "FORMATS",
@@ -22,7 +25,9 @@ __all__ = [
     "format_of",
     "held_as",
     "is_plain",
+    "packed",
     "read",
+    "read_packed",
     "refuse_leftovers",
     "stored_format",
     "unreadable_reason",
@@ -65,6 +70,11 @@ class Format:
         """Its shape, where that is known without dequantising."""
         return None
 
+    def packed(self, module: nn.Module, name: str, dtype: torch.dtype) -> PackedWeight | None:
+        """Its packed form for the fused kernels, read as "E d1 d2" stored; None for what they do not decode. See
+        `packed`."""
+        return None
+
 
 class Packed(Format):
     """MXFP4 (gpt-oss): objects of a kernel library in the place of the parameters."""
@@ -99,6 +109,12 @@ class Parametrised(Format):
         shape = getattr(getattr(first, "quant_state", first), "shape", None)
         return None if shape is None else tuple(shape)
 
+    def packed(self, module: nn.Module, name: str, dtype: torch.dtype) -> PackedWeight | None:
+        parametrizations = _parametrizations(module, name)
+        cls = type(parametrizations[0])
+        of = DECODERS.get((cls.__module__, cls.__name__)) if len(parametrizations) == 1 else None
+        return None if of is None else of(parametrizations.original, parametrizations[0])
+
 
 class TorchAO(Format):
     """torchao: a tensor subclass, "E d1 d2" in the model's dtype."""
@@ -113,6 +129,21 @@ class TorchAO(Format):
     def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
         weight: Any = getattr(module, name)
         return weight.dequantize()  # type: ignore[no-any-return]
+
+    def packed(self, module: nn.Module, name: str, dtype: torch.dtype) -> PackedWeight | None:
+        weight: Any = module._parameters[name]
+        kinds = {"Int8Tensor": (INT8, torch.int8), "Float8Tensor": (FLOAT8, torch.float8_e4m3fn)}
+        kind, dtype_of_data = kinds.get(type(weight).__name__, (None, None))
+        if kind is None or getattr(weight, "act_pre_scale", None) is not None:
+            return None
+        data, scale, shape = weight.qdata, weight.scale, tuple(weight.shape)
+        zeros = getattr(weight, "zero_point", None)
+        of_blocks = scale.ndim == 3 and scale.shape[0] == shape[0] and (zeros is None or zeros.shape == scale.shape)
+        if data.dtype != dtype_of_data or not of_blocks or any(map(operator.mod, shape, scale.shape)):
+            return None
+        height, width = map(operator.floordiv, shape[1:], scale.shape[1:])
+        codec = Codec(kind, height=height, width=width, zeros=zeros is not None)
+        return PackedWeight(codec, weight.dtype, shape, True, data, scale, None, zeros)
 
 
 class FineGrained(Format):
@@ -137,6 +168,16 @@ class FineGrained(Format):
         dtype = like if isinstance(like, torch.dtype) else _compute_dtype(like)
         weight: Tensor = getattr(module, name)
         return _dequantised_fp8(weight.detach(), getattr(module, f"{name}_scale_inv"), module.block_size, dtype)
+
+    def packed(self, module: nn.Module, name: str, dtype: torch.dtype) -> PackedWeight | None:
+        weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv")
+        block: Any = module.block_size
+        if weight.dtype != torch.float8_e4m3fn or not scale.is_floating_point():
+            return None
+        E, rows, columns = weight.shape
+        height, width = (rows, columns) if block is None else block
+        codec = Codec(FLOAT8, height=height, width=width)
+        return PackedWeight(codec, dtype, (E, rows, columns), True, weight, scale)
 
 
 class FineGrainedFP4(Format):
@@ -207,6 +248,19 @@ def stored_format(module: nn.Module, name: str) -> str:
     return "" if row is None else row.label(module, name)
 
 
+def packed(module: nn.Module, name: str, like: Tensor | torch.dtype) -> PackedWeight | None:
+    """The packed form of a quantised weight, read as "E d1 d2" stored; None for one that is decoded by `read` alone.
+
+    Args:
+        like: See `read`.
+    """
+    row = format_of(module, name)
+    if row is None or row.unreadable(module, name):
+        return None
+    found = row.packed(module, name, like if isinstance(like, torch.dtype) else _compute_dtype(like))
+    return found if found is not None and found.is_decodable else None
+
+
 def unreadable_reason(module: nn.Module, name: str) -> Reason | None:
     """Why a weight cannot be read by this library; None where it can be."""
     row = format_of(module, name)
@@ -272,3 +326,9 @@ def read(module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
         return module._parameters[name]  # type: ignore[return-value]  # by its key, at which ZeRO-3 gathers it
     row = format_of(module, name)
     return getattr(module, name) if row is None else row.read(module, name, like)
+
+
+def read_packed(module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor | PackedWeight:
+    """What the fused kernels read: the packed form where they decode it, else as `read` gives it."""
+    found = packed(module, name, like)
+    return read(module, name, like) if found is None else found

@@ -18,11 +18,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from peft_moe_compat import layout
-from peft_moe_compat.forward.kernels import activation, decode, gemm, gradients, layer, routing, rows
+from peft_moe_compat.forward.kernels import (
+    activation,
+    decode,
+    gemm,
+    gradients,
+    layer,
+    packed_gemm,
+    routing,
+    rows,
+    unpack,
+)
 from peft_moe_compat.forward.kernels import factors as _factors
-from peft_moe_compat.forward.kernels.common import fitting
+from peft_moe_compat.forward.kernels.common import Config, fitting
 from peft_moe_compat.forward.kernels.interface import Nonlinearity
 from peft_moe_compat.forward.kernels.launch import Kernel
+from peft_moe_compat.model.packed import CODES, FLOAT8, INT8, Codec, encoded
 
 TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
 TYPES |= {"dweights": "*fp32", "alpha": "fp32", "limit": "fp32", "scaling": "fp32", "k": "i32"}
@@ -31,7 +42,18 @@ FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALIGNED = {"I", "D", "N", "K", "stride_e", "stride_r"}
 
 
-def compiled(kernel, capability, dtype, constants, config, **types):
+CAPABILITIES = (80, 89, 90, 100, 120)
+CODECS = {
+    "nf4": Codec(CODES, True),
+    "nf4, nested": Codec(CODES, True, nested=256),
+    "mxfp4": Codec(CODES, height=1, width=32, exponent=True),
+    "int8": Codec(INT8, height=1, width=128, factor=7.874015718698502e-3),
+    "int8, zero points": Codec(INT8, height=1, width=128, zeros=True),
+    "float8": Codec(FLOAT8, height=128, width=128),
+}
+
+
+def compiled(kernel, capability, dtype, constants, config, fuse=True, **types):
     signature, values, attributes = {}, {}, {}
     names = kernel.jit.arg_names
     integers = {"I", "D", "N", "K", "rank", "stride_e", "stride_r", "stride_d"}
@@ -42,7 +64,7 @@ def compiled(kernel, capability, dtype, constants, config, **types):
         signature[name] = types.get(name) or TYPES.get(name) or ("i32" if name in integers else f"*{dtype}")
         if signature[name].startswith("*") or name in ALIGNED:
             attributes[place,] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fuse}
     source = ASTSource(kernel.jit, signature, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -94,6 +116,27 @@ def product(R, along_k):
     return compiled(gemm._product, 90, "bf16", constants, gemm.PRODUCT, **types)
 
 
+def unpacking(capability, codec, rows_are_in):
+    """(name, kernel, constants, config, types) of those that decode quantised weights."""
+    weight = encoded(torch.ones(1, 128, 256), codec, torch.bfloat16)
+    weight = weight if rows_are_in else weight.mT
+    scales = "*fp32" if weight.scales.dtype == torch.float32 else "*u8"
+    types = {"data": "*u8", "out": "*bf16", "scales": scales, "zero_points": "*i8", "rank": "i32", "x": "*bf16"}
+    types |= dict.fromkeys(("table", "scale_table", "scale_scales", "scale_offset"), "*fp32")
+    types |= dict.fromkeys(("first_expert", "first_row", "first_column"), "i32")
+    known = {"CODEC": unpack.codec_of(weight)}
+    name = f"{'in' if rows_are_in else 'out'} {codec}"
+    span = unpack.span_of(weight, 256)
+    sizes = {"ROWS": 128, "COLUMNS": 256, "SPAN": span, "SPANS": unpack.UNPACKED // span}
+    yield f"unpack, {name}", unpack._unpack, {**known, **sizes}, Config(0, 4, 1), types
+    config, depth = packed_gemm.UNPACKING[codec.kind]
+    span = unpack.span_of(weight, min(config.columns, depth))
+    for block in (16, 64):
+        sizes = {"R": 16, "BIAS": True, "SPAN": span, "BLOCK": block, "BLOCK_N": config.columns, "BLOCK_K": depth}
+        known["PRECISION"] = "tf32"
+        yield f"in the product, {name}", packed_gemm._unpacking_product, {**known, **sizes}, config, types
+
+
 class Nowhere:
     """A driver for triton: compiles for compute capability 9.0, loads and launches nothing."""
 
@@ -107,23 +150,18 @@ class Nowhere:
         load_binary = staticmethod(lambda *_: (1, 1, 32, 0, 1024))  # module, function, registers, spills, threads
 
 
-def launched():
-    """Names of all kernels, and of those that two layers launched."""
-    triton.runtime.driver.set_active(Nowhere())
-    gemm.grouped_mm = lambda x, weight, offs: x.new_empty(len(x), weight.shape[2])  # would read what no kernel wrote
-    names = []
-    triton.knobs.compilation.listener = lambda *, src, **_: names.append(src.name)
-    for H in (128, 96):  # with the tiled product and without
-        E, k, T, dtype = 4, 2, 256, torch.bfloat16
-        up, down = torch.empty(E, H, 128, dtype=dtype), torch.empty(E, 64, H, dtype=dtype)
-        flat = [
-            layout.flat(torch.empty(E * 16, i), torch.empty(o, 16 * E), E, orientation="linear", scaling=1.0)
-            for i, o in ((H, 128), (64, H))
-        ]
-        base = (up, None, flat[0]), (down, None, flat[1])
-        for tokens, grad in ((T, True), (T, True), (8, False)):
-            hidden = torch.empty(tokens, H, dtype=dtype, requires_grad=grad)
-            index, weights = torch.zeros(tokens, k, dtype=torch.int64), torch.empty(tokens, k, dtype=dtype)
+def _layer(H, up, down, tokens):
+    """Forward and backward of so many tokens, and a forward alone of those of the last."""
+    E, k = up.shape[0], 2
+    base = []
+    for weight in (up, down):
+        factors = torch.empty(E * 16, weight.shape[1]), torch.empty(weight.shape[2], 16 * E)
+        base.append((weight, None, layout.flat(*factors, E, orientation="linear", scaling=1.0)))
+    for T in tokens:
+        grad = T > 8
+        hidden = torch.empty(T, H, dtype=torch.bfloat16, requires_grad=grad)
+        index, weights = torch.zeros(T, k, dtype=torch.int64), torch.empty(T, k, dtype=torch.bfloat16)
+        for _ in range(1 + grad):  # twice, since the second backward finds what the first has spent
             of_up, of_down = (layer.Projection.of(*held) for held in base)
             for factor in (*of_up[2:4], *of_down[2:4]):
                 factor.tensor.requires_grad_(grad)
@@ -131,7 +169,23 @@ def launched():
             out = layer.fused_experts(Nonlinearity("silu", True), *routed, of_up, lambda of_down=of_down: of_down)
             if grad:
                 out.sum().backward()
-    modules = activation, decode, _factors, gemm, gradients, routing, rows
+
+
+def launched():
+    """Names of all kernels, and of those that two layers launched."""
+    triton.runtime.driver.set_active(Nowhere())
+    gemm.grouped_mm = lambda x, weight, offs: x.new_empty(len(x), weight.shape[2])  # would read what no kernel wrote
+    names = []
+    triton.knobs.compilation.listener = lambda *, src, **_: names.append(src.name)
+    for H in (128, 96):  # with the tiled product and without
+        _layer(H, torch.empty(4, H, 128, dtype=torch.bfloat16), torch.empty(4, 64, H, dtype=torch.bfloat16), (256, 8))
+    for codec, transposed in itertools.product(CODECS.values(), (True, False)):
+        up, down = (
+            encoded(torch.randn(4, *(shape if transposed else shape[::-1])), codec, torch.bfloat16)
+            for shape in ((128, 256), (128, 128))
+        )
+        _layer(128, up if transposed else up.mT, down if transposed else down.mT, (256, 20, 4))
+    modules = activation, decode, _factors, gemm, gradients, packed_gemm, routing, rows, unpack
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
     return {"defined": sorted({kernel.jit.__name__ for kernel in kernels}), "launched": sorted(set(names))}
 
@@ -148,6 +202,10 @@ def main():
             if "waiting" not in name or (capability, R, dtype) == (90, 16, "bf16"):
                 result = compiled(kernel, capability, dtype, constants, config)
                 found.append(usage(name, capability, dtype, R, result))
+    for capability, codec, rows_are_in in itertools.product(CAPABILITIES, CODECS.values(), (True, False)):
+        for name, kernel, constants, config, types in unpacking(capability, codec, rows_are_in):
+            result = compiled(kernel, capability, "bf16", constants, config, fuse=False, **types)
+            found.append(usage(name, capability, "bf16", 16, result))
     for R, along_k in itertools.product((16, 32), (True, False)):
         found.append(usage("product", 90, "bf16", R, product(R, along_k)))
     json.dump(found, sys.stdout)

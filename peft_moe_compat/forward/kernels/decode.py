@@ -13,14 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...model.packed import PackedWeight
 from .activation import _act, _gate
 from .common import Factor, cdiv, factor_tile
 from .interface import Nonlinearity, next_power, padded_rank
 from .launch import kernel
+from .unpack import codec_of, packed_arguments, span_of, weight_tile
 
-__all__ = ["MOST_ROWS", "few_rows"]
+__all__ = ["MOST_ROWS", "few_rows", "most_rows"]
 
-MOST_ROWS = 128
+MOST_ROWS, MOST_PACKED_ROWS = 128, 16
 
 
 @triton.jit
@@ -33,14 +35,22 @@ def _expert(index, at, num_experts):
 
 @triton.jit
 def _row_product(
-    x, weight, expert, n, N, K, stride_e, stride_k, stride_n, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """One row times one expert's columns `n`, in float32."""
-    rows = weight + expert.to(tl.int64) * stride_e + n[:, None].to(tl.int64) * stride_n
+    x, weight, expert, n, N, K, stride_e, stride_k, stride_n,
+    scales, table, zero_points, scale_table, scale_scales, scale_offset,
+    dtype: tl.constexpr, CODEC: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row times one expert's columns `n`, in float32; with a CODEC these are stored rows, decoded to `dtype`."""
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(rows + k[None, :] * stride_k, mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
+        if CODEC is None:
+            rows = weight + expert.to(tl.int64) * stride_e + n[:, None].to(tl.int64) * stride_n
+            w = tl.load(rows + k[None, :] * stride_k, mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
+        else:
+            w = weight_tile(
+                weight, scales, table, zero_points, scale_table, scale_scales, scale_offset,
+                expert, n, start, dtype, CODEC, SPAN, BLOCK_K,
+            )  # fmt: skip
         total += w.to(tl.float32) * tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     return tl.sum(total, 1)
 
@@ -81,9 +91,10 @@ def _low(
 @kernel()
 def _up(
     hidden, weight, h, low, bias, index, H, I, k, num_experts, alpha, limit, stride_we, stride_wk, stride_wn,
+    scales, table, zero_points, scale_table, scale_scales, scale_offset,
     factor, rank, stride_e, stride_r, stride_d, scaling,
     R: tl.constexpr, BIAS: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CODEC: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Some of the activations of one row."""
     s = tl.program_id(0)
@@ -92,11 +103,19 @@ def _up(
     x, low_row = hidden + (s // k).to(tl.int64) * H, low + s * R
     N = 2 * I if GATED else I
     n = tl.where(i < I, 2 * i if INTERLEAVED else i, N)
-    g = _row_product(x, weight, expert, n, N, H, stride_we, stride_wk, stride_wn, BLOCK_N, BLOCK_K)
+    g = _row_product(
+        x, weight, expert, n, N, H, stride_we, stride_wk, stride_wn,
+        scales, table, zero_points, scale_table, scale_scales, scale_offset, h.dtype.element_ty, CODEC,
+        SPAN, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     g += _low_term(low_row, bias, expert, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, R, BIAS, BLOCK_N)
     if GATED:
         n = tl.where(i < I, 2 * i + 1 if INTERLEAVED else I + i, N)
-        u = _row_product(x, weight, expert, n, N, H, stride_we, stride_wk, stride_wn, BLOCK_N, BLOCK_K)
+        u = _row_product(
+            x, weight, expert, n, N, H, stride_we, stride_wk, stride_wn,
+            scales, table, zero_points, scale_table, scale_scales, scale_offset, h.dtype.element_ty, CODEC,
+            SPAN, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         u += _low_term(
             low_row, bias, expert, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, R, BIAS, BLOCK_N
         )
@@ -109,8 +128,10 @@ def _up(
 @kernel()
 def _down(
     h, weight, weights, out, low, bias, index, I, H, k, num_experts, stride_we, stride_wk, stride_wn,
+    scales, table, zero_points, scale_table, scale_scales, scale_offset,
     factor, rank, stride_e, stride_r, stride_d, scaling,
-    R: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    R: tl.constexpr, BIAS: tl.constexpr, CODEC: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Some of the output of one token, its experts in order."""
     token = tl.program_id(0)
@@ -120,8 +141,10 @@ def _down(
         s = token * k + j
         expert, here = _expert(index, s, num_experts)
         y = _row_product(
-            h + s.to(tl.int64) * I, weight, expert, n, H, I, stride_we, stride_wk, stride_wn, BLOCK_N, BLOCK_K
-        )
+            h + s.to(tl.int64) * I, weight, expert, n, H, I, stride_we, stride_wk, stride_wn,
+            scales, table, zero_points, scale_table, scale_scales, scale_offset, h.dtype.element_ty, CODEC,
+            SPAN, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         y += _low_term(
             low + s * R, bias, expert, n, H, factor, rank, stride_e, stride_r, stride_d, scaling, R, BIAS, BLOCK_N
         )
@@ -129,9 +152,25 @@ def _down(
     tl.store(out + token.to(tl.int64) * H + n, total.to(out.dtype.element_ty), mask=n < H)
 
 
-def _tile(weight: Tensor) -> dict[str, int]:
-    """Columns and contracted elements of a step, wide along whichever lies contiguous."""
-    return {"BLOCK_N": 16, "BLOCK_K": 256} if weight.stride(1) == 1 else {"BLOCK_N": 64, "BLOCK_K": 64}
+def most_rows(*weights: Tensor | PackedWeight) -> int:
+    """How many routed rows these kernels are for. Decoding a weight for each of its rows pays for fewer of them."""
+    packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
+    if any(weight.rows_are_in for weight in packed):
+        return 0  # a gate's columns may then share a byte with those of `up`
+    return MOST_PACKED_ROWS if packed else MOST_ROWS
+
+
+def _weight(weight: Tensor | PackedWeight) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """(the weight or its bytes, its strides and what else it is decoded by, constants).
+
+    Columns and contracted elements of a step are wide along whichever lies contiguous.
+    """
+    if isinstance(weight, PackedWeight):
+        data, *others = packed_arguments(weight)
+        sizes = {"BLOCK_N": 16, "BLOCK_K": 256}
+        return data, (0, 0, 0, *others), {"CODEC": codec_of(weight), "SPAN": span_of(weight, 256), **sizes}
+    sizes = {"BLOCK_N": 16, "BLOCK_K": 256} if weight.stride(1) == 1 else {"BLOCK_N": 64, "BLOCK_K": 64}
+    return weight, (*weight.stride(), *[weight] * 6), {"CODEC": None, "SPAN": 0, **sizes}
 
 
 def _products(source: Tensor, index: Tensor, k: int, num_experts: int, factor: Factor | None) -> Tensor:
@@ -161,20 +200,20 @@ def few_rows(nonlinearity: Nonlinearity, hidden: Tensor, index: Tensor, weights:
     nothing = (hidden, 0, 0, 0, 0, 1.0)
     low = _products(hidden, index, k, E, up.A)
     h = hidden.new_empty(T * k, I, dtype=up.weight.dtype)
-    tile = _tile(up.weight)
+    weight, others, tile = _weight(up.weight)
     _up(
-        (T * k, cdiv(I, tile["BLOCK_N"]), 1), hidden, up.weight, h, low, hidden if up.bias is None else up.bias,
-        index, H, I, k, E, nonlinearity.alpha, nonlinearity.limit, *up.weight.stride(),
+        (T * k, cdiv(I, tile["BLOCK_N"]), 1), hidden, weight, h, low, hidden if up.bias is None else up.bias,
+        index, H, I, k, E, nonlinearity.alpha, nonlinearity.limit, *others,
         *(up.B or nothing),
         R=low.shape[1] if up.B else 0, BIAS=up.bias is not None, NAME=nonlinearity.name, GATED=nonlinearity.gated,
         INTERLEAVED=nonlinearity.interleaved, **tile, num_warps=4,
     )  # fmt: skip
     low = _products(h, index, 1, E, down.A)
     out = hidden.new_empty(T, H)
-    tile = _tile(down.weight)
+    weight, others, tile = _weight(down.weight)
     _down(
-        (T, cdiv(H, tile["BLOCK_N"]), 1), h, down.weight, weights, out, low,
-        hidden if down.bias is None else down.bias, index, I, H, k, E, *down.weight.stride(),
+        (T, cdiv(H, tile["BLOCK_N"]), 1), h, weight, weights, out, low,
+        hidden if down.bias is None else down.bias, index, I, H, k, E, *others,
         *(down.B or nothing),
         R=low.shape[1] if down.B else 0, BIAS=down.bias is not None, **tile, num_warps=4,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...model.packed import PackedWeight
 from .common import Factor, cdiv
 from .launch import kernel
 
@@ -47,7 +48,7 @@ def apart(factor: Factor, E: int, D: int, dtype: torch.dtype, scaling: float) ->
     return Factor(factor.tensor.new_empty((E, D, r), dtype=dtype), r, D * r, 1, r, scaling)
 
 
-def packed(factor: Factor | None, weight: Tensor, rows: int) -> Factor | None:
+def packed(factor: Factor | None, weight: Tensor | PackedWeight, rows: int) -> Factor | None:
     """lora_B with its experts apart, scaled and rounded as `weight` "E in out" is, where that pays; else as it is."""
     if factor is None or not wants_packing(factor, weight.shape[0], rows):
         return factor

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -15,7 +16,7 @@ from .common import Config, Factor, cdiv, dot_precision, factor_tile, roomy, til
 from .launch import kernel
 from .routing import Route
 
-__all__ = ["grouped_linear"]
+__all__ = ["add_to", "descriptor", "grouped_linear", "low_rank", "product_tile", "programs_of", "tile_of", "turn"]
 
 PRODUCT, BLOCK_K, PER_SM, GROUP_TILES = Config(256, 8, 4), 64, 1, 8
 
@@ -46,6 +47,52 @@ def _add(
     tl.store(at, total.to(dtype), mask=mask)
 
 
+@triton.jit
+def product_tile(
+    x, weight, y, low, bias, offs, expert, stack, first_s, first_n, N, K, stride_y,
+    factor, rank, stride_e, stride_r, stride_d, scaling,
+    R: tl.constexpr, BIAS: tl.constexpr, ALONG_K: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of y; `stack` is the expert's place in `weight`."""
+    dtype = y.dtype.element_ty
+    end = tl.load(offs + expert)
+    s, n = first_s + tl.arange(0, BLOCK), first_n + tl.arange(0, BLOCK_N)
+    here = s < end
+    low_row = low + s.to(tl.int64)[:, None] * R
+    if R and R <= EARLY:  # read before the loop, for use after it
+        u = tl.load(low_row + tl.arange(0, R)[None, :], mask=here[:, None], other=0.0)
+        f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, R, dtype)
+    total = tl.zeros([BLOCK, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = x.load([first_s, k])
+        if ALONG_K:
+            b = weight.load([stack * N + first_n, k]).T
+        else:
+            b = weight.load([stack * K + k, first_n])
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    if R and R <= EARLY:
+        total = tl.dot(u, f, total, input_precision=PRECISION)
+    if R > EARLY:
+        for first in tl.static_range(0, R, 32):
+            u = tl.load(low_row + first + tl.arange(0, 32)[None, :], mask=here[:, None], other=0.0)
+            f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, 32, dtype, first)
+            total = tl.dot(u, f, total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + expert.to(tl.int64) * stride_y + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = y + s.to(tl.int64)[:, None] * stride_y + n[None, :]
+    tl.store(at, total.to(dtype), mask=here[:, None] & (n[None, :] < N))
+
+
+@triton.jit
+def turn(i, count, across, GROUP: tl.constexpr):
+    """(row tile, column tile) of the i-th: GROUP row tiles take turns over the columns, so that L2 serves both."""
+    band = i // (GROUP * across)
+    height = tl.minimum(count - band * GROUP, GROUP)
+    inside = i - band * GROUP * across
+    return band * GROUP + inside % height, inside // height
+
+
 @kernel("limit")
 def _product(
     x, weight, y, low, bias, offs, tiles, limit, N, K,
@@ -55,46 +102,21 @@ def _product(
     EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles of y, several a program. `weight` is "(E N) K" where ALONG_K, else "(E K) N"; x and it by descriptor."""
-    dtype = y.dtype.element_ty
     across = tl.cdiv(N, BLOCK_N)
     count = tl.load(tiles + 2 * limit)
     for i in range(tl.program_id(0), count * across, tl.num_programs(0)):
-        band = i // (GROUP * across)  # GROUP row tiles take turns over the columns, so that L2 serves both operands
-        height = tl.minimum(count - band * GROUP, GROUP)
-        inside = i - band * GROUP * across
-        tile = band * GROUP + inside % height
-        expert, first_s = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
-        end, first_n = tl.load(offs + expert), (inside // height) * BLOCK_N
-        s, n = first_s + tl.arange(0, BLOCK), first_n + tl.arange(0, BLOCK_N)
-        here = s < end
-        low_row = low + s.to(tl.int64)[:, None] * R
-        if R and R <= EARLY:  # read before the loop, for use after it
-            u = tl.load(low_row + tl.arange(0, R)[None, :], mask=here[:, None], other=0.0)
-            f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, R, dtype)
-        total = tl.zeros([BLOCK, BLOCK_N], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            a = x.load([first_s, k])
-            if ALONG_K:
-                b = weight.load([expert * N + first_n, k]).T
-            else:
-                b = weight.load([expert * K + k, first_n])
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-        if R and R <= EARLY:
-            total = tl.dot(u, f, total, input_precision=PRECISION)
-        if R > EARLY:
-            for first in tl.static_range(0, R, 32):
-                u = tl.load(low_row + first + tl.arange(0, 32)[None, :], mask=here[:, None], other=0.0)
-                f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, 32, dtype, first)
-                total = tl.dot(u, f, total, input_precision=PRECISION)
-        if BIAS:
-            total += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        at = y + s.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(at, total.to(dtype), mask=here[:, None] & (n[None, :] < N))
+        row, column = turn(i, count, across, GROUP)
+        expert, first_s = tl.load(tiles + 2 * row), tl.load(tiles + 2 * row + 1)
+        product_tile(
+            x, weight, y, low, bias, offs, expert, expert, first_s, column * BLOCK_N, N, K, N,
+            factor, rank, stride_e, stride_r, stride_d, scaling,
+            R, BIAS, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION,
+        )  # fmt: skip
 
 
-def _low_rank(
+def low_rank(
     y: Tensor, low: Tensor | None, factor: Factor | None, bias: Tensor | None
-) -> tuple[Tensor, Any, Any, int]:
+) -> tuple[Tensor, Any, tuple[Any, ...], int]:
     """(low, bias, the factor's arguments, R) with stand-ins for what is not there."""
     if low is None or factor is None:
         return y, y if bias is None else bias, (y, 0, 0, 0, 0, 1.0), 0
@@ -112,7 +134,12 @@ def descriptor_fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    route: Route,
+    low: Tensor | None,
+    factor: Factor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """y = x W + low @ factor + bias of each row's expert, rounded once where the tiled product runs.
 
@@ -126,15 +153,15 @@ def grouped_linear(
     Returns:
         "S out"; rows past `offs[-1]` are undefined.
     """
-    if TILED and route.large.block >= 64 and descriptor_fits(x, weight) and (programs := _programs(x.device)):
+    if TILED and route.large.block >= 64 and descriptor_fits(x, weight) and (programs := programs_of(x.device)):
         return _tiled(x, weight, route, low, factor, bias, programs)
-    return _add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias)
+    return add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias)
 
 
-def _add_to(y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None) -> Tensor:
+def add_to(y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None) -> Tensor:
     """y += low @ factor + bias in place."""
     if low is not None or bias is not None:
-        u, b, arguments, R = _low_rank(y, low, factor, bias)
+        u, b, arguments, R = low_rank(y, low, factor, bias)
         tiles, block = route.small, 128 if R <= 64 else 64
         _add(
             (tiles.limit, cdiv(y.shape[1], block), 1), y, u, b, route.offs, tiles.table, y.shape[1], *arguments,
@@ -147,11 +174,22 @@ TILED = True
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def programs_of(device: torch.device) -> int:
     """How many programs of the tiled product a device runs at once; 0 where their tiles do not fit it."""
     if device.type != "cuda":
         return 4  # triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count * PER_SM if roomy(device) else 0
+
+
+def tile_of(x: Tensor) -> tuple[Config, int]:
+    """(columns, warps and stages of the tiled product, its steps along K)."""
+    return (PRODUCT, BLOCK_K) if x.element_size() == 2 else (Config(64, 4, 2), 32)
+
+
+def descriptor(stack: Tensor, along_k: bool, columns: int, depth: int) -> TensorDescriptor:
+    """Of contiguous "E N K" where `along_k`, else "E K N"."""
+    E, rows, across = stack.shape
+    return TensorDescriptor(stack, [E * rows, across], [across, 1], [columns, depth] if along_k else [depth, columns])
 
 
 def _tiled(
@@ -163,18 +201,15 @@ def _tiled(
     bias: Tensor | None,
     programs: int,
 ) -> Tensor:
-    (S, K), (E, _, N) = x.shape, weight.shape
+    (S, K), N = x.shape, weight.shape[2]
     y = x.new_empty(S, N, dtype=weight.dtype)
-    u, b, arguments, R = _low_rank(y, low, factor, bias)
+    u, b, arguments, R = low_rank(y, low, factor, bias)
     tiles, along_k = route.large, weight.stride(1) == 1
-    (columns, num_warps, num_stages), depth = (PRODUCT, BLOCK_K) if x.element_size() == 2 else (Config(64, 4, 2), 32)
-    if along_k:
-        w = TensorDescriptor(weight, [E * N, K], [K, 1], [columns, depth])
-    else:
-        w = TensorDescriptor(weight, [E * K, N], [N, 1], [depth, columns])
+    (columns, num_warps, num_stages), depth = tile_of(x)
     _product(
         (min(tiles.limit * cdiv(N, columns), programs), 1, 1),
-        TensorDescriptor(x, [S, K], [K, 1], [tiles.block, depth]), w, y, u, b, route.offs, tiles.table,
+        TensorDescriptor(x, [S, K], [K, 1], [tiles.block, depth]),
+        descriptor(weight.mT if along_k else weight, along_k, columns, depth), y, u, b, route.offs, tiles.table,
         tiles.limit, N, K, *arguments,
         R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=depth,
         GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), num_warps=num_warps, num_stages=num_stages,

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ...layout import ExpertLora, FlatLora
+from ...model.packed import PackedWeight
 
 __all__ = ["HeldProjection", "Nonlinearity", "next_power", "on_device", "padded_rank"]
 
 # What a module holds of a projection: weight "E in out", bias "E out", and LoRA, checked against each other.
-HeldProjection = tuple[Tensor, Tensor | None, ExpertLora | FlatLora | None]
+HeldProjection = tuple[Tensor | PackedWeight, Tensor | None, ExpertLora | FlatLora | None]
 
 
 class Nonlinearity(NamedTuple):

@@ -23,8 +23,9 @@ class Kernel:
     counts by its value, so those that change from step to step belong among `do_not_specialize`.
     """
 
-    def __init__(self, function: Any, do_not_specialize: tuple[str, ...]) -> None:
+    def __init__(self, function: Any, do_not_specialize: tuple[str, ...], fuse: bool) -> None:
         self.jit = triton.jit(function, do_not_specialize=do_not_specialize)
+        self.fuse = fuse
         self._unspecialized = do_not_specialize
         self._compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         # Which arguments are tensors, tensor descriptors, and integers that count; the same at every call.
@@ -65,12 +66,16 @@ class Kernel:
                 compiled[grid](*arguments, *constants)
                 return
         # Fusion by name, since triton 3.10 changes its default.
-        compiled = self.jit[grid](*arguments, enable_fp_fusion=True, **meta)
+        compiled = self.jit[grid](*arguments, enable_fp_fusion=self.fuse, **meta)
         if compiled is not None:  # None from triton's interpreter
             constants = tuple(meta[name] for name in self.jit.arg_names[len(arguments) :])
             self._compiled[key] = compiled, constants
 
 
-def kernel(*do_not_specialize: str) -> Any:
-    """Decorates a kernel; the integers named are left out of what triton compiles for."""
-    return lambda function: Kernel(function, do_not_specialize)
+def kernel(*do_not_specialize: str, fuse: bool = True) -> Any:
+    """Decorates a kernel; the integers named are left out of what triton compiles for.
+
+    Args:
+        fuse: Whether a product and a sum may be rounded once.
+    """
+    return lambda function: Kernel(function, do_not_specialize, fuse)

@@ -7,7 +7,8 @@ products with lora_A. Never the gathered rows, the activation or the down projec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...layout import ExpertLora, FlatLora
+from ...model.packed import PackedWeight
 from . import activation, custom_activation
 from .common import Factor
-from .decode import MOST_ROWS, few_rows
+from .decode import few_rows, most_rows
 from .factors import packed
-from .gemm import grouped_linear
 from .gradients import factor_gradient
 from .interface import Nonlinearity
 from .launch import LAUNCH_ERRORS
+from .packed_gemm import linear
 from .routing import Route, Tiles, route
 from .rows import combine, gather
 
@@ -46,20 +48,20 @@ class Projection(NamedTuple):
     """The up or the down projection: its frozen base, and LoRA by address; None for what it does not have.
 
     Attributes:
-        weight: "E in out", a view of the parameter.
+        weight: "E in out", a view of the parameter, or a quantised one's packed form.
         bias: "E out".
         A, B: "E r in" and "E r out".
         packed: B as the products read it, see `factors.packed`.
     """
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None = None
     A: Factor | None = None
     B: Factor | None = None
     packed: Factor | None = None
 
     @staticmethod
-    def of(weight: Tensor, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> Projection:
+    def of(weight: Tensor | PackedWeight, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> Projection:
         return Projection(weight, bias, *(lora.factors() if lora else ()))
 
     def ready(self, rows: int) -> Projection:
@@ -112,12 +114,12 @@ def forward_pass(
     k, S = weights.shape[1], where.rows
     x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A)
     up = up.ready(S)
-    rows = grouped_linear(x, up.weight, where, low_up, up.packed, up.bias)
+    rows = linear(x, up.weight, where, low_up, up.packed, up.bias)
     del x
     down = read_down()
     h, low_down = _kernels(function).activate(rows, function, where, down.A)
     down = down.ready(S)
-    y = grouped_linear(h, down.weight, where, low_down, down.packed, down.bias)
+    y = linear(h, down.weight, where, low_down, down.packed, down.bias)
     return combine(y, where, weights, k, hidden.dtype), Passed(rows, low_up, low_down), up, down
 
 
@@ -141,7 +143,7 @@ def backward_pass(
     """
     k, dout = weights.shape[1], dout.contiguous()
     g, low_g, dots = gather(dout, where, k, up.weight.dtype, down.packed, down.bias)
-    dh = grouped_linear(g, down.weight.mT, where, low_g, down.A)
+    dh = linear(g, down.weight.mT, where, low_g, down.A)
     del g
     low_y, dweights = _kernels(function).activate_backward(passed.up, dh, function, where, weights, up.packed, dots)
     dup, weighted_h = passed.up, dh
@@ -152,9 +154,21 @@ def backward_pass(
     d_up_B = factor_gradient(passed.low_up, dup, where, wanted[1])
     dhidden = None
     if wants_hidden:
-        dx = grouped_linear(dup, up.weight.mT, where, low_y, up.A)
+        dx = linear(dup, up.weight.mT, where, low_y, up.A)
         dhidden = combine(dx, where, None, k, hidden.dtype)
     return dhidden, dweights.to(weights.dtype), d_up_A, d_up_B, d_down_A, d_down_B
+
+
+def _apart(weight: Tensor | PackedWeight) -> tuple[tuple[Any, ...] | None, tuple[Tensor | None, ...]]:
+    """(what is no tensor of a packed weight, its tensors), or (None, the weight itself)."""
+    return (weight[:4], weight[4:]) if isinstance(weight, PackedWeight) else (None, (weight,))
+
+
+def _together(fixed: tuple[Any, ...] | None, tensors: Iterator[Any]) -> Tensor | PackedWeight:
+    """The inverse of `_apart`, taking what it needs of `tensors`."""
+    if fixed is None:
+        return next(tensors)  # type: ignore[no-any-return]
+    return PackedWeight._make([*fixed, *islice(tensors, len(PackedWeight._fields) - len(fixed))])
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -175,7 +189,10 @@ class _FusedExperts(torch.autograd.Function):
         ctx.places = [factor and factor[1:] for factor in factors]
         sorted_rows = where.order, where.position, where.offs, where.small.table, where.large.table
         tensors = [factor and factor.tensor for factor in factors]
-        ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *up[:2], *down[:2], *tensors)
+        (fixed_up, of_up), (fixed_down, of_down) = _apart(up.weight), _apart(down.weight)
+        ctx.bases = fixed_up, fixed_down
+        kept = up.bias, down.bias, *tensors, *of_up, *of_down
+        ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *kept)
         return out
 
     @staticmethod
@@ -185,11 +202,13 @@ class _FusedExperts(torch.autograd.Function):
         passed, (order, position, offs, small, large) = Passed(*kept[:3]), kept[3:8]
         tiles = Tiles(small, *ctx.tiles[0]), Tiles(large, *ctx.tiles[1])
         where = Route(order, position, offs, *tiles, weights.numel())
-        factors = [at and Factor(tensor, *at) for tensor, at in zip(kept[12:], ctx.places, strict=True)]
-        up, down = Projection(*kept[8:10], *factors[:3]), Projection(*kept[10:12], *factors[3:])
+        factors = [at and Factor(tensor, *at) for tensor, at in zip(kept[10:16], ctx.places, strict=True)]
+        bases = iter(kept[16:])
+        up = Projection(_together(ctx.bases[0], bases), kept[8], *factors[:3])
+        down = Projection(_together(ctx.bases[1], bases), kept[9], *factors[3:])
         if ctx.spent:  # a backward before this one has turned `up` into its gradient
             x, _, _ = gather(hidden, where, weights.shape[1], up.weight.dtype, None)
-            passed = passed._replace(up=grouped_linear(x, up.weight, where, passed.low_up, up.packed, up.bias))
+            passed = passed._replace(up=linear(x, up.weight, where, passed.low_up, up.packed, up.bias))
             del x
         ctx.spent = True
         _, _, _, wants_hidden, _, *needs = ctx.needs_input_grad
@@ -228,9 +247,11 @@ def fused_experts(
         "T H" in the dtype of `hidden`.
     """
     hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
-    if top_k_index.numel() <= MOST_ROWS and isinstance(function, Nonlinearity):
+    if top_k_index.numel() <= most_rows(up.weight) and isinstance(function, Nonlinearity):
         down = read_down()
-        if not any_trains(_leaves(hidden, top_k_weights, up, down)):
+        if top_k_index.numel() <= most_rows(up.weight, down.weight) and not any_trains(
+            _leaves(hidden, top_k_weights, up, down)
+        ):
             return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
     where = routing(top_k_index, up.weight.shape[0])
     ran = forward_pass(function, hidden, top_k_weights, where, up, read_down)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...layout import ExpertLora, FlatLora, flat, to_flat
-from .decode import MOST_ROWS, few_rows
+from ...model.packed import Codec, PackedWeight, encoded
+from .decode import MOST_ROWS, few_rows, most_rows
 from .interface import HeldProjection, Nonlinearity
 from .layer import Projection, any_trains, backward_pass, forward_pass, tile_sizes
 from .routing import Route, Tiles, route, steps
@@ -36,12 +37,14 @@ class Held(NamedTuple):
         packed: Whether it has no gaps and starts on 16 bytes.
         bias: Its dtype.
         lora: (rank, orientation, packing, dtypes of both factors); the middle two empty for an `ExpertLora`.
+        codec: Of a quantised weight; a height or width of -1 is a whole expert's.
     """
 
     along_in: bool
     packed: bool
     bias: torch.dtype | None
     lora: tuple[int, str, str, torch.dtype, torch.dtype] | None
+    codec: tuple[Any, ...] | None
 
 
 class Kind(NamedTuple):
@@ -84,17 +87,24 @@ def _tensors(lora: ExpertLora | FlatLora | None) -> tuple[Tensor, ...]:
     return lora[:2] if isinstance(lora, FlatLora) else (lora.A, lora.B)
 
 
-def _held(weight: Tensor, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> tuple[Any, ...]:
+def _held(weight: Tensor | PackedWeight, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> tuple[Any, ...]:
     """`Held` as a tuple."""
-    along_in = weight.stride(1) == 1
-    packed = (weight.mT if along_in else weight).is_contiguous()
-    aligned = torch.compiler.is_compiling() or weight.data_ptr() % 16 == 0  # a graph's tensors have no address yet
-    form = None
+    form = codec = None
+    if isinstance(weight, PackedWeight):
+        along_in, packed, aligned, codec = not weight.rows_are_in, True, True, weight.codec
+        if codec.height:
+            sizes = zip(codec[2:4], weight.stored[1:], strict=True)
+            height, width = (-1 if block >= size else block for block, size in sizes)
+            codec = codec._replace(height=height, width=width)
+    else:
+        along_in = weight.stride(1) == 1
+        packed = (weight.mT if along_in else weight).is_contiguous()
+        aligned = torch.compiler.is_compiling() or weight.data_ptr() % 16 == 0  # a graph's tensors have no address yet
     if lora is not None:
         A, B = _tensors(lora)
         order = (lora.orientation, lora.packing) if isinstance(lora, FlatLora) else ("", "")
         form = (constant(lora.rank), *order, A.dtype, B.dtype)
-    return along_in, packed and aligned, None if bias is None else bias.dtype, form
+    return along_in, packed and aligned, None if bias is None else bias.dtype, form, codec and tuple(codec)
 
 
 def kind_of(
@@ -113,7 +123,7 @@ def kind_of(
     E, H, N, I, k = map(constant, (*up[0].shape, down[0].shape[1], index.shape[1]))
     trains = any_trains([hidden, weights, *_tensors(up[2]), *_tensors(down[2])])
     known = tuple(nonlinearity[:3]) if isinstance(nonlinearity, Nonlinearity) else None
-    few = rows <= MOST_ROWS and known is not None and not trains
+    few = rows <= most_rows(up[0], down[0]) and known is not None and not trains
     return (
         (hidden.dtype, index.dtype, weights.dtype, up[0].dtype),
         (_reduced(E, max(4, k + 1), 16), _reduced(H, 576, 64), _reduced(I, 576, 64)),
@@ -166,7 +176,7 @@ def _dense(
 
     def project(x: Tensor, e: int, held: HeldProjection) -> Tensor:
         weight, bias, lora = held
-        y = x @ weight[e].float()
+        y = x @ (weight.decoded() if isinstance(weight, PackedWeight) else weight)[e].float()
         if lora is not None:
             factors = lora.canonical()
             y = y + lora.scaling * (x @ factors.A[e].float().T) @ factors.B[e].float().T
@@ -222,14 +232,25 @@ class _Drawn:
         """ "T k"."""
         return self.one_of(experts, T, self.kind.k).to(self.kind.dtypes[1])
 
+    def encoded(self, exact: Tensor, codec: Codec) -> PackedWeight:
+        _, rows, columns = exact.shape
+        height, width = rows if codec.height < 0 else codec.height, columns if codec.width < 0 else codec.width
+        width = 2 if not height and rows * columns % width else width
+        return encoded(exact.contiguous(), codec._replace(height=height, width=width), self.kind.dtypes[3])
+
     def held(self, of: Held, K: int, N: int, mean: Tensor | None = None) -> HeldProjection:
         """A projection; with `mean`, the mean of its rows "K", one whose results lie around `_CENTRES`."""
         E = self.kind.sizes[0]
         exact = self.floats(E, N, K)
         if mean is not None:
             exact = 0.15 * exact + self.one_of(_CENTRES, E, N, 1) * mean / K
-        stored = (exact if of.along_in else exact.mT).to(self.kind.dtypes[3])
-        weight = stored.contiguous() if of.packed else functional.pad(stored, (0, 8))[..., :-8]
+        exact = exact if of.along_in else exact.mT
+        weight: Tensor | PackedWeight
+        stored = exact.to(self.kind.dtypes[3])
+        if of.codec is not None:
+            weight = self.encoded(exact, Codec(*of.codec))
+        else:
+            weight = stored.contiguous() if of.packed else functional.pad(stored, (0, 8))[..., :-8]
         bias = None if of.bias is None else self.floats(E, N, dtype=of.bias)
         lora: ExpertLora | FlatLora | None = None
         if of.lora is not None:

@@ -1,0 +1,182 @@
+"""The grouped product with a quantised stack, decoded ahead of it part by part, or within it where rows are few."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...model.packed import CODES, FLOAT8, INT8, PackedWeight
+from ..grouped_mm import grouped_mm
+from . import gemm
+from .common import Config, Factor, cdiv, dot_precision, factor_tile, tile_rows
+from .gemm import add_to, descriptor, low_rank, product_tile, programs_of, tile_of, turn
+from .interface import next_power
+from .launch import kernel
+from .routing import Route
+from .unpack import codec_of, packed_arguments, span_of, unpack, weight_tile
+
+__all__ = ["linear"]
+
+# Columns of a tile that is decoded in the product, and its steps along K. Nothing is loaded ahead where a table is
+# read: its entries would go through shared memory, one by one.
+UNPACKING = {CODES: (Config(64, 4, 1), 64), INT8: (Config(64, 4, 3), 64), FLOAT8: (Config(64, 4, 3), 64)}
+SCRATCH = 127 * 2**20  # bytes of weights that are decoded at a time: fewer lose more to the tails of launches
+
+
+@kernel("first_expert", "end_expert")
+def _product_of_some(
+    x, weight, y, low, bias, offs, tiles, first_expert, end_expert, N, K, stride_y,
+    factor, rank, stride_e, stride_r, stride_d, scaling,
+    R: tl.constexpr, BIAS: tl.constexpr, ALONG_K: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """`gemm._product` of those experts alone that `weight` holds; `y` and `bias` begin where its N columns do."""
+    e = tl.arange(0, EXPERTS)
+    begin = tl.load(offs + e - 1, mask=(e > 0) & (e < end_expert), other=0)
+    needed = (tl.load(offs + e, mask=e < end_expert, other=0) - begin + BLOCK - 1) // BLOCK
+    first_tile = tl.sum(tl.where(e < first_expert, needed, 0))
+    count, across = tl.sum(needed) - first_tile, tl.cdiv(N, BLOCK_N)
+    for i in range(tl.program_id(0), count * across, tl.num_programs(0)):
+        row, column = turn(i, count, across, GROUP)
+        row += first_tile
+        expert, first_s = tl.load(tiles + 2 * row), tl.load(tiles + 2 * row + 1)
+        product_tile(
+            x, weight, y, low, bias, offs, expert, expert - first_expert, first_s, column * BLOCK_N, N, K, stride_y,
+            factor, rank, stride_e, stride_r, stride_d, scaling,
+            R, BIAS, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION,
+        )  # fmt: skip
+
+
+@kernel(fuse=False)
+def _unpacking_product(
+    x, y, low, bias, offs, tiles, N, K, factor, rank, stride_e, stride_r, stride_d, scaling,
+    data, scales, table, zero_points, scale_table, scale_scales, scale_offset,
+    R: tl.constexpr, BIAS: tl.constexpr, CODEC: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of y from packed weights, which are the left operand: few rows, so that each is decoded about once."""
+    expert, s, here = tile_rows(tiles, offs, tl.program_id(1), BLOCK)
+    if expert < 0:
+        return
+    dtype = y.dtype.element_ty
+    first_n = tl.program_id(0) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
+    x_row = x + s.to(tl.int64)[None, :] * K
+    total = tl.zeros([BLOCK_N, BLOCK], tl.float32)
+    for first_k in range(0, K, BLOCK_K):
+        k = first_k + tl.arange(0, BLOCK_K)
+        a = tl.load(x_row + k[:, None], mask=(k[:, None] < K) & here[None, :], other=0.0)
+        if CODEC[10]:
+            w = weight_tile(
+                data, scales, table, zero_points, scale_table, scale_scales, scale_offset,
+                expert, k, first_n, dtype, CODEC, SPAN, BLOCK_N,
+            ).T  # fmt: skip
+        else:
+            w = weight_tile(
+                data, scales, table, zero_points, scale_table, scale_scales, scale_offset,
+                expert, n, first_k, dtype, CODEC, SPAN, BLOCK_K,
+            )  # fmt: skip
+        total = tl.dot(w, a, total, input_precision=PRECISION)
+    result = total.T
+    STEP: tl.constexpr = 32 if R > 32 else R
+    for first in tl.static_range(0, R, STEP if R else 1):
+        part = low + s.to(tl.int64)[:, None] * R + first + tl.arange(0, STEP)[None, :]
+        u = tl.load(part, mask=here[:, None], other=0.0)
+        f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, STEP, dtype, first)
+        result = tl.dot(u, f, result, input_precision=PRECISION)
+    if BIAS:
+        result += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = y + s.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, result.to(dtype), mask=here[:, None] & (n[None, :] < N))
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    route: Route,
+    low: Tensor | None,
+    factor: Factor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`gemm.grouped_linear`, of a quantised stack too."""
+    if isinstance(weight, PackedWeight):
+        return packed_linear(x, weight, route, low, factor, bias)
+    return gemm.grouped_linear(x, weight, route, low, factor, bias)
+
+
+class _Part(NamedTuple):
+    """What of a stack is decoded at a time: some experts, or some out-features of one. First and end of each."""
+
+    experts: tuple[int, int]
+    out: tuple[int, int]
+
+
+def _parts(weight: PackedWeight) -> list[_Part]:
+    """Pieces of at most `SCRATCH` bytes, as equal as can be."""
+    E, K, N = weight.shape
+    size = K * N * weight.dtype.itemsize
+    if size <= SCRATCH:
+        count = cdiv(E, SCRATCH // size)
+        return [_Part((E * i // count, E * (i + 1) // count), (0, N)) for i in range(count)]
+    column = gemm.PRODUCT.columns
+    width = max(1, SCRATCH // (K * column * weight.dtype.itemsize)) * column
+    width = cdiv(cdiv(N, cdiv(N, width)), column) * column
+    return [_Part((e, e + 1), (n, min(n + width, N))) for e in range(E) for n in range(0, N, width)]
+
+
+def packed_linear(
+    x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
+) -> Tensor:
+    """`grouped_linear` of a quantised stack: decoded in the product where few rows reach an expert, else part by part
+    ahead of the tiled product, or all at once where that does not run."""
+    E, rows, columns = weight.stored
+    _, K, N = weight.shape
+    if route.large.block < 128:
+        return _unpacked_in_product(x, weight, route, low, factor, bias)
+    programs = programs_of(x.device) if gemm.TILED else 0
+    if not programs or K % gemm.BLOCK_K or N % (16 // x.element_size()):
+        whole = unpack(weight, route.offs, (0, E), (0, rows), (0, columns))
+        return add_to(grouped_mm(x, whole if weight.rows_are_in else whole.mT, route.offs), route, low, factor, bias)
+    y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
+    u, b, (factor_at, *others), R = low_rank(y, low, factor, bias)
+    tiles, along_k, ((block_n, num_warps, num_stages), depth) = route.large, not weight.rows_are_in, tile_of(x)
+    for experts, out in _parts(weight):
+        first, width = out[0], out[1] - out[0]
+        stack = unpack(weight, route.offs, experts, *(out, (0, columns)) if along_k else ((0, rows), out))
+        shifted = factor_at.storage_offset() + first * others[3] if R else 0
+        _product_of_some(
+            (programs, 1, 1),
+            TensorDescriptor(x, [*x.shape], [K, 1], [tiles.block, depth]), descriptor(stack, along_k, block_n, depth),
+            y[:, first:], u, b if bias is None else bias[:, first:], route.offs, tiles.table, *experts, width, K, N,
+            factor_at.as_strided((1,), (1,), shifted) if R else y, *others,
+            R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=block_n, BLOCK_K=depth,
+            GROUP=gemm.GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), EXPERTS=next_power(E, 16),
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+        del stack  # its memory is the next one's
+    return y
+
+
+def _unpacked_in_product(
+    x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
+) -> Tensor:
+    """The same for few rows, each weight decoded once for each tile of rows."""
+    (_, K, N), tiles, ((block_n, num_warps, num_stages), depth) = (
+        weight.shape,
+        route.small,
+        UNPACKING[weight.codec.kind],
+    )
+    y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
+    u, b, arguments, R = low_rank(y, low, factor, bias)
+    _unpacking_product(
+        (cdiv(N, block_n), tiles.limit, 1), x, y, u, b, route.offs, tiles.table, N, K, *arguments,
+        *packed_arguments(weight),
+        R=R, BIAS=bias is not None, CODEC=codec_of(weight), SPAN=span_of(weight, min(depth, block_n)),
+        BLOCK=tiles.block, BLOCK_N=block_n, BLOCK_K=depth, PRECISION=dot_precision(y.dtype),
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return y

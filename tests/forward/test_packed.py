@@ -1,0 +1,333 @@
+"""Quantised stacks in the fused kernels: the same bits as the format's own dequantisation, and a float64 loop over it.
+
+In triton's interpreter on CPU (`tox -e kernels`), and natively where there is a GPU, as `test_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is on no CPU-only install but the tox environment `kernels`")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+import bitsandbytes
+import torchao.quantization as ao
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.experts_loop import Experts, compare, loop
+from torch import nn
+from torch.nn.utils import parametrize
+
+import peft_moe_compat
+from peft_moe_compat.forward import fused
+from peft_moe_compat.forward.kernels import packed_gemm, trial
+from peft_moe_compat.forward.kernels.launch import Kernel
+from peft_moe_compat.forward.kernels.unpack import unpack
+from peft_moe_compat.forward.layer import experts_forward
+from peft_moe_compat.layout import flat
+from peft_moe_compat.model import weights
+from peft_moe_compat.model.experts import REGISTRY_MODULE
+from peft_moe_compat.model.packed import CODES, FLOAT8, INT8, Codec, encoded
+from peft_moe_compat.quantising.int8 import Int8Weight
+from peft_moe_compat.quantising.mxfp4 import Mxfp4Weight
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+# The interpreter rounds to bfloat16 towards zero.
+DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with peft_moe_compat.set_backend("triton"):
+        yield
+
+
+def bnb4(quant_type, nested=False, blocksize=64):
+    def quantise(module, name):
+        replace_parameter_4bit(module, name, nested, quant_type, blocksize)
+
+    return quantise
+
+
+def int8(module, name):
+    weight = module._parameters[name].detach()
+    packed, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.reshape(-1, weight.shape[-1]).half())
+    setattr(module, name, nn.Parameter(packed.view(weight.shape), requires_grad=False))
+    scales = scales.view(weight.shape[:2])
+    parametrize.register_parametrization(module, name, Int8Weight(scales, weight.shape, weight.dtype), unsafe=True)
+
+
+def torchao(config):
+    def quantise(module, name):
+        ao.quantize_(module, ao.FqnToConfig({name: config}), filter_fn=None)
+
+    return quantise
+
+
+def mxfp4(module, name):
+    """Random blocks, of about the size of what they replace."""
+    E, into, out = module._parameters[name].shape
+    blocks = torch.randint(0, 256, (E, out, into // 32, 16), dtype=torch.uint8, device=DEVICE)
+    scales = torch.randint(121, 124, (E, out, into // 32), dtype=torch.uint8, device=DEVICE)
+    setattr(module, name, nn.Parameter(blocks, requires_grad=False))
+    parametrize.register_parametrization(module, name, Mxfp4Weight(scales, DTYPE), unsafe=True)
+
+
+def fp8(block):
+    def quantise(module, name):
+        weight = module._parameters[name].detach()
+        shape = weights._scale_shape(weight, block)
+        scale = torch.rand(shape, device=DEVICE) * 1e-2 + 1e-3
+        spread = scale.repeat_interleave(-(-weight.shape[1] // shape[1]), 1)[:, : weight.shape[1]]
+        spread = spread.repeat_interleave(-(-weight.shape[2] // shape[2]), 2)[..., : weight.shape[2]]
+        packed = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        module._parameters[name] = nn.Parameter(packed, requires_grad=False)
+        module._parameters[f"{name}_scale_inv"] = nn.Parameter(scale, requires_grad=False)
+        module.block_size = block
+        if type(module).__name__ != "FP8Experts":
+            module.__class__ = type("FP8Experts", (type(module),), {"__module__": weights.FP8_MODULE})
+
+    return quantise
+
+
+# Name -> (how to quantise a stack in place, whether stacks are "E in out").
+FORMATS = {
+    "nf4": (bnb4("nf4"), False),
+    "nf4, transposed": (bnb4("nf4"), True),
+    "nf4, nested": (bnb4("nf4", True), False),
+    "fp4, blocks of 128": (bnb4("fp4", True, 128), True),
+    "int8 rows": (int8, False),
+    "int8 rows, transposed": (int8, True),
+    "torchao int8": (torchao(ao.Int8WeightOnlyConfig()), False),
+    "torchao float8": (torchao(ao.Float8WeightOnlyConfig()), True),
+    "mxfp4": (mxfp4, True),
+    "fp8": (fp8((128, 128)), False),
+    "fp8, blocks that end past the stack": (fp8((96, 80)), False),
+    "fp8, one scale": (fp8(None), False),
+}
+
+
+def own(module, name):
+    """The weight as its format itself dequantises it."""
+    first = parametrize.is_parametrized(module, name) and module.parametrizations[name][0]
+    state = getattr(first, "quant_state", None)
+    if state is None or DEVICE.type != "cpu":
+        return weights.read(module, name, DTYPE)
+    # bitsandbytes 0.50.2 on CPU scales rows wrongly that are no multiple of a block; its portable code does not.
+    absmax = state.absmax
+    if state.nested:
+        absmax = bitsandbytes.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    data = module.parametrizations[name].original.reshape(-1)
+    return _dequantize_4bit_compute(data, absmax, state.code, state.blocksize, state.shape, state.dtype)
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("shape", [(3, 64, 128), (2, 160, 64), (1, 96, 192)], ids=str)
+def test_the_same_bits_as_the_formats_own(stored, shape):
+    torch.manual_seed(0)
+    quantise, _ = FORMATS[stored]
+    module = nn.Module()
+    values = torch.randn(shape) * torch.randn(*shape[:2], 1)
+    module.weight = nn.Parameter(values.to(DTYPE).to(DEVICE), requires_grad=False)
+    quantise(module, "weight")
+    packed, expected = weights.packed(module, "weight", DTYPE), own(module, "weight")
+    assert packed.shape == expected.shape
+    assert torch.equal(packed.decoded(), expected)
+    E, rows, columns = packed.stored
+    some_rows, some_columns = (rows // 4, rows), (columns // 2, columns)
+    for rectangle in (
+        ((0, E), (0, rows), (0, columns)),
+        ((E - 1, E), some_rows, (0, columns)),
+        ((0, E), (0, rows), some_columns),
+    ):
+        found = unpack(packed, torch.arange(1, E + 1, dtype=torch.int32, device=DEVICE), *rectangle)
+        stack = expected if packed.rows_are_in else expected.mT
+        assert torch.equal(found, stack[tuple(slice(*ends) for ends in rectangle)])
+
+
+def test_every_exponent_and_every_float8():
+    module = nn.Module()
+    blocks = torch.arange(256, dtype=torch.uint8, device=DEVICE).repeat(16).view(1, 256, 1, 16)
+    module.weight = nn.Parameter(blocks, requires_grad=False)
+    scales = torch.arange(255, dtype=torch.uint8, device=DEVICE)  # 255 stands for no number
+    scales = torch.cat([scales, scales[:1]]).view(1, 256, 1)
+    parametrize.register_parametrization(module, "weight", Mxfp4Weight(scales, torch.bfloat16), unsafe=True)
+    packed = weights.packed(module, "weight", torch.bfloat16)
+    found = unpack(packed, torch.ones(1, dtype=torch.int32, device=DEVICE), (0, 1), (0, 256), (0, 32))
+    if INTERPRETED:  # which rounds what is below bfloat16's numbers towards zero
+        normal = module.weight.abs() > 2**-125
+        assert torch.equal(found.mT[normal], module.weight[normal])
+    else:
+        assert torch.equal(found.mT, module.weight)
+    numbers = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 1, 256).view(torch.float8_e4m3fn)
+    packed = encoded(torch.ones(1, 1, 256, device=DEVICE), Codec(FLOAT8, height=1, width=256), torch.float32)
+    packed = packed._replace(data=numbers, scales=torch.ones(1, device=DEVICE))
+    found = unpack(packed, torch.ones(1, dtype=torch.int32, device=DEVICE), (0, 1), (0, 1), (0, 256))
+    assert torch.equal(found.nan_to_num(1234.0), numbers.float().nan_to_num(1234.0))
+
+
+def build(E, H, I, transposed, quantise):
+    """An experts module with transformers' default gate, quantised, and LoRA on both projections."""
+
+    def _apply_gate(self, rows):
+        gate, up = rows.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    _apply_gate.__module__ = REGISTRY_MODULE
+    experts = Experts(E, H, I, gated=True, transposed=transposed, biased=True, dtype=DTYPE).to(DEVICE)
+    experts.__class__ = type("Concatenated", (Experts,), {"_apply_gate": _apply_gate})
+    loras = {}
+    for name, out, into in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
+        factors = torch.randn(E * 4, into) / into**0.5, torch.randn(out, 4 * E) / 2
+        factors = (factor.to(DEVICE).requires_grad_() for factor in factors)
+        loras[name] = flat(*factors, E, orientation="linear", scaling=0.7)
+        quantise(experts, name)
+    for parameter in experts.parameters():
+        parameter.requires_grad_(False)
+    return experts, loras
+
+
+class Read(nn.Module):
+    """Stands for an experts module, with its stacks as its format dequantises them."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+        self.stacks = {n: own(experts, n) for n in ("gate_up_proj", "down_proj")}
+
+    def __getattr__(self, name):
+        if name in ("experts", "stacks", "_modules"):
+            return super().__getattr__(name)
+        return self.stacks[name] if name in self.stacks else getattr(self.experts, name)
+
+
+def check(experts, loras, index, tolerance):
+    """Output and gradients against a float64 loop over the weights as the format itself dequantises them."""
+    T, H = len(index), weights.read(experts, "down_proj", DTYPE).shape[2 if experts.is_transposed else 1]
+    hidden = torch.randn(T, H).to(DTYPE).to(DEVICE).requires_grad_()
+    routing = torch.rand(index.shape).to(DTYPE).to(DEVICE).requires_grad_()
+    leaves = [hidden, routing, *(tensor for lora in loras.values() for tensor in lora[:2])]
+    exact = loop(Read(experts), {n: lora.canonical() for n, lora in loras.items()}, hidden, index, routing)
+    assert fused.runs_fused(experts, hidden, index)
+    ours = experts_forward(experts, loras, hidden, index.to(DEVICE), routing)
+    compare(ours, exact, tolerance)
+    grad = torch.randn_like(exact)
+    theirs = torch.autograd.grad(exact, leaves, grad, allow_unused=True, materialize_grads=True)
+    for _ in range(2):
+        mine = torch.autograd.grad(ours, leaves, grad.to(DTYPE), retain_graph=True)
+        for found, expected in zip(mine, theirs, strict=True):
+            compare(found, expected, 10 * tolerance)
+    with torch.no_grad():
+        compare(experts_forward(experts, loras, hidden, index.to(DEVICE), routing), exact, tolerance)
+
+
+@settings(max_examples=20 if INTERPRETED else 60, deadline=None)
+@given(st.sampled_from(sorted(FORMATS)), st.integers(0, 999), st.data())
+def test_output_and_gradients_equal_a_float64_loop(stored, seed, data):
+    """Decoded in the product, in a row's product, and ahead of a product that is not tiled; experts without rows."""
+    torch.manual_seed(seed)
+    quantise, transposed = FORMATS[stored]
+    E, k = data.draw(st.sampled_from([(1, 1), (3, 2), (6, 2)]))
+    T = data.draw(st.sampled_from([1, 5, 40]))
+    H, I = data.draw(st.sampled_from([(64, 32), (96, 64), (32, 160)]))
+    index = torch.randint(0, E + 1, (T, k)) if seed % 2 else torch.full((T, k), E - 1)
+    check(*build(E, H, I, transposed, quantise), index, 1e-2 if INTERPRETED else 4e-2)
+
+
+@pytest.mark.parametrize("scratch", [2**30, 2 * 65 * 256 * 128, 20000], ids=["whole", "some experts", "part of one"])
+@pytest.mark.parametrize(
+    "stored", ["nf4", "nf4, transposed", "int8 rows", "mxfp4", "fp8, blocks that end past the stack"]
+)
+def test_part_by_part_ahead_of_the_tiled_product(stored, scratch, monkeypatch):
+    """Bit for bit what the same kernels give for the dequantised weights."""
+    monkeypatch.setattr(packed_gemm, "SCRATCH", scratch)
+    torch.manual_seed(0)
+    quantise, transposed = FORMATS[stored]
+    experts, loras = build(2, 128, 128, transposed, quantise)
+    plain = Experts(2, 128, 128, gated=True, transposed=transposed, biased=True, dtype=DTYPE).to(DEVICE)
+    plain.__class__ = type("Concatenated", (Experts,), {"_apply_gate": type(experts)._apply_gate})
+    for name in ("gate_up_proj", "down_proj"):
+        plain._parameters[name] = nn.Parameter(own(experts, name))
+        plain._parameters[f"{name}_bias"] = experts._parameters[f"{name}_bias"]
+    plain.requires_grad_(False)
+    index = torch.randint(0, 2, (80, 2), device=DEVICE)
+    hidden = torch.randn(80, 128, device=DEVICE).to(DTYPE).requires_grad_()
+    routing = torch.rand(80, 2, device=DEVICE).to(DTYPE).requires_grad_()
+    leaves = [hidden, routing, *(tensor for lora in loras.values() for tensor in lora[:2])]
+    results = []
+    for module in (experts, plain):
+        out = experts_forward(module, loras, hidden, index, routing)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        Codec(CODES, True),
+        Codec(CODES, True, nested=256),
+        Codec(CODES, height=1, width=32, exponent=True),
+        Codec(INT8, height=1, width=128, zeros=True),
+        Codec(FLOAT8, height=128, width=128),
+    ],
+    ids=str,
+)
+def test_a_stack_encoded_for_a_trial_is_near_what_it_stands_for(codec):
+    exact = torch.randn(2, 64, 128, device=DEVICE)
+    found = encoded(exact, codec, torch.float32)
+    assert found.shape == (2, 64, 128)
+    assert found.mT.shape == (2, 128, 64)
+    assert ((found.decoded() - exact).norm() / exact.norm()).item() < (0.2 if codec.kind == CODES else 0.04)
+
+
+@pytest.mark.parametrize("T", [4, 20, 120])
+@pytest.mark.parametrize("stored", ["nf4, nested", "int8 rows", "mxfp4", "fp8", "torchao int8"])
+def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
+    launched = {"trial": set(), "layer": set()}
+    place, errors = "layer", []
+
+    def call(self, grid, *arguments, run=Kernel.__call__, **meta):
+        launched[place].add(self.jit.__name__)
+        run(self, grid, *arguments, **meta)
+
+    def tried(*arguments, run=fused._trial):
+        nonlocal place
+        place = "trial"
+        errors.append(run(*arguments))
+        place = "layer"
+        return errors[-1]
+
+    monkeypatch.setattr(Kernel, "__call__", call)
+    monkeypatch.setattr(fused, "_trial", tried)
+    monkeypatch.setattr(fused, "_tried", {})
+    monkeypatch.setattr(fused, "_TRIED_ON", (DEVICE.type,))
+    torch.manual_seed(0)
+    quantise, transposed = FORMATS[stored]
+    experts, loras = build(2, 128, 128, transposed, quantise)
+    index = (torch.arange(2 * T, device=DEVICE) % 2).view(T, 2)
+    with torch.set_grad_enabled(T > 8):
+        hidden = torch.randn(T, 128, device=DEVICE).to(DTYPE).requires_grad_()
+        out = experts_forward(experts, loras, hidden, index, torch.rand(T, 2, device=DEVICE).to(DTYPE))
+        if T > 8:
+            out.sum().backward()
+    assert launched["trial"] == launched["layer"]
+    assert [0 < error < fused._TRIAL_ERROR / 2 for error in errors] == [True]
+    assert trial.Kind(*next(iter(fused._tried[hidden.device]))).up[-1] is not None
+
+
+def test_what_the_kernels_do_not_decode_keeps_the_plain_path():
+    experts, loras = build(2, 64, 32, False, bnb4("nf4", blocksize=4096))  # a block that spans experts
+    index = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
+    hidden = torch.randn(3, 64, device=DEVICE).to(DTYPE)
+    assert fused.fused_reason(experts, DEVICE).code == "quantised"
+    out = experts_forward(experts, loras, hidden, index, torch.ones(3, 1, device=DEVICE).to(DTYPE))
+    exact = loop(Read(experts), {n: lora.canonical() for n, lora in loras.items()}, hidden, index, torch.ones(3, 1))
+    compare(out, exact, 4e-2)
