@@ -1,6 +1,7 @@
 """Whether what upstream has put into the model is what the file holds; it can lose tensors and scale them wrongly.
 
-Updates are compared by what they do to one vector, expert by expert.
+Updates are compared by what they do to one vector, expert by expert; what is not finite counts as a number, so that
+NaN, which differs from nothing by more than a bound, hides nothing.
 """
 
 from __future__ import annotations
@@ -108,15 +109,15 @@ def _elsewhere(lora: ExpertLora) -> bool:
 
 def _rows(source: AdapterSource, part: Part | None, shape: tuple[int, int]) -> Tensor:
     if part is None:
-        return torch.zeros(shape)
+        return torch.zeros(shape, dtype=torch.float64)
     with source.tensors.reading(part.reads) as tensors:
         return _applied(part.load(tensors))
 
 
 def _applied(lora: ExpertLora) -> Tensor:
     """ "E out": what every expert's update makes of one fixed vector."""
-    A, B = lora.A.detach().float().cpu(), lora.B.detach().float().cpu()
-    x = torch.linspace(-1, 1, A.shape[2]).cos()
+    A, B = (f.detach().cpu().double().nan_to_num(nan=1.0, posinf=2.0, neginf=-2.0) for f in (lora.A, lora.B))
+    x = torch.linspace(-1, 1, A.shape[2], dtype=torch.float64).cos()
     return (B @ (A @ x).unsqueeze(2)).squeeze(2) * lora.scaling
 
 

@@ -16,7 +16,18 @@ from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import zoo
-from support.saved_adapters import FAMILY, HERE, SQUARE, E, assert_equal, flipped, rewrite, save, written_otherwise
+from support.saved_adapters import (
+    FAMILY,
+    HERE,
+    SQUARE,
+    E,
+    assert_equal,
+    change_file,
+    flipped,
+    rewrite,
+    save,
+    written_otherwise,
+)
 from support.written_files import told
 
 import peft_moe_compat
@@ -275,6 +286,30 @@ def test_tensors_that_upstream_loses_on_the_way_are_missed(tmp_path, monkeypatch
     monkeypatch.setattr(peft.peft_model, "set_peft_model_state_dict", lossy)
     with pytest.raises(LayoutError, match="did not reach the model"):
         PeftModel.from_pretrained(fresh(), tmp_path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 3e38, -3e38])
+def test_numbers_that_are_not_finite_hide_nothing(tmp_path, monkeypatch, number):
+    """One in each of the factors: the file loads as it is, and not with the factors of its experts exchanged."""
+    _, fresh = save(tmp_path)
+
+    def spoiled(tensors):
+        for name in (n for n in tensors if "experts" in n):
+            tensors[name].view(-1)[0] = number
+        return tensors
+
+    stock_setter = peft.peft_model.set_peft_model_state_dict
+
+    def turned(model, weights, **options):
+        found = {n: t.roll(t.shape[0] // E, 0) if "experts" in n and "lora_A" in n else t for n, t in weights.items()}
+        return stock_setter(model, found, **options)
+
+    change_file(tmp_path, spoiled)
+    with written_by(HERE):
+        PeftModel.from_pretrained(fresh(), tmp_path)
+        monkeypatch.setattr(peft.peft_model, "set_peft_model_state_dict", turned)
+        with pytest.raises(LayoutError, match="did not reach the model"):
+            PeftModel.from_pretrained(fresh(), tmp_path)
 
 
 def test_experts_that_do_not_say_how_they_are_stored_are_read_as_peft_takes_them(tmp_path):
