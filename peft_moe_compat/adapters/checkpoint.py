@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import AdapterError, AdapterFileError
-from .files import download, is_hub_id, read_json, usable_path
+from .files import download, is_hub_id, read_json, show, usable_path
 from .safetensors_io import TensorInfo
 from .stored import MXFP4, BlockFP8, Format, Plain
 from .tensors import AdapterTensors, open_safetensors, open_shards
@@ -87,13 +87,13 @@ class Checkpoint:
         if info.dtype in PLAIN:
             return StoredWeight(name, (info,), Plain(info.dtype), info.shape)
         scale = infos.get(f"{name}_scale_inv")
-        if scale is not None and info.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        if scale is not None and len(info.shape) > 1 and info.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             return StoredWeight(name, (info, scale), self._fp8(info, scale), info.shape)
         found = str(info.dtype).removeprefix("torch.")
         raise AdapterError(f"{name!r} of {self.folder} is stored as {found} without {name}_scale_inv; {_TAKEN}")
 
     def _fp8(self, info: TensorInfo, scale: TensorInfo) -> BlockFP8:
-        said = self.config.get("quantization_config", {})
+        said = self.config.get("quantization_config") or {}
         block = said.get("weight_block_size") or info.shape[-2:]
         rows_columns = info.shape[-2:]
         expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(rows_columns, block, strict=True)))
@@ -103,6 +103,8 @@ class Checkpoint:
                 f"{tuple(block)}. Is it the config.json of this checkpoint?"
             )
         exponents = scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+        if not exponents and scale.dtype not in PLAIN:
+            raise AdapterFileError(f"{scale.name!r} is of {scale.dtype}; scales of FP8 in blocks were expected.")
         height, width = (min(size, edge) for size, edge in zip(rows_columns, block, strict=True))
         return BlockFP8((max(height, 1), max(width, 1)), exponents)
 
@@ -143,9 +145,11 @@ def open_checkpoint(base: str | Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     quantised = config.get("quantization_config")
     if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        if not isinstance(quantised, dict):
+            raise AdapterFileError(f"{folder} has the quantization_config {show(quantised)}; an object was expected.")
+        method = quantised.get("quant_method")
         if method not in ("fp8", "mxfp4"):
-            raise AdapterError(f"{folder} is quantised by {method}; {_TAKEN}")
+            raise AdapterError(f"{folder} is quantised by {show(method)}; {_TAKEN}")
         _check_block(folder, quantised.get("weight_block_size"))
     tensors = AdapterTensors()
     if (folder / _INDEX).is_file():
@@ -160,4 +164,4 @@ def open_checkpoint(base: str | Path) -> Checkpoint:
 def _check_block(folder: Path, block: Any) -> None:
     fits = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
     if block is not None and not fits:
-        raise AdapterFileError(f"{folder} has weight_block_size {block!r}; two positive numbers were expected.")
+        raise AdapterFileError(f"{folder} has weight_block_size {show(block)}; two positive numbers were expected.")

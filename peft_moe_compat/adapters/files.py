@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import reprlib
@@ -28,6 +29,7 @@ __all__ = [
     "atomic_folder",
     "download",
     "find_adapter",
+    "finite_or_null",
     "is_hub_id",
     "ordinary_file",
     "parse_json",
@@ -143,6 +145,11 @@ def read_json(path: Path) -> dict[str, Any]:
     value = parse_json(raw, str(path))
     _require_shallow(value, str(path))
     return value
+
+
+def finite_or_null(value: Any) -> Any:
+    """What JSON has for a value: it has no number that is infinite or NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def ordinary_file(path: Path) -> bool:

@@ -17,7 +17,7 @@ from ..layout import ExpertLora, relative
 from .base_model import BaseModel, load_base_model
 from .checkpoint import Checkpoint, open_checkpoint
 from .decide import decide
-from .files import atomic_folder, usable_path
+from .files import atomic_folder, finite_or_null, usable_path
 from .parts import Part
 from .placing import Placed, Update, place, replaced
 from .readers import KEEP_THE_BASE
@@ -67,8 +67,8 @@ class Merge:
     replaced: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        rows = [asdict(row) for row in self.rows]
+        """For JSON, which has no number that is infinite: null for those."""
+        rows = [{key: finite_or_null(value) for key, value in asdict(row).items()} for row in self.rows]
         return {"schema_version": 1, "out": str(self.out), "rows": rows, "replaced": list(self.replaced)}
 
 

@@ -176,7 +176,7 @@ def open_shards(tensors: AdapterTensors, index: Path) -> None:
 
 def _plain_name(value: str) -> bool:
     one_part = PurePosixPath(value).name == value and PureWindowsPath(value).name == value
-    return one_part and value not in ("", ".", "..") and value.isprintable()
+    return one_part and value not in ("", ".", "..") and value.isprintable() and len(value) <= 255
 
 
 def _shard(index: Path, value: str) -> Path:

@@ -17,6 +17,7 @@ from ..errors import AdapterError
 from ..layout import ExpertLora, relative
 from .base_model import BaseModel
 from .decide import decide
+from .files import finite_or_null
 from .parts import Part, plain_part
 from .refit import module_parts
 from .shaping import part_gate_up
@@ -72,12 +73,8 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no number that is infinite or NaN: null for those."""
         found = {"schema_version": 1, "same": self.same, "worst": self.worst, "tolerance": self.tolerance}
-        rows = [{key: _or_null(value) for key, value in asdict(row).items()} for row in self.rows]
-        return {key: _or_null(value) for key, value in found.items()} | {"rows": rows}
-
-
-def _or_null(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        rows = [{key: finite_or_null(value) for key, value in asdict(row).items()} for row in self.rows]
+        return {key: finite_or_null(value) for key, value in found.items()} | {"rows": rows}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .checkpoint import Checkpoint, open_checkpoint
+from .files import finite_or_null
 from .merge import Job, Progress, matrices, plan_merge
 from .placing import Placed, Update
 from .stated import Stated
@@ -29,7 +31,8 @@ class MergedWeight:
     Attributes:
         name: Of the module, as the adapter has it, or of the tensor.
         projection: As the adapter has it; empty for a tensor that the adapter does not change.
-        error: Norm of merged(x) - (base(x) + s B A x), over random x of unit variance.
+        error: Norm of merged(x) - (base(x) + s B A x), over random x of unit variance; infinite where a number of the
+            merged one is not finite.
         explained: The most that rounding to the base's format explains of it.
         update: Norm of s B A x.
         note: What kept it from being compared, or how it differs, if anything.
@@ -69,8 +72,10 @@ class MergeVerification:
         return bool(found) and all(abs(row.error - row.update) < 0.01 * row.update for row in found)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        rows = [{**asdict(row), "same": row.same} for row in self.rows]
+        """For JSON, which has no number that is infinite: null for those."""
+        rows = [
+            {key: finite_or_null(value) for key, value in asdict(row).items()} | {"same": row.same} for row in self.rows
+        ]
         return {"schema_version": 1, "same": self.same, "rows": rows}
 
 
@@ -180,6 +185,8 @@ def _matrix(
         of_update = float(effect.norm())
         explained = _SLACK * _VECTORS**0.5 * float(margin[update.put].norm()) + 1e-6 * of_update
         error = float(difference[update.put].norm())
+        if not math.isfinite(error + explained):  # NaN would be no more than any bound, and infinity its own
+            error, explained = math.inf, 0.0
         found.append(MergedWeight(update.part.path, update.part.name, error, explained, of_update))
     return found
 

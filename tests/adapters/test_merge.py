@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -360,6 +361,40 @@ def test_verify_sees_experts_rows_and_other_tensors_that_are_lost(tmp_path, stor
     assert verify_merge(folder, source, folder).absent
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("stored", ["apart", "fused", "transposed", "fp8 apart", "fp8 fused"])
+def test_verify_sees_numbers_that_are_not_finite(tmp_path, stored, number):
+    """In one row or expert, or in all, in weights and scales: the experts after it do not make up for it."""
+    family = GPT_OSS if stored == "transposed" else QWEN
+    folder, source, out = merged(tmp_path, replace(SPEC, family=family), stored)
+    whole = {n: t.clone() for n, t in tensors_of(out).items()}
+    for name in (n for n in whole if "layers.1.mlp.experts" in n and "down" in n):
+        if whole[name].dtype == torch.float8_e4m3fn and math.isinf(number):
+            continue  # has no infinity
+        for at in (0, -1, slice(None)):
+            spoiled = whole[name].clone()
+            spoiled[at] = torch.tensor(number).to(spoiled.dtype)
+            edited(out, lambda tensors, n=name, t=spoiled: tensors.update({**whole, n: t}))
+            found = verify_merge(folder, source, out)
+            assert [(row.name, row.projection) for row in found.rows if not row.same] == [
+                ("model.layers.1.mlp.experts", "down_proj")
+            ]
+            json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_an_update_of_zero_that_rounding_moves_is_no_number_in_json(tmp_path):
+    """Gate has no update, and shares blocks of FP8 with up, whose scale a large update changes."""
+    folder = write(tmp_path / "base", base_of(replace(SPEC, I=20), "fp8 fused"))
+    source, _ = adapter(tmp_path / "in", replace(SPEC, I=20), form="per_expert", scale=3.0)
+    tensors = {n: t * 0 if "gate_proj.lora_B" in n else t for n, t in load(source).items()}
+    done = merge_adapter(folder, save(tmp_path / "half", tensors, read_config(source)), tmp_path / "out")
+    gate = [row for row in done.rows if row.projection == "gate_proj"]
+    assert gate
+    assert all(row.update == 0 and row.relative == torch.inf for row in gate)
+    assert all(row["relative"] is None for row in done.to_dict()["rows"] if row["projection"] == "gate_proj")
+    json.dumps(done.to_dict(), allow_nan=False)
+
+
 def refused(tmp_path, folder, source, match, error=AdapterError, **how):
     with pytest.raises(error, match=match):
         merge_adapter(folder, source, tmp_path / "out", **how)
@@ -475,6 +510,20 @@ def test_hostile_bases(tmp_path):
     nan = base_of(SPEC, "apart")
     nan.tensors["model.layers.1.mlp.experts.1.down_proj.weight"][0, 0] = torch.nan
     refused(tmp_path, write(tmp_path / "nan", nan), source, "not finite", AdapterFileError)
+    whole = base_of(SPEC, "fp8 apart")
+    for number, said in enumerate(("fp8", ["fp8"], 1, {"quant_method": ["fp8"]})):
+        folder = write(tmp_path / f"said{number}", whole, quantization_config=said)
+        refused(tmp_path, folder, source, r"quantization_config|quantised by \['fp8'\]")
+    said_nothing = write(tmp_path / "null", whole, quantization_config=None)
+    refused(tmp_path, said_nothing, source, "blocks of", AdapterFileError)
+    for number, dtype in enumerate((torch.bool, torch.int8, torch.int64, torch.float8_e4m3fn, torch.complex64)):
+        name = "model.layers.1.mlp.experts.1.down_proj.weight_scale_inv"
+        of_dtype = {**whole.tensors, name: whole.tensors[name].to(dtype)}
+        folder = write(tmp_path / f"dtype{number}", replace(whole, tensors=of_dtype))
+        refused(tmp_path, folder, source, "scales of FP8", AdapterFileError)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    flat = replace(whole, tensors={**whole.tensors, name: whole.tensors[name].reshape(-1)})
+    refused(tmp_path, write(tmp_path / "flat", flat), source, "without .*_scale_inv|was needed")
     for bad in (tmp_path / "nothing", tmp_path / "away", source):
         refused(tmp_path, bad, source, "config.json|no folder|was needed", AdapterFileError)
     half = base_of(SPEC, "apart", torch.float16)

@@ -137,6 +137,14 @@ def _sparse(folder: Path) -> None:
         stream.truncate(len(raw) + size)
 
 
+def _index(value: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / f"{SINGLE}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(load(folder), value)}))
+        (folder / SINGLE).unlink()
+
+    return change
+
+
 FOLDERS: dict[str, Callable[[Path], None]] = {
     "an exponential pattern": _config(rank_pattern={"(.*a|.*b|.*c)*(x+x+)+y": 2}),
     "an exponential pattern of alphas": _config(alpha_pattern={"([a-z._0-9]+)+!": 2}),
@@ -178,6 +186,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     **{f"{name} links to /dev/zero": _linked(name, "/dev/zero") for name in (CONFIG, SINGLE)},
     **{f"{name} links to itself": _linked(name, name) for name in (CONFIG, SINGLE)},
     **{f"{name} is a pipe": _pipe(name) for name in (CONFIG, SINGLE, f"{SINGLE}.index.json")},
+    "an index of a file of 4,000 letters": _index("a" * 4000),
     "automodel's file is a pipe": _pipe("automodel_peft_config.json"),
     **{
         f"stamp {at}": _stamp(text)
