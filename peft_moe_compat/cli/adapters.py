@@ -347,8 +347,9 @@ def _show_merge(done: Merge, console: Console) -> None:
         table.add_row(*cells)
     console.print(table)
     if done.replaced:
-        console.print(f"taken whole from the adapter: {', '.join(done.replaced)}", markup=False, highlight=False)
-    console.print(f"{done.out}: written.", markup=False, highlight=False)
+        whole = ", ".join(done.replaced)
+        console.print(plain(f"taken whole from the adapter: {whole}"), markup=False, highlight=False)
+    console.print(plain(f"{done.out}: written."), markup=False, highlight=False)
 
 
 def _show_merge_verification(found: MergeVerification, console: Console) -> None:

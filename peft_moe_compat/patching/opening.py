@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -205,7 +206,7 @@ def _folder(model_id: str, hub: Mapping[str, Any]) -> Path | None:
     """The folder that upstream is going to read, downloaded if need be; None where upstream will not find one."""
     local = Path(model_id, hub.get("subfolder") or "")
     for name in (CONFIG_NAME, SAFETENSORS):
-        if (local / name).exists() and not (local / name).is_file():
+        if os.path.lexists(local / name) and not (local / name).is_file():  # links that lead nowhere too
             raise AdapterFileError(f"{local / name} is no ordinary file; upstream would wait for it, or fail.")
     if (local / CONFIG_NAME).is_file():
         return local if any((local / name).is_file() for name in (SAFETENSORS, BIN)) else None

@@ -31,10 +31,12 @@ from support.adapter_files import (
     save_stacked,
 )
 from support.tensor_files import allocating_at_most
+from typer.testing import CliRunner
 
 import peft_moe_compat
 from peft_moe_compat.adapters.merge import merge_adapter
 from peft_moe_compat.adapters.verify_merge import verify_merge
+from peft_moe_compat.cli.main import app
 from peft_moe_compat.errors import AdapterError, AdapterFileError, AmbiguousAdapterError
 
 _PATH = "model.language_model.layers.{}.mlp.experts"
@@ -599,6 +601,15 @@ def test_memory_stays_that_of_a_few_tensors(tmp_path):
     source, _ = adapter(tmp_path / "in", spec)
     output, _ = child(folder, source, tmp_path / "out").communicate()
     assert 0 < int(output.splitlines()[-1].removeprefix("peak ")) < 100  # one tensor has 16 MiB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of a file there are text")
+def test_paths_that_are_not_utf8(tmp_path):
+    folder, out = write(tmp_path / "base", base_of(SPEC, "apart")), os.fsdecode(os.fsencode(tmp_path) + b"/out\xff")
+    source, _ = adapter(tmp_path / "in", SPEC)
+    for command in (["merge", folder, source, out], ["verify", source, out, "--base", folder]):
+        result = CliRunner().invoke(app, [str(argument) for argument in command])
+        assert result.exit_code == 0, result.output
 
 
 def test_paths_may_be_text(tmp_path):

@@ -355,6 +355,18 @@ def test_folders_in_folders_and_the_hubs_cache_are_found(tmp_path, caplog):
     assert len(told(caplog)) == 1
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("target", [None, "nowhere"])
+def test_links_that_lead_nowhere_are_named_before_the_model_is_touched(tmp_path, name, target):
+    _, fresh = save(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(target or name)
+    base = fresh()
+    with pytest.raises(AdapterFileError, match=f"{name} is no ordinary file"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not zoo.wrappers(base)
+
+
 def test_whatever_upstream_cannot_find_upstream_reports(tmp_path, stock):
     _, fresh = save(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
