@@ -289,7 +289,7 @@ def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
         return None
     parts = match["module"].split(".")
     depth = len(parts)
-    while parts[-1] == "base_layer":
+    while len(parts) > 1 and parts[-1] == "base_layer":
         parts.pop()
     depth -= len(parts)
     path = ".".join(parts)

@@ -177,6 +177,12 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "a linear of complex numbers": _tensors(
         lambda: {name: factor.to(torch.complex64) for name, factor in _pair(f"{PREFIX}lm_head").items()}, more=True
     ),
+    **{
+        f"a name of {levels} base_layer alone": _tensors(
+            lambda levels=levels: _pair(PREFIX + ".".join(["base_layer"] * levels)), more=True
+        )
+        for levels in (2, 40)
+    },
     "a linear without columns": _tensors(lambda: _pair(f"{PREFIX}lm_head", 2, 0, 6), more=True),
     "a linear of rank 0": _tensors(lambda: _pair(f"{PREFIX}lm_head", 0), more=True),
     "target_parameters that are a number": _config(target_parameters=1.5),
