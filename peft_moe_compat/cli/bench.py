@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from .. import releases
@@ -21,7 +24,9 @@ from ..forward.backend import set_backend
 from ..forward.fused import backend_of
 from ..forward.grouped_mm import alignment
 from ..model.wrappers import experts_of
+from ..quantising.mxfp4 import BLOCK
 from . import results
+from .layers import FORMATS, Shape, held_mib, make_experts
 
 __all__ = ["Row", "Settings", "Shape", "integers", "run", "shape_of_config"]
 
@@ -34,16 +39,6 @@ _SIZES = {
     "H": HIDDEN[::-1],  # that of the experts before the model's
     "I": INTERMEDIATE + DENSE_INTERMEDIATE,
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Experts, experts per token, hidden size, intermediate size."""
-
-    E: int
-    k: int
-    H: int
-    I: int  # noqa: E741 (the letter of the shape legend)
 
 
 def integers(option: str, text: str, count: int | None = None) -> tuple[int, ...]:
@@ -69,6 +64,7 @@ class Settings:
     device: str = "cuda"
     dtype: str = "bfloat16"
     backend: str = "auto"
+    format: str = ""  # the experts packed so as well
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -78,17 +74,28 @@ class Settings:
             raise PeftMoeCompatError("The shape, --tokens and --rank must be positive, and k at most E.")
         if any(size % (unit := alignment(getattr(torch, self.dtype))) for size in (H, I)):
             raise PeftMoeCompatError(f"H and I are {H} and {I}; transformers' own experts take multiples of {unit}.")
+        if self.format not in ("", *FORMATS):
+            raise PeftMoeCompatError(f"--format is {self.format!r}; one of {', '.join(FORMATS)} was expected.")
+        if self.format == "mxfp4" and (H % BLOCK or I % BLOCK):
+            raise PeftMoeCompatError(f"H and I are {H} and {I}; mxfp4 has blocks of {BLOCK}.")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one number of tokens: medians in milliseconds, and the peak of a step above the weights in MiB."""
+    """One method on one layer at one number of tokens: medians, and the peak of a step above the weights.
 
+    Where it cannot be measured, these are None and `note` says why.
+    """
+
+    stored: str  # a dtype or a format
+    weights_mib: float
     method: str
     tokens: int
-    both_ms: float
-    forward_ms: float
-    peak_mib: float
+    both_ms: float | None = None
+    forward_ms: float | None = None
+    peak_mib: float | None = None
+    backend: str = ""  # of this package
+    note: str = ""
 
 
 def shape_of_config(path: str) -> Shape:
@@ -116,22 +123,14 @@ def shape_of_config(path: str) -> Shape:
 
 
 class _Layer:
-    """Qwen3-MoE experts of any shape, with random weights, routing and hidden states."""
+    """Experts of any shape, with random weights, routing and hidden states."""
 
-    def __init__(self, settings: Settings) -> None:
-        from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-        self.settings, shape = settings, settings.shape
+    def __init__(self, settings: Settings, packed: bool = False) -> None:
+        self.settings = settings
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        config = Qwen3MoeConfig(
-            hidden_size=shape.H, moe_intermediate_size=shape.I, num_experts=shape.E, num_experts_per_tok=shape.k
-        )
-        config._experts_implementation = "grouped_mm"
-        with torch.device(settings.device):
-            self.block = nn.ModuleDict({"experts": Qwen3MoeExperts(config).to(self.dtype)})
-        for parameter in self.block.parameters():
-            nn.init.normal_(parameter, std=0.02).requires_grad_(False)
+        experts = make_experts(settings.shape, self.dtype, settings.device, settings.format, packed=packed)
+        self.weights_mib = held_mib(experts)
+        self.block = nn.ModuleDict({"experts": experts})
 
     def add_lora(self) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -140,9 +139,16 @@ class _Layer:
         config = LoraConfig(r=self.settings.rank, target_modules=[], target_parameters=names)
         inject_adapter_in_model(config, self.block)
         for name, parameter in self.block.named_parameters():
+            if "lora_" in name:  # float8 as PEFT makes it of such a base; `get_peft_model` casts it
+                parameter.data = parameter.data.to(self.dtype)
             parameter.requires_grad_("lora_" in name)
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.01)
+
+    def backend(self) -> str:
+        """Of this package."""
+        experts = experts_of(self.block["experts"])
+        return " and ".join(dict.fromkeys(backend_of(experts, name)[0] for name in ("gate_up_proj", "down_proj")))
 
     def steps(self, tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
         """(forward and backward, forward) over fresh inputs."""
@@ -155,8 +161,12 @@ class _Layer:
             h = hidden.detach().requires_grad_()
             out: Tensor = self.block["experts"](h, index, weights)
             out.backward(gradient)  # type: ignore[no-untyped-call]
+            lost = 0
             for parameter in self.block.parameters():
+                lost += parameter.requires_grad and parameter.grad is None
                 parameter.grad = None
+            if lost:
+                raise PeftMoeCompatError(f"{lost} of the LoRA weights get no gradient.")
 
         def forward() -> None:
             with torch.no_grad():
@@ -176,44 +186,76 @@ def _median_ms(step: Callable[[], None], device: str) -> float:
     return statistics.median(times[_WARM_UP:])
 
 
-def _measure(layer: _Layer) -> Iterator[Row]:
-    settings = layer.settings
-    for method in _METHODS:
-        if method == "stock PEFT":
+def _measure(settings: Settings, method: str, packed: bool) -> Iterator[Row]:
+    """On a layer of its own: PEFT's forward leaves something behind on packed weights."""
+    torch.manual_seed(0)
+    with results.active(method == "peft_moe_compat"):
+        layer = _Layer(settings, packed)
+        if method != "frozen base":
             layer.add_lora()
-        with results.active(method == "peft_moe_compat"):
-            for tokens in settings.tokens:
-                both, forward = layer.steps(tokens)
-                times = _median_ms(both, settings.device), _median_ms(forward, settings.device)
-                yield Row(method, tokens, *times, results.peak_mib(both, settings.device))
+        note = ""
+        for tokens in settings.tokens:
+            row = Row(settings.format if packed else settings.dtype, layer.weights_mib, method, tokens)
+            if method == "peft_moe_compat":
+                row = replace(row, backend=layer.backend(), **_figures(layer, tokens))
+            elif not note:
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # PEFT's, of a screen each
+                        row = replace(row, **_figures(layer, tokens))
+                except Exception as error:  # noqa: BLE001 (whatever transformers' and PEFT's own forward trip over)
+                    note = _sentence(error)
+            yield replace(row, note=note)
+
+
+def _figures(layer: _Layer, tokens: int) -> dict[str, Any]:
+    device = layer.settings.device
+    both, forward = layer.steps(tokens)
+    return {
+        "both_ms": _median_ms(both, device),
+        "forward_ms": _median_ms(forward, device),
+        "peak_mib": results.peak_mib(both, device),
+    }
+
+
+def _sentence(error: Exception) -> str:
+    kind = "" if isinstance(error, PeftMoeCompatError) else f"{type(error).__name__}: "
+    return textwrap.shorten(f"not measured: {kind}{error}", 200, placeholder=" ...")
 
 
 def run(settings: Settings, out: Path, console: Console) -> list[Row]:
     """Measures, prints a table, and writes bench.json and, with matplotlib, bench.png into `out`.
 
     Raises:
-        PeftMoeCompatError: The device is not there, the backend has another name, or `out` cannot be written.
+        PeftMoeCompatError: The device or what packs the experts is not there, the backend has another name, `out`
+            cannot be written.
     """
     results.check(settings.device, out)
-    torch.manual_seed(0)
+    # A small one first, so that what is not installed is said at once.
+    make_experts(Shape(1, 1, 32, 32), torch.float32, "cpu", settings.format, packed=bool(settings.format))
+    layers = (False, True) if settings.format else (False,)
     with set_backend(settings.backend):
-        layer = _Layer(settings)
-        rows = list(_measure(layer))
-        experts = experts_of(layer.block["experts"])
-        used = dict.fromkeys(backend_of(experts, name)[0] for name in ("gate_up_proj", "down_proj"))
+        rows = [row for packed in layers for method in _METHODS for row in _measure(settings, method, packed)]
+    used = dict.fromkeys(row.backend for row in rows if row.backend)
     on_cpu = settings.device == "cpu"
     where = f"cpu, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(settings.device)
     versions = releases.installed_versions("torch", "peft", "transformers")
     title = f"{settings.shape}, r={settings.rank}, {settings.dtype}, {where}, backend {' and '.join(used)}"
     table = Table(title=title)
-    for heading in ("tokens", "", "forward + backward ms", "forward ms", "peak MiB"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("tokens", "weights", "", "forward + backward ms", "forward ms", "peak MiB"):
+        table.add_column(heading, justify="left" if heading in ("weights", "") else "right")
     for row in sorted(rows, key=lambda row: row.tokens):
-        table.add_row(str(row.tokens), row.method, f"{row.both_ms:.2f}", f"{row.forward_ms:.2f}", f"{row.peak_mib:.0f}")
+        figures = (_shown(row.both_ms, 2), _shown(row.forward_ms, 2), _shown(row.peak_mib, 0))
+        method = Text("\n".join(filter(None, (row.method, row.note))))
+        table.add_row(str(row.tokens), f"{row.stored}, {row.weights_mib:.1f} MiB", method, *figures)
     console.print(table)
     found = {"device": where, "versions": versions, "settings": asdict(settings), "rows": [asdict(row) for row in rows]}
     console.print(results.save(out, "bench", found, lambda figure: _draw(figure, rows, title)), markup=False)
     return rows
+
+
+def _shown(figure: float | None, digits: int) -> str:
+    return "" if figure is None else f"{figure:.{digits}f}"
 
 
 def _draw(figure: Any, rows: list[Row], title: str) -> None:
@@ -221,6 +263,10 @@ def _draw(figure: Any, rows: list[Row], title: str) -> None:
     figure.suptitle(title, fontsize=10)
     groups = list(dict.fromkeys(f"{row.tokens} tokens" for row in rows))
     panels = (("forward + backward, ms", "both_ms"), ("forward, ms", "forward_ms"), ("peak, MiB", "peak_mib"))
+    several = len({row.stored for row in rows}) > 1
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        series.setdefault(f"{row.method}, {row.stored}" if several else row.method, []).append(row)
+    measured = {label: of for label, of in series.items() if not any(row.note for row in of)}
     for axes, (label, name) in zip(figure.subplots(1, 3), panels, strict=True):
-        heights = {method: [getattr(row, name) for row in rows if row.method == method] for method in _METHODS}
-        results.bars(axes, label, groups, heights)
+        results.bars(axes, label, groups, {label: [getattr(row, name) for row in of] for label, of in measured.items()})

@@ -89,6 +89,9 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default cuda where there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     backend: Annotated[str, typer.Option(help="auto, triton, torch or loop, of this package.")] = "auto",
+    packed: Annotated[
+        str, typer.Option("--format", help="nf4, fp4, int8, fp8 or mxfp4: the experts packed so beside plain ones.")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-output"),
 ) -> None:
     """Times one experts layer on this machine: the frozen base, stock PEFT and this package, forward and backward."""
@@ -108,6 +111,7 @@ def bench(
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=dtype,
             backend=backend,
+            format=packed,
         )
         layer_bench.run(settings, out, Console())
     except PeftMoeCompatError as error:

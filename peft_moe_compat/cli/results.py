@@ -77,10 +77,11 @@ def save(folder: Path, name: str, document: Mapping[str, Any], draw: Callable[[A
 
 def bars(axes: Any, title: str, groups: Sequence[str], heights: Mapping[str, Sequence[float]]) -> None:
     """Draws a bar for each label in each group: label -> one height a group."""
+    step = min(0.27, 0.81 / max(1, len(heights)))
     for i, (label, values) in enumerate(heights.items()):
-        drawn = axes.bar([x + 0.27 * i for x in range(len(groups))], values, width=0.25, label=label)
+        drawn = axes.bar([x + step * i for x in range(len(groups))], values, width=0.93 * step, label=label)
         axes.bar_label(drawn, fmt="%.3g", fontsize=7)
-    axes.set_xticks([x + 0.135 * (len(heights) - 1) for x in range(len(groups))], groups)
+    axes.set_xticks([x + step * (len(heights) - 1) / 2 for x in range(len(groups))], groups)
     axes.set_title(title)
     axes.margins(y=0.35)
     axes.legend(fontsize=7, loc="upper left")

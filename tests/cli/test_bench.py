@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 from support import zoo
+from torch import nn
 from typer.testing import CliRunner
 
 from peft_moe_compat import is_active, releases
 from peft_moe_compat.cli import bench
 from peft_moe_compat.cli import main as cli
+from peft_moe_compat.quantising import packing
 
 needs_fused = pytest.mark.skipif(
     not zoo.FUSED, reason="transformers 4 keeps Qwen3's experts one by one: there is no fused weight to time"
@@ -67,6 +69,8 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
         ("--dtype", "int8"),
         ("--dtype", "foo"),
         ("--rank", "0"),
+        ("--format", "nf5"),
+        ("--format", "mxfp4"),
         ("--device", "tpu"),
         ("--device", "cuda:x"),
         ("--device", "meta"),
@@ -83,6 +87,78 @@ def test_what_cannot_be_measured_is_one_sentence(wrong):
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.output.startswith("error: ")
+
+
+WEIGHTS = 4 * 128 * 64 * 3  # of "4,2,128,64"
+BYTES = {
+    "nf4": WEIGHTS * (1 / 2 + 4 / 64),
+    "fp4": WEIGHTS * (1 / 2 + 4 / 64),
+    "int8": WEIGHTS + 4 * (128 + 128) * 4,
+    "fp8": WEIGHTS * (1 + 4 / 64**2),
+    "mxfp4": WEIGHTS * (1 / 2 + 1 / 32) + 4 * (128 + 128) * 4,  # and biases
+}
+
+
+@needs_fused
+@pytest.mark.parametrize("stored", BYTES)
+def test_packed_experts_are_measured_beside_plain_ones(stored, tmp_path):
+    if stored == "fp8":
+        upstream = pytest.importorskip("transformers.integrations.finegrained_fp8", exc_type=ImportError)
+        if not hasattr(upstream, "FP8Experts"):
+            pytest.skip("transformers 5.0 has no FP8Experts")
+    elif stored != "mxfp4":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
+    sizes = ("--shape", "4,2,128,64", "--rank", "2", "--device", "cpu", "--dtype", "float32", "--tokens", "3,9")
+    result = run(*sizes, "--format", stored, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    methods = ("frozen base", "stock PEFT", "peft_moe_compat")
+    found = [(row["stored"], row["method"], row["tokens"]) for row in rows]
+    assert found == [(s, m, n) for s in ("float32", stored) for m in methods for n in (3, 9)]
+    for row in rows:
+        figures = [row["both_ms"], row["forward_ms"], row["peak_mib"]]
+        if row["note"]:
+            assert row["stored"] == stored
+            assert row["method"] != "peft_moe_compat"
+            assert row["note"].startswith("not measured: ")
+            assert row["note"] in result.output
+            assert figures == [None] * 3
+        else:
+            assert min(figures) > 0
+        assert bool(row["backend"]) == (row["method"] == "peft_moe_compat")
+        expected = BYTES[stored] if row["stored"] == stored else WEIGHTS * 4
+        assert row["weights_mib"] * 2**20 == pytest.approx(expected, rel=0.02)
+
+
+@needs_fused
+def test_a_step_that_leaves_lora_without_a_gradient_is_not_a_measurement():
+    settings = bench.Settings(bench.Shape(4, 2, 16, 8), rank=2, device="cpu", dtype="float32")
+    layer = bench._Layer(settings)
+    layer.add_lora()
+    both, _ = layer.steps(3)
+    both()
+    layer.block["lost"] = nn.Linear(2, 2)
+    with pytest.raises(bench.PeftMoeCompatError, match="2 of the LoRA weights get no gradient"):
+        both()
+
+
+@needs_fused
+def test_a_missing_bitsandbytes_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    find = packing.importlib.util.find_spec
+    monkeypatch.setattr(
+        packing.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
+    monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("measured"))
+    result = run(*SMALL, "--format", "nf4", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "pip install 'bitsandbytes>=0.49'" in result.output
+
+
+@pytest.mark.skipif(zoo.FUSED, reason="transformers 5 has fused Qwen3 experts")
+def test_transformers_4_is_refused_in_a_sentence(tmp_path):
+    result = run(*SMALL, "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "bench needs transformers 5.0 or newer" in result.output
 
 
 @pytest.mark.parametrize("text", ["4,2,16", "4,2,16,many", "4,2,16,8,8"])
