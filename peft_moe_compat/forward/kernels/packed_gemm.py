@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -18,7 +20,7 @@ from .launch import kernel
 from .routing import Route
 from .unpack import codec_of, packed_arguments, span_of, unpack, weight_tile
 
-__all__ = ["linear"]
+__all__ = ["linear", "unpacking_of"]
 
 # Columns of a tile that is decoded in the product, and its steps along K. Nothing is loaded ahead where a table is
 # read: its entries would go through shared memory, one by one.
@@ -92,6 +94,20 @@ def _unpacking_product(
         result += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = y + s.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(at, result.to(dtype), mask=here[:, None] & (n[None, :] < N))
+
+
+def unpacking_of(kind: int, capability: int) -> tuple[Config, int]:
+    """The row of `UNPACKING` for a codec's kind on a device of compute capability 9.0 as 90, say."""
+    config, depth = UNPACKING[kind]
+    # triton 3.6 cannot compile products of 64 such columns for Blackwell: its compiler fails in a pass.
+    return (config._replace(columns=32), depth) if kind == CODES and capability >= 100 else (config, depth)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """0 in triton's interpreter."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
 
 
 def linear(
