@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+# Tinker's, which vLLM and SGLang serve, and llama.cpp's: stacks under these names are "E r in" and "E out r" alone.
+_RANK_FIRST = {"w1", "w2", "w3", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+
+
 @dataclass(frozen=True)
 class Slot:
     """The two tensors of one LoRA."""
@@ -207,7 +211,7 @@ def _expert_slot(place: Place, pair: Factors, config: AdapterConfig) -> ExpertSl
 
 
 def _stack_slot(place: Place, pair: Factors, config: AdapterConfig, layouts: set[str]) -> StackSlot:
-    """A tie between two layouts is broken by the rank in the config, and then by the file's other stacks."""
+    """A tie between two layouts is broken by the rank in the config, the name, and then the file's other stacks."""
     A, B = (factor.shape for factor in pair)
     fitting = _layouts(place, pair, config)
     if len(fitting) > 1:
@@ -240,7 +244,9 @@ def _layouts(place: Place, pair: Factors, config: AdapterConfig) -> list[tuple[s
     fitting = [(layout, a) for layout, a, b in both if a == b]
     if len(fitting) < 2:
         return fitting
-    return [(layout, rank) for layout, rank in fitting if rank == lora_rank(config.raw, f"{place.path}.{place.name}")]
+    known = lora_rank(config.raw, f"{place.path}.{place.name}")
+    ranked = [(layout, rank) for layout, rank in fitting if rank == known]
+    return ranked[:1] if place.name in _RANK_FIRST else ranked
 
 
 def linear_slots(

@@ -102,3 +102,14 @@ def test_ranks_and_scalings_become_one(tmp_path):
     convert_adapter(source, tmp_path / "small", to="shared-outer", model=spec.model())
     assert {tensor.shape[-2] for name, tensor in load(tmp_path / "small").items() if "lora_A" in name} == {3}
     assert_updates(read_adapter(tmp_path / "small", QWEN, spec.E).experts, spec.updates(factors))
+
+
+def test_stacks_under_tinkers_names_lie_in_one_way(tmp_path):
+    """Where in, out and the rank are one number, shapes and config allow both ways; the names allow Tinker's alone."""
+    spec = Spec(QWEN, H=8, I=8, r=8)
+    factors = shared(spec, spec.linear_roles())
+    source = save_per_expert(tmp_path / "in", spec, factors)
+    convert_adapter(source, tmp_path / "small", to="shared-outer", model=spec.model())
+    assert verify_adapters(source, tmp_path / "small", model=spec.model()).same
+    convert_adapter(tmp_path / "small", tmp_path / "back", to="per-expert", model=spec.model())
+    assert_updates(read_adapter(tmp_path / "back", QWEN, spec.E).experts, spec.updates(factors))
