@@ -174,7 +174,7 @@ def times(B: Tensor, factor: float) -> Tensor:
     """B times what two scalings differ by; in float32 at least, unless the factor is 1.
 
     Raises:
-        AdapterError: They differ by more than float32 has room for beside the numbers themselves.
+        AdapterError: They differ by more than float32 has room for beside the numbers themselves, or than these have.
     """
     if factor == 1:
         return B
@@ -183,7 +183,14 @@ def times(B: Tensor, factor: float) -> Tensor:
             f"Two scalings of this adapter (lora_alpha, alpha_pattern) differ by a factor of {factor:g}; at most "
             f"{_MAX_FOLD:g} can be folded into lora_B. Is adapter_config.json the one of this file?"
         )
-    return B.to(common_dtype({B.dtype, torch.float32})) * factor
+    wide = B.to(common_dtype({B.dtype, torch.float32}))
+    product = wide * factor
+    if abs(factor) > 1 and not product.is_meta and bool(product.isinf().any()) and bool(wide.isfinite().all()):
+        raise AdapterError(
+            f"lora_B holds numbers up to {wide.abs().max().item():g}; times {factor:g}, by which two scalings of this "
+            f"adapter differ, they are beyond {wide.dtype}. Did the training diverge?"
+        )
+    return product
 
 
 def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], total: int, fill: bool) -> Part:

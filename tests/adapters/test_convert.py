@@ -365,6 +365,17 @@ def test_a_scaling_that_float32_cannot_hold_is_refused(tmp_path, case, alpha):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("case", ["an expert's", "a projection's"])
+def test_numbers_that_a_scaling_takes_beyond_float32_are_refused(tmp_path, case):
+    spec = Spec()
+    factors = {key: (A, B * (1e38 / B.abs().max())) for key, (A, B) in spec.factors(("gate", "up", "down")).items()}
+    pattern = r"1\.up_proj" if case == "an expert's" else "up_proj"
+    source = save_per_expert(tmp_path / "in", spec, factors, alpha_pattern={pattern: 10 * spec.alpha})
+    with pytest.raises(AdapterError, match=r"times \S+, by which two scalings .* beyond torch.float32"):
+        convert_adapter(source, tmp_path / "out", to="sglang", model=spec.model())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_layer_without_one_of_the_targets_is_not_targeted_there(tmp_path):
     """PEFT would wrap it twice, and call what the file has otherwise."""
     spec = Spec()
