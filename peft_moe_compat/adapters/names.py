@@ -51,6 +51,8 @@ _LISTED = re.compile(r"^(?P<path>.+)\.(?P<name>\w+_projs)\.(?P<expert>\d{1,5})$"
 # NeMo Automodel's own names, "E in r" and "E r out".
 _NATIVE = re.compile(r"^(?P<path>.+)\.lora_(?P<name>gate_and_up|down|up)_(?P<factor>[AB])$")
 _NATIVE_NAMES = {"gate_and_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}
+# What a pair has beside it, after `lora_`: DoRA's magnitudes, and biases.
+_BESIDE = re.compile(r"magnitude_vector(\.|$)|[AB](\.[^.]+)?\.bias$")
 # A component of a path that is an experts module, or resembles one; those of shared experts are ordinary.
 _EXPERTS = re.compile(r"^(?!.*share).*(expert|exps)")
 # Names of an expert's linears in any family -> role; of lists of them; and llama.cpp's for stacks, in what this package
@@ -213,8 +215,7 @@ def _stem(name: str, prefix: str) -> str:
 def _is_unknown(name: str, stems: Container[str]) -> bool:
     """Whether a tensor that no rule places is LoRA of experts; a magnitude or a bias beside a pair is part of that."""
     stem, _, factor = name.rpartition(".lora_")
-    beside = stem in stems and (factor[:2] not in ("A.", "B.") or factor.endswith("bias"))
-    return not beside and _is_of_experts(name)
+    return not (stem in stems and _BESIDE.match(factor)) and _is_of_experts(name)
 
 
 def _is_of_experts(name: str) -> bool:

@@ -22,7 +22,9 @@ from support.adapter_files import (
     load,
     lora_config,
     read_adapter,
+    read_config,
     save,
+    save_fused,
     save_per_expert,
 )
 
@@ -207,6 +209,17 @@ def test_lora_on_experts_that_no_rule_places_is_refused(tmp_path, name, beside):
         ) as error:
             call()
         assert len(str(error.value)) < 1500
+
+
+def test_what_only_begins_like_a_factor_is_nothing_beside_it(tmp_path):
+    """One flipped bit in a name must not make an experts' factor a tensor that is passed on."""
+    spec = Spec(layers=(0,))
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")), peft_version="0.21.2")
+    config = read_config(source)
+    for place, name in enumerate(("lora_A>weight", "lora_@.weight", "lora_AB", "lora_magnitude_vectors")):
+        odd = save(tmp_path / str(place), load(source) | {stem(spec, 0, name): torch.ones(8, 8)}, config)
+        with pytest.raises(AdapterFileError, match="not understood"):
+            inspect_adapter(odd, model=spec.model())
 
 
 def test_an_experts_linear_is_no_router(tmp_path):
