@@ -271,7 +271,9 @@ def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig
     targets, parameters = config.target_parameters, tuple[str, ...]()
     if "expert" not in path.rpartition(".")[2]:  # bare names, `gate_up_proj`, are experts' wherever another one fits
         parameters = targets.parameters(path, bare=False)
-    parameters = parameters or targets.parameters(path) or ("",)
+    # Where nothing is targeted, a pattern for any parameter of experts says that it is theirs.
+    untold = ("", "gate_up_proj", "up_proj", "down_proj") if path.endswith("experts") else ("",)
+    parameters = parameters or targets.parameters(path) or untold
     return all(lora_rank(config.raw, f"{path}.{name}") == lora_A.shape[0] for name in parameters)
 
 

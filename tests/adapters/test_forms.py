@@ -222,6 +222,17 @@ def test_what_only_begins_like_a_factor_is_nothing_beside_it(tmp_path):
             inspect_adapter(odd, model=spec.model())
 
 
+def test_a_pattern_says_that_an_untargeted_pair_is_of_experts(tmp_path):
+    """Its rows are as many as the rank of the rest, so that it would pass for the LoRA of a matrix."""
+    spec = Spec(E=2, r=2, ranks={"down": 1}, layers=(0,))
+    factors = spec.factors(("down",))
+    source = save_fused(tmp_path / "in", spec, factors, peft_version="0.21.2", target_parameters=None)
+    convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+    assert read_config(tmp_path / "out")["target_parameters"] == ["model.layers.0.mlp.experts.down_proj"]
+    convert_adapter(source, tmp_path / "apart", to="per-expert", model=spec.model())
+    assert_updates(read_adapter(tmp_path / "apart", QWEN, spec.E).experts, spec.updates(factors))
+
+
 def test_an_experts_linear_is_no_router(tmp_path):
     spec = Spec(layers=(0,))
     tensors = pair(stem(spec, 0, 3, "gate"), torch.ones(2, 8), torch.ones(6, 2))
