@@ -85,12 +85,17 @@ class PackedWeight(NamedTuple):
 
     @property
     def is_decodable(self) -> bool:
-        """Whether scales and bytes fall on the borders of experts, and lie as kernels read them."""
-        codec, (_, rows, columns) = self.codec, self.stored
-        size = rows * columns
+        """Whether it is all there, as kernels read it, with blocks that end where experts do.
+
+        bitsandbytes' scales stay behind where a model is moved, and what is offloaded lies on the meta device.
+        """
+        codec, (E, rows, columns) = self.codec, self.stored
+        size, device = rows * columns, self.data.device
         tensors = [tensor for tensor in self[4:] if tensor is not None]
         return (
-            all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_contiguous() for tensor in tensors)
+            all(type(t) in (Tensor, torch.nn.Parameter) and t.is_contiguous() and t.device == device for t in tensors)
+            and not self.data.is_meta
+            and self.data.numel() * self.data.element_size() * (2 if codec.kind == CODES else 1) == E * size
             and self.data.data_ptr() % 16 == 0
             and (codec.height > 0 or size % codec.width == 0)
             and (codec.kind != CODES or columns % 2 == 0)

@@ -331,3 +331,15 @@ def test_what_the_kernels_do_not_decode_keeps_the_plain_path():
     out = experts_forward(experts, loras, hidden, index, torch.ones(3, 1, device=DEVICE).to(DTYPE))
     exact = loop(Read(experts), {n: lora.canonical() for n, lora in loras.items()}, hidden, index, torch.ones(3, 1))
     compare(out, exact, 4e-2)
+
+
+@pytest.mark.parametrize("what", ["scales", "numbers"])
+def test_what_lies_elsewhere_is_not_decoded_here(what):
+    experts, _ = build(2, 64, 32, False, bnb4("nf4"))
+    assert fused.fused_reason(experts, DEVICE) is None
+    held = experts.parametrizations["down_proj"]
+    if what == "scales":
+        held[0].quant_state.absmax = held[0].quant_state.absmax.to("meta")
+    else:
+        held.original = nn.Parameter(held.original.to("meta"), requires_grad=False)
+    assert fused.fused_reason(experts, DEVICE).code == "quantised"

@@ -181,11 +181,8 @@ def _unpacked_in_product(
     x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
 ) -> Tensor:
     """The same for few rows, each weight decoded once for each tile of rows."""
-    (_, K, N), tiles, ((block_n, num_warps, num_stages), depth) = (
-        weight.shape,
-        route.small,
-        UNPACKING[weight.codec.kind],
-    )
+    (_, K, N), tiles = weight.shape, route.small
+    (block_n, num_warps, num_stages), depth = unpacking_of(weight.codec.kind, _capability(x.device))
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, arguments, R = low_rank(y, low, factor, bias)
     _unpacking_product(
