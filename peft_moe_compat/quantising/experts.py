@@ -121,16 +121,16 @@ def quantize_experts(
     _need_transformers_5()
     need_bitsandbytes()
     packing, base = Packing(experts, double_quant, blocksize), bare(model)
+    stacks = [(path, m, name) for path, m, names in routed_experts(base) for name in names if is_plain(m, name)]
+    if not stacks:
+        raise NoExpertParametersError(
+            f"{type(base).__name__} has no experts in fused weights that are not packed already."
+        )
     loaded_with = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
     if loaded_with is not None and type(loaded_with) is not BitsAndBytesConfig:
         raise PeftMoeCompatError(
             f"{type(base).__name__} was loaded with {type(loaded_with).__name__}, which would save and load the packed "
             "experts in its own way. Load it without, or with BitsAndBytesConfig, and pack the experts then."
-        )
-    stacks = [(path, m, name) for path, m, names in routed_experts(base) for name in names if is_plain(m, name)]
-    if not stacks:
-        raise NoExpertParametersError(
-            f"{type(base).__name__} has no experts in fused weights that are not packed already."
         )
     for path, module, name in stacks:
         _refuse(path, module, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ from bitsandbytes import functional
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import peft_moe_compat
 from peft_moe_compat import BitsAndBytesExpertsConfig, NoExpertParametersError, PeftMoeCompatError, quantize_experts
@@ -394,7 +401,11 @@ def test_a_model_without_fused_experts(tmp_path):
 
 def test_experts_that_are_packed_already_and_quantisers_of_others(checkpoints):
     model = quantize_experts(load(checkpoints["mixtral"]))
-    with pytest.raises(PeftMoeCompatError, match="was loaded with BitsAndBytesExpertsConfig"):
+    with pytest.raises(NoExpertParametersError, match="not packed already"):
+        quantize_experts(model, "int8")
+    model = load(checkpoints["mixtral"])
+    model.hf_quantizer = SimpleNamespace(quantization_config=FineGrainedFP8Config())
+    with pytest.raises(PeftMoeCompatError, match="was loaded with FineGrainedFP8Config"):
         quantize_experts(model)
 
 
