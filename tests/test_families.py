@@ -574,7 +574,8 @@ def test_no_row_says_nothing():
 
 def test_every_family_that_the_release_registers_is_compared():
     assert {"gpt_oss", "llama4", "mixtral", "phimoe", "qwen3_vl_moe"} <= set(REGISTERED)
-    assert set(_IN_PACKAGE) <= set(PACKAGES)
+    # A package without a modeling file, as that of sarvam_moe, has the classes of another family.
+    assert {p for p in _IN_PACKAGE if any((SOURCES / "models" / p).glob("modeling_*.py"))} <= set(PACKAGES)
     assert {package for package in PACKAGES if experts_of(package)} == set(PACKAGES)
     assert {"gpt_oss", "llama4", "qwen3_vl_moe"} <= {found.package for found in GATED}
 
