@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packed import CODES, INT8, Codec, PackedWeight
+from .packed import CODES, E2M1, INT8, INT8_STEP, Codec, PackedWeight
 
 __all__ = ["DECODERS"]
 
@@ -29,7 +29,7 @@ def _bnb4(data: Tensor, parametrization: Any) -> PackedWeight | None:
 def _int8_rows(data: Tensor, parametrization: Any) -> PackedWeight | None:
     """Rows of int8 as bitsandbytes' `int8_vectorwise_quant` makes them: 1 / 127 comes last."""
     E, rows, columns = data.shape
-    codec = Codec(INT8, height=1, width=columns, factor=7.874015718698502e-3)
+    codec = Codec(INT8, height=1, width=columns, factor=INT8_STEP)
     return PackedWeight(codec, parametrization.dtype, (E, rows, columns), True, data, parametrization.scales)
 
 
@@ -42,9 +42,7 @@ def _mxfp4(data: Tensor, parametrization: Any) -> PackedWeight | None:
 
 @cache
 def _e2m1(device: torch.device) -> Tensor:
-    """The sixteen values of a 4-bit float with two exponent bits (OCP Microscaling Formats)."""
-    positive = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    return torch.tensor(positive + [-value for value in positive], device=device)
+    return torch.tensor(E2M1, device=device)
 
 
 # (module, name) of a parametrization's class -> its packed form, from what it keeps as `original` and itself.

@@ -11,10 +11,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-__all__ = ["CODES", "FLOAT8", "INT8", "Codec", "PackedWeight", "encoded"]
+__all__ = ["CODES", "E2M1", "FLOAT8", "INT8", "INT8_STEP", "Codec", "PackedWeight", "encoded"]
 
 # What a byte holds: two indices into a table, or one number.
 CODES, INT8, FLOAT8 = 0, 1, 2
+# What the codes 0 to 15 of a 4-bit float with two exponent bits stand for (OCP Microscaling Formats).
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+INT8_STEP = 7.874015718698502e-3  # by which bitsandbytes multiplies a row of int8, for a division by 127
 
 
 class Codec(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.packed import INT8_STEP
+
 __all__ = ["Int8Weight"]
 
 _CHUNK = 2**24  # weights that are held in float32 at a time
@@ -27,8 +29,6 @@ class Int8Weight(nn.Module):
 
     stored_format = "bnb int8"
     scales: Tensor
-    # bitsandbytes multiplies by this float32 number, for a division by 127.
-    STEP = 7.874015718698502e-3
 
     def __init__(self, scales: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
@@ -42,11 +42,11 @@ class Int8Weight(nn.Module):
         scales = self.scales.unsqueeze(-1)
         at_once = max(1, _CHUNK // max(1, original[0].numel()))
         if torch.compiler.is_compiling() or original.shape[0] <= at_once:  # a graph fuses it, and has no loop over E
-            return (original * scales * self.STEP).to(self.dtype)
+            return (original * scales * INT8_STEP).to(self.dtype)
         out = torch.empty(original.shape, dtype=self.dtype, device=original.device)
         for start in range(0, original.shape[0], at_once):
             part = slice(start, start + at_once)
-            out[part] = original[part] * scales[part] * self.STEP
+            out[part] = original[part] * scales[part] * INT8_STEP
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

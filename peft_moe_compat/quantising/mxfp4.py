@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..model.packed import E2M1
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["BLOCK", "Mxfp4Weight", "hold_packed"]
 
 BLOCK = 32
-# What the codes 0 to 7 stand for; 8 to 15 are the same below zero.
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CHUNK = 4 << 20  # bytes of packed numbers dequantised at once; the scratch beside the result is 10 times as large
 
 
 def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """ "256 2": the two numbers of each byte, the one in the low bits first."""
-    values = torch.tensor((*_VALUES, *(-value for value in _VALUES)), dtype=dtype)
+    values = torch.tensor(E2M1, dtype=dtype)
     return torch.stack((values.repeat(16), values.repeat_interleave(16)), 1).to(device)
 
 

@@ -120,7 +120,7 @@ def linear(
 ) -> Tensor:
     """`gemm.grouped_linear`, of a quantised stack too."""
     if isinstance(weight, PackedWeight):
-        return packed_linear(x, weight, route, low, factor, bias)
+        return _packed_linear(x, weight, route, low, factor, bias)
     return gemm.grouped_linear(x, weight, route, low, factor, bias)
 
 
@@ -144,7 +144,7 @@ def _parts(weight: PackedWeight) -> list[_Part]:
     return [_Part((e, e + 1), (n, min(n + width, N))) for e in range(E) for n in range(0, N, width)]
 
 
-def packed_linear(
+def _packed_linear(
     x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
 ) -> Tensor:
     """`grouped_linear` of a quantised stack: decoded in the product where few rows reach an expert, else part by part

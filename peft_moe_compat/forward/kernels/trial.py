@@ -174,9 +174,11 @@ def _dense(
     """The layer's output in float32: every token through each expert that one of them chose."""
     hidden, index, weights = routed
 
-    def project(x: Tensor, e: int, held: HeldProjection) -> Tensor:
-        weight, bias, lora = held
-        y = x @ (weight.decoded() if isinstance(weight, PackedWeight) else weight)[e].float()
+    stacks = [held[0].decoded() if isinstance(held[0], PackedWeight) else held[0] for held in (up, down)]
+
+    def project(x: Tensor, e: int, held: HeldProjection, stack: Tensor) -> Tensor:
+        _, bias, lora = held
+        y = x @ stack[e].float()
         if lora is not None:
             factors = lora.canonical()
             y = y + lora.scaling * (x @ factors.A[e].float().T) @ factors.B[e].float().T
@@ -184,8 +186,8 @@ def _dense(
 
     out = torch.zeros_like(hidden, dtype=torch.float32)
     for e in (each for each in index.unique().tolist() if each < up[0].shape[0]):
-        h = function(project(hidden.float(), e, up))
-        out = out + project(h, e, down) * (weights.float() * (index == e)).sum(1, keepdim=True)
+        h = function(project(hidden.float(), e, up, stacks[0]))
+        out = out + project(h, e, down, stacks[1]) * (weights.float() * (index == e)).sum(1, keepdim=True)
     return out
 
 
@@ -246,10 +248,10 @@ class _Drawn:
             exact = 0.15 * exact + self.one_of(_CENTRES, E, N, 1) * mean / K
         exact = exact if of.along_in else exact.mT
         weight: Tensor | PackedWeight
-        stored = exact.to(self.kind.dtypes[3])
         if of.codec is not None:
             weight = self.encoded(exact, Codec(*of.codec))
         else:
+            stored = exact.to(self.kind.dtypes[3])
             weight = stored.contiguous() if of.packed else functional.pad(stored, (0, 8))[..., :-8]
         bias = None if of.bias is None else self.floats(E, N, dtype=of.bias)
         lora: ExpertLora | FlatLora | None = None
