@@ -16,9 +16,36 @@ from .common import Config, Factor, cdiv, dot_precision, factor_tile, roomy, til
 from .launch import kernel
 from .routing import Route
 
-__all__ = ["add_to", "descriptor", "grouped_linear", "low_rank", "product_tile", "programs_of", "tile_of", "turn"]
+__all__ = [
+    "add_to",
+    "descriptor",
+    "grouped_linear",
+    "low_rank",
+    "plus_low",
+    "product_tile",
+    "programs_of",
+    "tile_of",
+    "turn",
+]
 
 PRODUCT, BLOCK_K, PER_SM, GROUP_TILES = Config(256, 8, 4), 64, 1, 8
+
+
+@triton.jit
+def plus_low(
+    total, low, bias, expert, s, here, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, dtype: tl.constexpr,
+    R: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + low @ factor + bias, at rows `s` of one expert and columns `n`, in float32."""
+    STEP: tl.constexpr = 32 if R > 32 else R
+    for first in tl.static_range(0, R, STEP if R else 1):
+        part = low + s.to(tl.int64)[:, None] * R + first + tl.arange(0, STEP)[None, :]
+        u = tl.load(part, mask=here[:, None], other=0.0)
+        f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, STEP, dtype, first)
+        total = tl.dot(u, f, total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    return total
 
 
 @kernel()
@@ -36,14 +63,10 @@ def _add(
     at = y + s.to(tl.int64)[:, None] * N + n[None, :]
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.debug_barrier()  # a small tile is loaded by several warps: none may store before all have read
-    STEP: tl.constexpr = 32 if R > 32 else R
-    for first in tl.static_range(0, R, STEP if R else 1):
-        part = low + s.to(tl.int64)[:, None] * R + first + tl.arange(0, STEP)[None, :]
-        u = tl.load(part, mask=here[:, None], other=0.0)
-        f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, STEP, dtype, first)
-        total = tl.dot(u, f, total, input_precision=PRECISION)
-    if BIAS:
-        total += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    total = plus_low(
+        total, low, bias, expert, s, here, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, dtype,
+        R, BIAS, PRECISION,
+    )  # fmt: skip
     tl.store(at, total.to(dtype), mask=mask)
 
 

@@ -13,8 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...model.packed import CODES, FLOAT8, INT8, PackedWeight
 from ..grouped_mm import grouped_mm
 from . import gemm
-from .common import Config, Factor, cdiv, dot_precision, factor_tile, tile_rows
-from .gemm import add_to, descriptor, low_rank, product_tile, programs_of, tile_of, turn
+from .common import Config, Factor, cdiv, dot_precision, tile_rows
+from .gemm import add_to, descriptor, low_rank, plus_low, product_tile, programs_of, tile_of, turn
 from .interface import next_power
 from .launch import kernel
 from .routing import Route
@@ -83,15 +83,10 @@ def _unpacking_product(
                 expert, n, first_k, dtype, CODEC, SPAN, BLOCK_K,
             )  # fmt: skip
         total = tl.dot(w, a, total, input_precision=PRECISION)
-    result = total.T
-    STEP: tl.constexpr = 32 if R > 32 else R
-    for first in tl.static_range(0, R, STEP if R else 1):
-        part = low + s.to(tl.int64)[:, None] * R + first + tl.arange(0, STEP)[None, :]
-        u = tl.load(part, mask=here[:, None], other=0.0)
-        f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, STEP, dtype, first)
-        result = tl.dot(u, f, result, input_precision=PRECISION)
-    if BIAS:
-        result += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    result = plus_low(
+        total.T, low, bias, expert, s, here, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, dtype,
+        R, BIAS, PRECISION,
+    )  # fmt: skip
     at = y + s.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(at, result.to(dtype), mask=here[:, None] & (n[None, :] < N))
 
