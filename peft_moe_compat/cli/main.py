@@ -1,4 +1,4 @@
-"""The command line: `peft-moe-compat check`, `demo`, `bench`, and the commands on adapter files.
+"""The command line: `peft-moe-compat check`, `demo`, `bench`, the switch, and the commands on adapter files.
 
 torch, PEFT and transformers are imported inside the commands, so that `--help` answers at once.
 """
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from ..errors import PeftMoeCompatError
-from .adapters import register
+from . import adapters, switch
 from .check import examine, show
 
 __all__ = ["app"]
@@ -25,7 +25,8 @@ app = typer.Typer(
     help="LoRA on Mixture-of-Experts models: one layout and one grouped-mm forward for every PEFT release.",
 )
 
-register(app)
+adapters.register(app)
+switch.register(app)
 
 
 @app.command()

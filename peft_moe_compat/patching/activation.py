@@ -9,6 +9,7 @@ import warnings
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+from ..at_start import installed
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
 from ..reasons import Reason, because
 from ..releases import release_for
@@ -233,4 +234,5 @@ def _activate_or_warn(_peft: Any) -> None:
         try:
             activate()
         except (PatchConflictError, UnsupportedPeftError) as error:
-            warnings.warn(f"peft_moe_compat is inactive: {error}", CompatWarning, stacklevel=2)
+            who = " (`peft-moe-compat enable` switched it on here; `disable` ends that)" if installed() else ""
+            warnings.warn(f"peft_moe_compat is inactive{who}: {error}", CompatWarning, stacklevel=2)
