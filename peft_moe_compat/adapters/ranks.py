@@ -70,10 +70,10 @@ def lora_numbers(config: Mapping[str, Any], key: str, rank: int | None = None) -
 
 def _pattern(config: Mapping[str, Any], patterns: str, key: str, default: str) -> Any:
     """The value of the first pattern that PEFT's `get_pattern_key` matches with `key`, else the default's."""
-    table = config.get(patterns) or {}
-    found = (table if isinstance(table, Patterns) else Patterns(table)).find(key)
-    if found is not None:
-        return table[found]
+    if table := config.get(patterns):
+        found = (table if isinstance(table, Patterns) else Patterns(table)).find(key)
+        if found is not None:
+            return table[found]
     if default not in config:
         raise AdapterFileError(f"adapter_config.json lacks {default!r}, which the LoRA on {key!r} needs.")
     return config[default]

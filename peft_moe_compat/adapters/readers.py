@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from packaging.version import InvalidVersion, Version
 
@@ -272,7 +273,7 @@ class Target:
     transformers: str | None = None
     release: str | None = None
 
-    @property
+    @cached_property
     def reader(self) -> Reader:
         rows = READERS[self.name]
         if self.release is None:

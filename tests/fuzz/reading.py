@@ -44,6 +44,8 @@ class Reading:
                     raise UnreadableError(f"half of {path}")
                 self.meaning.rest |= {f"{PREFIX}{path}.lora_{half}.weight": tensor for half, tensor in pair.items()}
                 continue
+            if not all(self._countable(path, tensor) for tensor in pair.values()):
+                raise UnreadableError(f"{path} has no numbers to count with")
             if (path, depth) in fused:
                 self._add_fused(path, depth, pair["A"], pair["B"])
             else:
@@ -76,15 +78,16 @@ class Reading:
                     raise UnreadableError(f"{name} is nothing known")
                 self.meaning.rest[PREFIX + name] = tensor
                 continue
-            experts = "expert" in _SHARED.sub("", name)
-            wide = tensor if tensor.is_complex() else tensor.double()
-            if not (tensor.is_floating_point() or not experts) or not wide.isfinite().all():
-                raise UnreadableError(f"{name} has no numbers to count with")
             pair = pairs.setdefault((found["path"], found["depth"].count(".base_layer")), {})
             if found["half"] in pair:
                 raise UnreadableError(f"two of {name}")
             pair[found["half"]] = tensor
         return pairs
+
+    def _countable(self, path: str, tensor: Tensor) -> bool:
+        if not tensor.is_floating_point() and "expert" in _SHARED.sub("", path):
+            return False
+        return bool((tensor if tensor.is_complex() else tensor.double()).isfinite().all())
 
     def _completed(self, pairs: dict[tuple[str, int], dict[str, Tensor]]) -> dict[tuple[str, int], dict[str, Tensor]]:
         """With the half that all experts share put to each expert's own."""
