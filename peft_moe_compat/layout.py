@@ -72,11 +72,13 @@ class ExpertLora:
         A: "E r in".
         B: "E out r".
         scaling: Factor of the update, alpha / r or alpha / sqrt(r).
+        dropout: (ranks, probability) of each run of ranks whose input is dropped by a mask of its own; empty for none.
     """
 
     A: Tensor
     B: Tensor
     scaling: float = 1.0
+    dropout: tuple[tuple[int, float], ...] = ()
 
     @property
     def num_experts(self) -> int:
@@ -134,6 +136,7 @@ class FlatLora(NamedTuple):
     Attributes:
         lora_A, lora_B, num_experts, orientation, packing, scaling: As `flat` takes them.
         rank: r.
+        dropout: As in `ExpertLora`.
     """
 
     lora_A: Tensor  # noqa: N815
@@ -143,6 +146,7 @@ class FlatLora(NamedTuple):
     orientation: str
     packing: str
     scaling: float
+    dropout: tuple[tuple[int, float], ...] = ()
 
     def has_data(self) -> bool:  # no property: torch 2.9 compiles none of a named tuple
         return not (self.lora_A.is_meta or self.lora_B.is_meta)
@@ -162,8 +166,8 @@ class FlatLora(NamedTuple):
         else:
             by_column = self.lora_B.reshape(-1, E, r).permute(1, 0, 2)  # "q (E r) -> E q r"
         if self.orientation == "linear":
-            return ExpertLora(by_row, by_column, self.scaling)
-        return ExpertLora(by_column.transpose(1, 2), by_row.transpose(1, 2), self.scaling)
+            return ExpertLora(by_row, by_column, self.scaling, self.dropout)
+        return ExpertLora(by_column.transpose(1, 2), by_row.transpose(1, 2), self.scaling, self.dropout)
 
     def factors(self) -> tuple[Factor, Factor]:
         """As `ExpertLora.factors`, in the flat tensors themselves."""
@@ -271,7 +275,8 @@ def concat(loras: Sequence[ExpertLora]) -> ExpertLora:
         dtype = torch.promote_types(dtype, other.A.dtype)
     A = torch.cat([lora.A.to(dtype) for lora in loras], dim=1)
     B = torch.cat([lora.B.to(dtype) * lora.scaling for lora in loras], dim=2)
-    return ExpertLora(A, B, 1.0)
+    runs = [run for lora in loras for run in lora.dropout or ((lora.rank, 0.0),)]
+    return ExpertLora(A, B, 1.0, tuple(runs) if any(p for _, p in runs) else ())
 
 
 def relative(distance: float, norm: float) -> float:

@@ -19,7 +19,7 @@ from .forward.fused import backend_of
 from .model.experts import bare, is_transposed, routed_experts, stored_shape, strip_base_layer
 from .model.sharding import exchanges_tokens
 from .model.weights import format_of, stored_format, unreadable_reason
-from .model.wrappers import active_adapters, is_param_wrapper, native_reason
+from .model.wrappers import active_adapters, dropout_of, is_param_wrapper, native_reason
 from .patching.activation import inactive_reason
 from .reasons import Reason, because
 from .releases import installed_versions, newer_than_tested
@@ -29,13 +29,17 @@ __all__ = ["AdapterRow", "ExpertsRow", "ParameterRow", "Report", "report"]
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One adapter on one expert parameter. `gradient`: "yes", "partly" (one of lora_A and lora_B) or "no"."""
+    """One adapter on one expert parameter. `gradient`: "yes", "partly" (one of lora_A and lora_B) or "no".
+
+    `dropout` is the probability now: 0 in evaluation.
+    """
 
     name: str
     rank: int
     scaling: float
     active: bool
     gradient: str
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ class Report:
             table.add_column(heading, overflow="fold", no_wrap=heading in ("experts", "path"))
         for modules, parameter in _folded(self.rows):
             adapters = ", ".join(
-                f"{a.name} r={a.rank} s={a.scaling:g}{'' if a.active else ' (inactive)'}" for a in parameter.adapters
+                f"{a.name} r={a.rank} s={a.scaling:g}{f' p={a.dropout:g}' if a.dropout else ''}"
+                f"{'' if a.active else ' (inactive)'}"
+                for a in parameter.adapters
             )
             stored = f"{' x '.join(map(str, parameter.shape))} {parameter.format}".strip()
             reason = ": ".join(filter(None, (parameter.backend, parameter.reason)))
@@ -155,7 +161,7 @@ def _adapter_row(wrapper: Any, name: str) -> AdapterRow:
     trainable = [weight.requires_grad and weight.device.type != "meta" for weight in weights]
     gradient = "yes" if all(trainable) else "partly" if any(trainable) else "no"
     active = name in wrapper.active_adapters and not wrapper.disable_adapters
-    return AdapterRow(name, wrapper.r[name], float(wrapper.scaling[name]), active, gradient)
+    return AdapterRow(name, wrapper.r[name], float(wrapper.scaling[name]), active, gradient, dropout_of(wrapper, name))
 
 
 def _parameter_row(experts: nn.Module, name: str, wrapper: Any | None) -> ParameterRow:
@@ -180,7 +186,8 @@ def _path(experts: nn.Module, name: str, wrapper: Any | None) -> tuple[str, tupl
     if reason := inactive_reason() or native_reason(wrapper):
         refused = because("refused_spread") if exchanges_tokens(experts) else None
         return "peft", tuple(filter(None, (reason, refused, row.caveat if row else None))), ""
-    backend, reason = backend_of(experts, name)
+    p = max(dropout_of(wrapper, adapter) for adapter in active_adapters(wrapper))
+    backend, reason = backend_of(experts, name, p)
     return "grouped_mm", (reason,) if reason else (), backend
 
 
@@ -279,6 +286,14 @@ def _complaints(rows: Iterable[ExpertsRow]) -> Iterable[str]:
                 f"{lacking[0]} among them."
             )
         states = [(name, a) for name, p in wrapped for a in p.adapters if a.name == adapter and a.active]
+        native = [
+            name for name, p in wrapped if p.path == "peft" and any(a.name == adapter and a.dropout for a in p.adapters)
+        ]
+        if native:
+            yield (
+                f"Adapter {adapter!r} has a lora_dropout, which PEFT's own forward does not apply to {native[0]}: mend "
+                "what its reason names before training."
+            )
         frozen = [name for name, a in states if a.gradient != "yes"]
         if frozen and any(a.gradient != "no" for _, a in states):
             yield (

@@ -170,10 +170,10 @@ def _device_of(module: Any) -> torch.device:
     return torch.device("cuda", taken_to) if isinstance(taken_to, int) else torch.device(taken_to)
 
 
-def backend_of(module: Any, name: str) -> tuple[str, Reason | None]:
-    """(backend, why it is not a faster one) of a module's forward with its parameter of that name."""
+def backend_of(module: Any, name: str, p: float = 0.0) -> tuple[str, Reason | None]:
+    """(backend, why it is not a faster one) of a module's forward with its parameter of that name and a dropout."""
     device = _device_of(module)
-    reason = fused_reason(module, device)
+    reason = fused_reason(module, device) or (because("dropout", p) if p else None)
     if reason is None:
         return "triton", None
     reason = None if device.type == "cpu" else because("no_kernels", reason)
@@ -229,14 +229,20 @@ def _trial_fails(
     return any(_trial_reason(hidden.device, kind, rows) is not None for kind, rows in kinds)
 
 
-class _TrialFailedError(Exception):
-    pass
+def _drops(*held: HeldProjection) -> bool:
+    """Whether there is a dropout, which the kernels have not."""
+    return any(lora is not None and lora.dropout for _, _, lora in held)
+
+
+class _NotHereError(Exception):
+    """Raised through the kernels' layer for what torch has to compute."""
 
 
 def run_fused(
     module: Any, routed: tuple[Tensor, Tensor, Tensor], up: HeldProjection, read_down: Callable[[], HeldProjection]
 ) -> Tensor | None:
-    """The layer's output from the fused kernels, or None where they fail: to compile for the device, or their trial.
+    """The layer's output from the fused kernels, or None where there is a dropout or they fail: to compile for the
+    device, or their trial.
 
     Args:
         routed: hidden_states "T H", top_k_index and top_k_weights "T k".
@@ -246,7 +252,7 @@ def run_fused(
     nonlinearity, device = _nonlinearity(module), routed[0].device
     if torch.compiler.is_compiling() and isinstance(nonlinearity, Nonlinearity):
         down = read_down()
-        if _trial_fails(nonlinearity, routed, up, down):
+        if _drops(up, down) or _trial_fails(nonlinearity, routed, up, down):
             return None
         from .fused_ops import experts  # with triton
 
@@ -256,17 +262,17 @@ def run_fused(
     @cache
     def tried_down() -> layer.Projection:
         down = read_down()
-        if _trial_fails(nonlinearity, routed, up, down):
-            raise _TrialFailedError
+        if _drops(up, down) or _trial_fails(nonlinearity, routed, up, down):
+            raise _NotHereError
         return layer.Projection.of(*down)
 
     try:
-        if device not in _tried:
+        if device not in _tried or _drops(up):
             tried_down()  # before anything is launched, since it may be that nothing can be
         with on_device(device):
             out: Tensor = layer.fused_experts(nonlinearity, *routed, layer.Projection.of(*up), tried_down)
             return out
-    except _TrialFailedError:
+    except _NotHereError:
         return None
     except layer.LAUNCH_ERRORS as error:
         _give_up(device, error)

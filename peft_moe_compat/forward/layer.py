@@ -16,6 +16,7 @@ from ..layout import ExpertLora, FlatLora
 from ..model.experts import is_transposed, up_name
 from ..model.packed import PackedWeight
 from ..model.weights import read, read_packed, refuse_leftovers
+from .dropout import dropped
 from .frozen import grouped_mm_of
 from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
@@ -42,8 +43,23 @@ def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor, ga
     A, B = lora.A, lora.B * lora.scaling  # scaled before any rounding to `dtype`
     if pad := -lora.rank % alignment(dtype):
         A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
-    low_rank = grouped_mm(x, A.to(dtype).transpose(1, 2), offs, gather)
+    low_rank = _low_rank(x, A.to(dtype).transpose(1, 2), lora.dropout, offs, gather)
     return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
+
+
+def _low_rank(
+    x: Tensor, A: Tensor, dropout: tuple[tuple[int, float], ...], offs: Tensor, gather: Gather | None
+) -> Tensor:
+    """x A of each row's own expert, "S in", "E in r" -> "S r", with a mask of x for each run of ranks that has one."""
+    if not dropout:
+        return grouped_mm(x, A, offs, gather)
+    if gather is not None:  # each routed row has its own mask, and what its group has none of is undefined
+        inside = torch.arange(gather.order.shape[0], device=offs.device) < offs[-1]
+        x = x[gather.order // gather.k].where(inside.unsqueeze(1), 0.0)
+    ranks = [rank for rank, _ in dropout]
+    ranks[-1] += A.shape[2] - sum(ranks)  # what was padded
+    runs = zip(torch.split(A, ranks, 2), dropout, strict=True)
+    return torch.cat([grouped_mm(dropped(x, p), run, offs) for run, (_, p) in runs], 1)
 
 
 def _weight(

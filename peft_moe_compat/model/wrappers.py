@@ -28,6 +28,7 @@ __all__ = [
     "TAKEN_IMPLEMENTATIONS",
     "TAKES_LORA",
     "active_adapters",
+    "dropout_of",
     "expert_loras",
     "experts_of",
     "experts_reason",
@@ -146,7 +147,14 @@ def read_adapter(
             f"r * E = {wrapper.r[adapter_name]} * {num_experts} were expected ('(E r) p'). "
             "Was the adapter trained with another rank or num_experts?"
         )
-    return lora
+    p = dropout_of(wrapper, adapter_name)
+    return lora._replace(dropout=((lora.rank, p),)) if p else lora
+
+
+def dropout_of(wrapper: Any, adapter_name: str) -> float:
+    """The probability with which an adapter's input is dropped now: 0 in evaluation."""
+    layer = wrapper._modules["lora_dropout"]._modules.get(adapter_name)
+    return float(getattr(layer, "p", 0.0)) if layer is not None and layer.training else 0.0
 
 
 def active_adapters(wrapper: Any) -> list[str]:

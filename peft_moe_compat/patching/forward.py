@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import layout
-from ..errors import PeftMoeCompatError
+from ..errors import LayoutError, PeftMoeCompatError
 from ..forward.layer import experts_forward
 from ..layout import ExpertLora, FlatLora
 from ..model.experts import REGISTRIES, REGISTRY_MODULE, is_transposed
@@ -22,6 +22,7 @@ from ..model.sharding import check_zero3, exchanges_tokens, local_experts, refus
 from ..model.wrappers import (
     TAKES_LORA,
     active_adapters,
+    dropout_of,
     experts_of,
     experts_reason,
     is_dtensor,
@@ -29,6 +30,7 @@ from ..model.wrappers import (
     read_adapter,
 )
 from ..releases import LayoutRule
+from .dropout import no_dropout
 
 __all__ = ["KEYWORD", "experts_registry", "registered_forward", "wrapper_forward"]
 
@@ -108,6 +110,8 @@ def wrapper_forward(peft_forward: Any) -> Any:
         experts = handover.experts
         if reason := reason or parameter_reason(self, experts):
             refuse_native(experts, reason)
+            if any(dropout_of(self, name) for name in active_adapters(self)):
+                raise LayoutError(no_dropout(self.parameter_name, reason))
             return peft_forward(self, x, *args, **kwargs)
         check_zero3(self, x)
         names = active_adapters(self)

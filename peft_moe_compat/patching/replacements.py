@@ -13,7 +13,7 @@ from typing import Any
 from ..model.experts import REGISTRY_MODULE
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS
-from . import hotswap, kbit, loading, parametrised, resuming, saving, sharding, whole_state
+from . import dropout, hotswap, kbit, loading, parametrised, resuming, saving, sharding, whole_state
 from .forward import experts_registry, registered_forward, wrapper_forward
 from .resuming import forget_converted
 
@@ -90,6 +90,7 @@ def replacements() -> list[Replacement]:
         _attribute(peft, "load_peft_weights", "peft.", loading.load_peft_weights),
         _attribute(swapping, "load_peft_weights", "peft.", loading.load_weights_to_swap),
         _attribute(LoraModel, "_prepare_model", "peft.", loading.prepare_model),
+        _attribute(LoraModel, "_create_and_replace", "peft.", dropout.create_and_replace),
         _attribute(LoraModel, "_check_merge_allowed", "peft.", parametrised.check_merge_allowed),
         _attribute(BaseTuner, "_inject_parameters", "peft.", parametrised.inject_parameters),
         _attribute(PreTrainedModel, "_load_pretrained_model", "transformers.", loading.load_pretrained_model),

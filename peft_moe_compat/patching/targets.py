@@ -73,11 +73,13 @@ def _taken(convert: Callable[[Any], Any], config: Any) -> set[str]:
 def named_for_any_reader(model: Any) -> Iterator[None]:
     """While a model is saved: configs that name linears beside LoRA on experts so that stock PEFT finds them again.
 
-    By their weights in `target_parameters`; what PEFT refuses for those (a dropout, say) it refuses for experts too.
+    By their weights in `target_parameters`; what PEFT refuses for those it refuses for experts too. Not with a dropout,
+    which stock PEFT has for none of the two, and this library for experts alone.
     """
     before = []
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
-        new = _named(model, adapter, config) if getattr(config, "target_parameters", None) else {}
+        with_stacks = getattr(config, "target_parameters", None) and not getattr(config, "lora_dropout", 0)
+        new = _named(model, adapter, config) if with_stacks else {}
         before.append((config, {name: getattr(config, name) for name in new}))
         vars(config).update(new)
     try:

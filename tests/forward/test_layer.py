@@ -5,44 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import zoo
-from support.experts_loop import Experts, compare, loop
+from support.experts_loop import Experts, cases, compare, factors, loop
 
 from peft_moe_compat import ExpertLora, LayoutError
 from peft_moe_compat.forward.layer import experts_forward
-
-
-@st.composite
-def cases(draw):
-    E = draw(st.integers(1, 6))
-    k = draw(st.integers(1, min(3, E)))
-    T = draw(st.integers(1, 6))
-    H, I = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    if draw(st.booleans()):  # square, one projection or the other
-        H = draw(st.sampled_from([I, 2 * I]))
-    kind = draw(st.sampled_from(["distinct", "one expert takes all", "any", "sentinels"]))
-    high = E if kind == "sentinels" else E - 1
-    if kind == "distinct":
-        index = [draw(st.permutations(range(E)))[:k] for _ in range(T)]
-    elif kind == "one expert takes all":
-        index = [[draw(st.integers(0, E - 1))] * k] * T
-    else:
-        index = [[draw(st.integers(0, high)) for _ in range(k)] for _ in range(T)]
-    flags = {name: draw(st.booleans()) for name in ("gated", "transposed", "biased", "normed")}
-    ranks = draw(st.tuples(*[st.none() | st.integers(1, 9)] * 2))
-    return E, H, I, torch.tensor(index), flags, ranks, draw(st.floats(0.1, 4))
-
-
-def factors(experts, E, H, I, ranks, scaling, dtype=torch.float64):
-    up = 2 * I if experts.has_gate else I
-    made = {}
-    for (name, out, into), r in zip(((experts.up_name, up, H), ("down_proj", H, I)), ranks, strict=True):
-        if r is not None:
-            A = (torch.randn(E, r, into, dtype=dtype) / into**0.5).requires_grad_()
-            B = torch.randn(E, out, r, dtype=dtype, requires_grad=True)
-            made[name] = ExpertLora(A, B, scaling)
-    return made
 
 
 def check(case, dtype, tolerance):

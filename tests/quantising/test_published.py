@@ -183,8 +183,8 @@ def test_an_adapter_of_a_plain_model_loads_onto_the_packed_one(published, tmp_pa
 def test_a_module_is_what_it_was_when_peft_refuses_a_config(published):
     model = packed(published, dtype=torch.float32)
     before = [(name, [*module._parameters], [*module._modules]) for name, module in model.named_modules()]
-    with pytest.raises(ValueError, match="lora_dropout"):
-        get_peft_model(model, LoraConfig(target_modules=[], target_parameters=ENDINGS, lora_dropout=0.1))
+    with pytest.raises(ValueError, match="lora_bias"):
+        get_peft_model(model, LoraConfig(target_modules=[], target_parameters=ENDINGS, lora_bias=True))
     assert [(name, [*module._parameters], [*module._modules]) for name, module in model.named_modules()] == before
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import strategies as st
 from torch import nn
+
+from peft_moe_compat import ExpertLora
 
 
 class Experts(nn.Module):
@@ -30,16 +33,20 @@ class Experts(nn.Module):
         return rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def loop(experts, loras, hidden, index, weights):
-    """Token by token, expert by expert; ids past the last expert are skipped."""
+def loop(experts, loras, hidden, index, weights, masks=None):
+    """Token by token, expert by expert; ids past the last expert are skipped.
 
-    def project(name, e, x):
+    `masks`: of a parameter whose LoRA has a dropout, what multiplies the LoRA's input, "T k r in".
+    """
+
+    def project(name, e, x, place):
         weight = getattr(experts, name)[e].double()
         weight = weight.T if experts.is_transposed else weight
+        y = weight @ x
         if name in loras:
             lora = loras[name]
-            weight = weight + lora.scaling * lora.B[e].double() @ lora.A[e].double()
-        y = weight @ x
+            rows = x.expand(lora.rank, -1) if masks is None else x * masks[name][place]
+            y = y + lora.scaling * lora.B[e].double() @ (lora.A[e].double() * rows).sum(1)
         return y + getattr(experts, f"{name}_bias")[e].double() if experts.has_bias else y
 
     rows = []
@@ -49,9 +56,9 @@ def loop(experts, loras, hidden, index, weights):
             e = int(index[t, j])
             if e >= experts.num_experts:
                 continue
-            up = project(experts.up_name, e, hidden[t].double())
+            up = project(experts.up_name, e, hidden[t].double(), (t, j))
             h = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
-            y = project("down_proj", e, h)
+            y = project("down_proj", e, h, (t, j))
             if experts.has_post_expert_norm:
                 y = experts.post_expert_norm(y)
             total = total + weights[t, j].double() * y
@@ -63,3 +70,37 @@ def compare(ours, exact, tolerance):
     """Within `tolerance` of the largest entry: sums of large terms round by the size of the terms."""
     scale = exact.abs().max().item() if exact.numel() else 0.0
     torch.testing.assert_close(ours.double(), exact.double(), rtol=0, atol=tolerance * max(1.0, scale))
+
+
+@st.composite
+def cases(draw):
+    """(E, H, I, index, flags, ranks, scaling) of a layer."""
+    E = draw(st.integers(1, 6))
+    k = draw(st.integers(1, min(3, E)))
+    T = draw(st.integers(1, 6))
+    H, I = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    if draw(st.booleans()):  # square, one projection or the other
+        H = draw(st.sampled_from([I, 2 * I]))
+    kind = draw(st.sampled_from(["distinct", "one expert takes all", "any", "sentinels"]))
+    high = E if kind == "sentinels" else E - 1
+    if kind == "distinct":
+        index = [draw(st.permutations(range(E)))[:k] for _ in range(T)]
+    elif kind == "one expert takes all":
+        index = [[draw(st.integers(0, E - 1))] * k] * T
+    else:
+        index = [[draw(st.integers(0, high)) for _ in range(k)] for _ in range(T)]
+    flags = {name: draw(st.booleans()) for name in ("gated", "transposed", "biased", "normed")}
+    ranks = draw(st.tuples(*[st.none() | st.integers(1, 9)] * 2))
+    return E, H, I, torch.tensor(index), flags, ranks, draw(st.floats(0.1, 4))
+
+
+def factors(experts, E, H, I, ranks, scaling, dtype=torch.float64):
+    """Name -> ExpertLora, trainable, of the ranks of the up and the down projection; None for none."""
+    up = 2 * I if experts.has_gate else I
+    made = {}
+    for (name, out, into), r in zip(((experts.up_name, up, H), ("down_proj", H, I)), ranks, strict=True):
+        if r is not None:
+            A = (torch.randn(E, r, into, dtype=dtype) / into**0.5).requires_grad_()
+            B = torch.randn(E, out, r, dtype=dtype, requires_grad=True)
+            made[name] = ExpertLora(A, B, scaling)
+    return made
