@@ -318,8 +318,9 @@ def held():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])
-AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.bfloat16)  # whatever is imported and made once
 config = peft_moe_compat.BitsAndBytesExpertsConfig(**options) if options else None
+# Whatever is imported and made once.
+AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.bfloat16, quantization_config=config)
 gc.collect()
 before, peak, done = held(), 0, threading.Event()
 
