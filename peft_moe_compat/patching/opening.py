@@ -30,7 +30,7 @@ from .injecting import convert_command
 from .lost import difference
 from .matching import UnderstoodFile, counterparts, facts_of, live_path
 
-__all__ = ["understand", "written_by"]
+__all__ = ["said_of_files", "understand", "written_by"]
 
 logger = logging.getLogger("peft_moe_compat")
 
@@ -66,6 +66,11 @@ def written_by(
         yield
     finally:
         _said.reset(token)
+
+
+def said_of_files() -> Stated:
+    """What `written_by` says around this."""
+    return _said.get()
 
 
 def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodFile | AdapterSource | None:

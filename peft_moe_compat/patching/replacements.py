@@ -99,6 +99,13 @@ def replacements() -> list[Replacement]:
         _attribute(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
         _attribute(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
         _of_kbit_training(peft),
+        _attribute(accelerator.Accelerator, "save_state", "accelerate.", whole_state.save_state),
+        _attribute(
+            importlib.import_module("accelerate.utils.other"),
+            "safe_save_file",
+            "safetensors.",
+            whole_state.safe_save_file,
+        ),
         _attribute(accelerator, "load_accelerator_state", "accelerate.", whole_state.load_accelerator_state),
         *_of_conversions(),
         *_of_sharded_experts(ParamWrapper),

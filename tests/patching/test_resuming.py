@@ -14,15 +14,16 @@ import torch
 import transformers
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import zoo
 from support.processes import result_of
-from support.saved_adapters import FAMILY, SQUARE, E, flipped, written_otherwise
+from support.saved_adapters import FAMILY, HERE, SQUARE, E, flipped, written_otherwise
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peft_moe_compat
 from peft_moe_compat.adapters.convert import convert_adapter
-from peft_moe_compat.errors import AdapterError, CompatWarning, LayoutError
+from peft_moe_compat.errors import AdapterError, AmbiguousAdapterError, CompatWarning, LayoutError
 from peft_moe_compat.patching import resuming
 from peft_moe_compat.patching.opening import written_by
 
@@ -365,27 +366,78 @@ def test_a_converted_adapter_trains_without_a_word_and_is_then_forgotten(tmp_pat
     assert not resuming._converted
 
 
-def test_accelerates_own_checkpoint_of_another_layout_is_refused_before_anything_is_loaded(tmp_path):
-    model = fresh()
+def saved_state(folder, sizes=None, **lora):
+    """What accelerate loads of a trained model, and how; its checkpoint is in the folder."""
+    model = fresh(sizes=sizes, **lora)
     accelerator = Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     ids = zoo.token_ids()
     for _ in range(2):
         accelerator.backward(model(input_ids=ids, labels=ids).loss)
         optimizer.step()
-    accelerator.save_state(tmp_path)
-    accelerator.load_state(tmp_path)  # its own goes on
+    accelerator.save_state(folder)
+    return model, accelerator
 
-    file = tmp_path / "model.safetensors"
+
+def turn_state(folder, metadata=None):
+    """Lays the experts' LoRA of accelerate's checkpoint out the other way."""
+    file = folder / "model.safetensors"
     tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
     for name in [name for name in tensors if "experts" in name and ".lora_A." in name]:
         other = name.replace(".lora_A.", ".lora_B.")
         tensors[name], tensors[other] = (factor.contiguous() for factor in flipped(tensors[name], tensors[other], E))
-    save_file(tensors, file, {"format": "pt"})
+    save_file(tensors, file, {"format": "pt"} | (metadata or {}))
+
+
+@contextmanager
+def untouched(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(AdapterError, match="model.safetensors has .*lora_A.*not converted.*save_pretrained"):
-        accelerator.load_state(tmp_path)
+    yield
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_accelerates_own_checkpoint_of_another_layout_is_refused_before_anything_is_loaded(tmp_path):
+    model, accelerator = saved_state(tmp_path)
+    accelerator.load_state(tmp_path)  # its own goes on
+    turn_state(tmp_path)
+    with untouched(model), pytest.raises(AdapterError, match="model.safetensors has .*lora_A.*not converted.*save_pre"):
+        accelerator.load_state(tmp_path)
+
+
+def test_accelerates_checkpoint_of_square_factors_says_how_it_is_laid_out(tmp_path):
+    model, accelerator = saved_state(tmp_path, SQUARE, **DOWN)
+    accelerator.load_state(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    here = next(iter(json.loads(metadata["peft_moe_compat.layout"]).values()))[0].split()[1]
+    there = {"linear": "reversed", "reversed": "linear"}[here]
+    mark = {"peft_moe_compat.layout": metadata["peft_moe_compat.layout"].replace(here, there)}
+    turn_state(tmp_path, mark)
+    with untouched(model), pytest.raises(AdapterError, match=f"says of .*down_proj {there}.*not converted.*save_pretr"):
+        accelerator.load_state(tmp_path)
+    peft_moe_compat.deactivate()
+    accelerator.load_state(tmp_path)  # as stock accelerate does, without a word
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_accelerates_checkpoint_that_says_nothing_is_refused_where_only_square_factors_are_in_it(tmp_path, safe):
+    peft_moe_compat.deactivate()
+    model, accelerator = saved_state(tmp_path, SQUARE, **DOWN)
+    if not safe:
+        (tmp_path / "model.safetensors").unlink()
+        accelerator.save_state(tmp_path, safe_serialization=False)
+    peft_moe_compat.activate()
+    with untouched(model), pytest.raises(AmbiguousAdapterError, match="does not say .* square.*written_by"):
+        accelerator.load_state(tmp_path)
+    other = f"peft=={written_otherwise()},transformers=={transformers.__version__}"
+    with untouched(model), written_by(other), pytest.raises(AdapterError, match="as written_by says.*not converted"):
+        accelerator.load_state(tmp_path)
+    with untouched(model), written_by(HERE):
+        accelerator.load_state(tmp_path)
+    wide, accelerator = saved_state(tmp_path / "wide", SQUARE)  # of which gate_up tells
+    save_file(load_file(tmp_path / "wide" / "model.safetensors"), tmp_path / "wide" / "model.safetensors")
+    with untouched(wide):
+        accelerator.load_state(tmp_path / "wide")
 
 
 IMPORTS = """
