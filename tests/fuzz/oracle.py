@@ -58,8 +58,8 @@ class Facts:
 
 
 def _in_one_place(linears: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the routers of Mixtral's relatives where transformers 5 has them."""
-    return {re.sub(r"\.block_sparse_moe\.gate$", ".mlp.gate", path): update for path, update in linears.items()}
+    """With what is beside the experts of Mixtral's relatives where transformers 5 has it."""
+    return {path.replace(".block_sparse_moe.", ".mlp."): update for path, update in linears.items()}
 
 
 @dataclass

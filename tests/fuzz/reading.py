@@ -187,7 +187,7 @@ class Reading:
                 raise UnreadableError(f"{path} is nothing known")
             self._add_stack(path, role, A, B)
         elif single:
-            if A.shape[0] != B.shape[1] or not A.shape[0] or role is None:
+            if B.ndim != 2 or A.shape[0] != B.shape[1] or not A.shape[0] or role is None:
                 raise UnreadableError(f"{path}: {tuple(A.shape)}, {tuple(B.shape)}")
             update = (B.double() @ A.double()) * self._scaling(path, A.shape[0])
             self.names.add(f"{single['path']}.{single['linear']}")
