@@ -72,6 +72,7 @@ from .errors import (
 )
 from .patching.activation import Activation, activate, activate_on_import, deactivate, is_active
 from .quantising.registering import register_on_import
+from .showing import report_on_import
 
 if TYPE_CHECKING:
     from .adapters.conclusions import Inspection
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from .adapters.verify import Verification, verify_adapters
     from .adapters.verify_merge import MergeVerification, verify_merge
     from .forward.backend import set_backend
+    from .integrations.transformers import ReportCallback
     from .layout import ExpertLora
     from .model.experts import declare_layout
     from .model.targets import expert_parameters
@@ -115,6 +117,7 @@ __all__ = [
     "PatchConflictError",
     "PeftMoeCompatError",
     "Report",
+    "ReportCallback",
     "UnsupportedPeftError",
     "Verification",
     "__version__",
@@ -147,6 +150,7 @@ _LAZY = {
     "MergeVerification": "adapters.verify_merge",
     "PackedMxfp4Config": "quantising.published",
     "Report": "reporting",
+    "ReportCallback": "integrations.transformers",
     "Verification": "adapters.verify",
     "convert_adapter": "proving",
     "declare_layout": "model.experts",
@@ -177,4 +181,5 @@ def __dir__() -> list[str]:
 
 
 register_on_import()
+report_on_import()
 activate_on_import()

@@ -40,6 +40,8 @@ ROOMS: dict[str, set[str]] = {
         "forward",
     },
     "reporting": {"errors", "releases", "families", "reasons", "layout", "model", "forward", "patching"},
+    "showing": {"errors", "reporting"},
+    "integrations": {"showing"},
     "proving": {"errors", "releases", "adapters"},
 }
 ROOMS["cli"] = {*ROOMS}
@@ -164,6 +166,7 @@ def test_ours_is_imported_early_but_where_something_heavy_must_wait():
         ("patching.activation", "model.probe"),  # torch, at activation
         ("patching.activation", "patching.replacements"),
         ("patching.activation", "releases"),  # a type alone
+        ("showing", "reporting"),  # torch
         ("quantising.registering", "quantising.experts"),  # transformers, once somebody has imported it
     }
 
