@@ -159,9 +159,9 @@ class FineGrained(Format):
         )
 
     def unreadable(self, module: nn.Module, name: str) -> Reason | None:
-        expected = _scale_shape(module._parameters[name], module.block_size)  # type: ignore[arg-type]
-        scale = module._parameters.get(f"{name}_scale_inv")
+        weight, scale = module._parameters[name], module._parameters.get(f"{name}_scale_inv")
         found = None if scale is None else tuple(scale.shape)
+        expected = _scale_shape(weight, _block(weight, scale, module.block_size))  # type: ignore[arg-type]
         return None if found == expected else because("scale_shape", name, found, expected, str(module.block_size))
 
     def read(self, module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
@@ -171,13 +171,11 @@ class FineGrained(Format):
 
     def packed(self, module: nn.Module, name: str, dtype: torch.dtype) -> PackedWeight | None:
         weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv")
-        block: Any = module.block_size
         if weight.dtype != torch.float8_e4m3fn or not scale.is_floating_point():
             return None
-        E, rows, columns = weight.shape
-        height, width = (rows, columns) if block is None else block
+        height, width = _block(weight, scale, module.block_size)
         codec = Codec(FLOAT8, height=height, width=width)
-        return PackedWeight(codec, dtype, (E, rows, columns), True, weight, scale)
+        return PackedWeight(codec, dtype, tuple(weight.shape), True, weight, scale)
 
 
 class FineGrainedFP4(Format):
@@ -287,18 +285,27 @@ def refuse_leftovers(module: nn.Module, name: str) -> None:
         )
 
 
-def _scale_shape(weight: Tensor, block_size: Any) -> tuple[int, int, int]:
+def _scale_shape(weight: Tensor, block: tuple[int, int] | None) -> tuple[int, int, int]:
     """Of the scales of an FP8 stack: one per block, or per expert where there are no blocks."""
     E, rows, columns = weight.shape
-    return (E, 1, 1) if block_size is None else (E, -(-rows // block_size[0]), -(-columns // block_size[1]))
+    return (E, 1, 1) if block is None else (E, -(-rows // block[0]), -(-columns // block[1]))
+
+
+def _block(weight: Tensor, scale: Tensor | None, block_size: Any) -> tuple[int, int]:
+    """Rows and columns of an expert that share a scale.
+
+    transformers keeps a row of scales for the gate and one for the up where a block would hold both.
+    """
+    rows, columns = weight.shape[1:]
+    height, width = (rows, columns) if block_size is None else block_size
+    halves = scale is not None and scale.ndim == 3 and scale.shape[1] == 2 and height >= rows and rows % 2 == 0
+    return (rows // 2 if halves else height), width
 
 
 def _dequantised_fp8(weight: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtype) -> Tensor:
     """weight "E out in" in float8, scale "E out/b in/b": their product, rounded once to `dtype`."""
+    (rows, columns), (height, width) = weight.shape[1:], _block(weight, scale, block_size)
     out, scale = weight.to(dtype), scale.float()  # float8_e4m3fn is exact in every wider type
-    if block_size is None:
-        return out.mul_(scale)
-    (rows, columns), (height, width) = weight.shape[1:], block_size
     if rows % height or columns % width:
         scale = scale.repeat_interleave(height, 1)[:, :rows].repeat_interleave(width, 2)[..., :columns]
         return out.mul_(scale)

@@ -81,10 +81,12 @@ def mxfp4(module, name):
     parametrize.register_parametrization(module, name, Mxfp4Weight(scales, DTYPE), unsafe=True)
 
 
-def fp8(block):
+def fp8(block, halves=False):
     def quantise(module, name):
         weight = module._parameters[name].detach()
         shape = weights._scale_shape(weight, block)
+        if halves and name == "gate_up_proj":
+            shape = (shape[0], 2, shape[2])
         scale = torch.rand(shape, device=DEVICE) * 1e-2 + 1e-3
         spread = scale.repeat_interleave(-(-weight.shape[1] // shape[1]), 1)[:, : weight.shape[1]]
         spread = spread.repeat_interleave(-(-weight.shape[2] // shape[2]), 2)[..., : weight.shape[2]]
@@ -112,6 +114,8 @@ FORMATS = {
     "fp8": (fp8((128, 128)), False),
     "fp8, blocks that end past the stack": (fp8((96, 80)), False),
     "fp8, one scale": (fp8(None), False),
+    "fp8, one scale of gate and one of up": (fp8(None, halves=True), False),
+    "fp8, blocks higher than gate and up": (fp8((1024, 96), halves=True), False),
 }
 
 

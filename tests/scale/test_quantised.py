@@ -629,6 +629,22 @@ def test_lora_held_in_float8_is_refused_by_name():
     assert "the LoRA is held in 8 bits" in row.reason
 
 
+@pytest.mark.parametrize("block", [None, (64, 8)])
+def test_fp8_experts_smaller_than_a_block_have_a_scale_for_gate_and_one_for_up(block):
+    """As transformers' class allocates them; against the dequantisation of its loader."""
+    config = copy.copy(tiny().config)
+    config.moe_intermediate_size = 16
+    experts = finegrained_fp8.FP8Experts(config, block_size=block)
+    for name in PROJECTIONS:
+        with torch.no_grad():
+            experts._parameters[name].copy_(torch.randn(experts._parameters[name].shape))
+            experts._parameters[f"{name}_scale_inv"].uniform_(0.5, 2)
+        scale = experts._parameters[f"{name}_scale_inv"]
+        assert scale.shape[1] == (2 if name == "gate_up_proj" else -(-H // (block or (H, H))[0]))
+        theirs = finegrained_fp8.Fp8Dequantize(None)._dequantize_one(experts._parameters[name], scale)
+        assert torch.equal(dequantised(experts, name), theirs)
+
+
 @pytest.mark.parametrize(("rows", "columns", "block"), [(8, 12, (4, 4)), (10, 7, (4, 4)), (6, 6, None), (5, 4, (8, 8))])
 def test_fp8_blocks_that_do_not_divide_the_weight(rows, columns, block):
     from peft_moe_compat.model.weights import _dequantised_fp8, _scale_shape
