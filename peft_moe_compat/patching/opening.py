@@ -21,7 +21,7 @@ from ..adapters.files import is_hub_id, read_json
 from ..adapters.names import LINEAR_NAMES
 from ..adapters.source import CONFIG_NAME, AdapterSource, open_adapter
 from ..adapters.stated import Stated
-from ..adapters.tensors import BIN, SAFETENSORS
+from ..adapters.tensors import BIN, INDEX, SAFETENSORS
 from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError, LayoutError
 from ..families import PACKED_CLASSES
 from ..model.experts import bare, held_parameters
@@ -34,6 +34,7 @@ __all__ = ["said_of_files", "understand", "written_by"]
 
 logger = logging.getLogger("peft_moe_compat")
 
+_FILES = SAFETENSORS, BIN, INDEX
 # What the caller knows of a file.
 _said: ContextVar[Stated] = ContextVar("peft_moe_compat_said", default=Stated())  # noqa: B039 (frozen)
 
@@ -93,6 +94,12 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     fused = bool(config.get("target_parameters") or facts.stacks)
     if not (fused or _has_experts(model)):
         return None
+    if not any((folder / name).is_file() for name in (SAFETENSORS, BIN)):
+        if not _may_reach_experts(config):
+            return None
+        raise LayoutError(
+            f"{model_id} is in shards ({INDEX}), of which upstream loads none. {convert_command(model_id)} joins them."
+        )
     if not (folder / SAFETENSORS).is_file() and not (fused and _may_reach_experts(config)):
         return None  # a `.bin` that is none of ours; any other one is refused, since only its config can be read
     stated = replace(_said.get(), model=facts)
@@ -214,7 +221,7 @@ def _folder(model_id: str, hub: Mapping[str, Any]) -> Path | None:
         if os.path.lexists(local / name) and not (local / name).is_file():  # links that lead nowhere too
             raise AdapterFileError(f"{local / name} is no ordinary file; upstream would wait for it, or fail.")
     if (local / CONFIG_NAME).is_file():
-        return local if any((local / name).is_file() for name in (SAFETENSORS, BIN)) else None
+        return local if any((local / name).is_file() for name in _FILES) else None
     if local.exists() or not is_hub_id(model_id):
         return None
     from huggingface_hub import hf_hub_download
@@ -223,7 +230,7 @@ def _folder(model_id: str, hub: Mapping[str, Any]) -> Path | None:
     client_error: Any = HfHubHTTPError.__bases__[0]
     known = {"subfolder", "revision", "cache_dir", "token", "local_files_only", "repo_type", "proxies"}
     options = {key: value for key, value in hub.items() if key in known and value is not None}
-    for name in (SAFETENSORS, BIN):
+    for name in _FILES:
         try:
             folder = Path(hf_hub_download(model_id, CONFIG_NAME, **options)).parent
             hf_hub_download(model_id, name, **options)

@@ -31,6 +31,7 @@ from support.saved_adapters import (
 from support.written_files import told
 
 import peft_moe_compat
+from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.orientations import orientations
 from peft_moe_compat.errors import (
     AdapterError,
@@ -414,6 +415,40 @@ def test_a_pickle_that_may_hold_experts_lora_is_refused(tmp_path, targets):
     with pytest.raises(AdapterFileError, match="a pickle, and only safetensors are read"):
         holder.load_adapter(tmp_path, "other")
     assert list(holder.peft_config) == ["default"]
+
+
+def shard(folder):
+    """Leaves an adapter in two shards and their index."""
+    single, names = folder / "adapter_model.safetensors", {}
+    tensors = list(load_file(single).items())
+    for number, part in enumerate((tensors[::2], tensors[1::2]), 1):
+        names |= dict.fromkeys(dict(part), f"adapter_model-0000{number}-of-00002.safetensors")
+        save_file(dict(part), folder / f"adapter_model-0000{number}-of-00002.safetensors", {"format": "pt"})
+    single.unlink()
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder
+
+
+def test_shards_that_upstream_does_not_look_for_are_joined_by_convert(tmp_path):
+    wrapped, fresh = save(tmp_path / "shards")
+    adapter = shard(tmp_path / "shards")
+    base = fresh()
+    for load in (lambda: PeftModel.from_pretrained(base, adapter), lambda: base.load_adapter(str(adapter))):
+        with pytest.raises(LayoutError, match=r"in shards .*none. `peft-moe-compat convert .*shards OUT .*joins them"):
+            load()
+        assert not zoo.wrappers(base)
+    convert_adapter(adapter, tmp_path / "joined", to="peft", model=base.config.to_dict())
+    assert_equal(PeftModel.from_pretrained(base, tmp_path / "joined"), wrapped)
+
+
+def test_shards_without_experts_lora_are_for_upstream_to_report(tmp_path, stock):
+    _, fresh = save(tmp_path, target_parameters=None, target_modules=["q_proj"])
+    shard(tmp_path)
+    with pytest.raises(ValueError) as theirs:
+        stock(PeftModel.from_pretrained, fresh(), str(tmp_path))
+    with pytest.raises(ValueError) as ours:
+        PeftModel.from_pretrained(fresh(), str(tmp_path))
+    assert str(ours.value) == str(theirs.value)
 
 
 def test_a_pickle_without_experts_lora_is_pefts_own(tmp_path):
