@@ -108,12 +108,29 @@ def _opened_renamed(adapter: str | Path, stated: Stated, renames: Mapping[str, s
         infos[new] = replace(before.tensors.infos[name], name=new)
     raw = renamed_config(read_json(before.folder / CONFIG_NAME), renames)
     after = _opened(before.folder, raw, replace(before.tensors, infos=infos), stated, renames)
+    now = _kinds(after)
+    for name, kind in _kinds(before).items():
+        if now[names[name]] != kind:
+            raise AdapterError(
+                f"rename makes {now[names[name]]} of {show(name)}, which is {kind}. A part of the path above the "
+                "experts and linears was expected, as in `--rename model.layers=model.language_model.layers`."
+            )
     if _numbers(before) != _numbers(after):
         raise AdapterError(
             f"{before.folder} has expressions in rank_pattern or alpha_pattern that mean the old paths and cannot be "
             "renamed. Write its adapter_config.json with full names or the last parts of names, and convert that."
         )
     return after
+
+
+def _kinds(source: AdapterSource) -> dict[str, str]:
+    """Name of every tensor in the file -> what it is of."""
+    linears = {name for slot in source.linears for name in slot.names}
+    rest = set(source.rest.values())
+    return {
+        name: "LoRA of a linear" if name in linears else "no LoRA" if name in rest else "LoRA of experts"
+        for name in source.tensors.infos
+    }
 
 
 def _numbers(source: AdapterSource) -> list[Any]:

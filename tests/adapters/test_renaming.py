@@ -94,6 +94,25 @@ def test_a_rename_that_cannot_be_meant_is_refused(tmp_path, rename, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("form", "rename", "message"),
+    [
+        ("fused", "layers.1.mlp.experts=layers.1.mlp.gate_proj", "makes LoRA of a linear .*which is LoRA of experts"),
+        ("per_expert", "layers.1.mlp.experts=layers.1.mlp.gate_proj", "makes LoRA of a linear .*LoRA of experts"),
+        ("per_expert", "experts.3=shared_experts", "makes LoRA of a linear .*LoRA of experts"),
+        ("per_expert", "self_attn.q_proj=mlp.experts.7.up_proj", "makes LoRA of experts .*LoRA of a linear"),
+        ("fused", "q_proj.lora_A=q_proj.A", "makes no LoRA .*LoRA of a linear"),
+    ],
+)
+def test_a_rename_that_makes_something_else_of_lora_is_refused(tmp_path, form, rename, message):
+    spec = Spec(attention=True)
+    made, roles = (save_fused, ("down",)) if form == "fused" else (save_per_expert, spec.linear_roles())
+    source = made(tmp_path / "in", spec, spec.factors(roles), **BY_PEFT)
+    with pytest.raises(AdapterError, match=message):
+        convert_adapter(source, tmp_path / "out", to="per-expert", model=spec.model(), rename=[rename])
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_expression_that_means_the_old_paths_is_refused(tmp_path):
     config = BY_PEFT | {"rank_pattern": {r"model.(layers|blocks).\d.mlp.experts.gate_up_proj": 3}}
     source = save_fused(tmp_path / "in", SPEC, SPEC.factors(("gate_up", "down")), **config)
