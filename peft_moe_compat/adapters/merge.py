@@ -28,7 +28,7 @@ from .stated import Stated
 from .stored import Plain
 from .tensors import check_finite
 
-__all__ = ["Job", "Merge", "Rounding", "matrices", "merge_adapter", "plan_merge"]
+__all__ = ["Job", "Merge", "Rounding", "delta", "matrices", "merge_adapter", "plan_merge"]
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all)
 _LOADED_AT_ONCE = 4  # parts: those of one experts module
@@ -259,9 +259,9 @@ def _merged(
             raise AdapterFileError(f"{placed.weight.name!r} of the base has numbers that are not finite.")
         sizes = []
         for update in placed.updates:
-            delta = _delta(job.lora(update.part), update, expert, work)
-            exact[update.put] += delta
-            sizes.append(float(delta.square().sum(dtype=torch.float64)))
+            added = delta(job.lora(update.part), update, expert, work)
+            exact[update.put] += added
+            sizes.append(float(added.square().sum(dtype=torch.float64)))
         if any(sizes):
             form.encode(stored, exact)
         errors = form.decode(stored, work).sub_(exact)
@@ -275,7 +275,7 @@ def _merged(
             yield (update.part.path, update.part.name, form.name), (size, error)
 
 
-def _delta(lora: ExpertLora, update: Update, expert: int | None, dtype: torch.dtype) -> Tensor:
+def delta(lora: ExpertLora, update: Update, expert: int | None, dtype: torch.dtype) -> Tensor:
     """An update of one matrix, "out in"."""
     which = update.expert if expert is None else expert
     assert which is not None  # noqa: S101

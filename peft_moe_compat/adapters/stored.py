@@ -17,13 +17,20 @@ __all__ = ["MXFP4", "BlockFP8", "Format", "Plain"]
 
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _FP4_BETWEEN = (_FP4[1:] + _FP4[:-1]) / 2
+_FP4_HALF_STEPS = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 1.0, 2.0])  # to 6 a number up to 8 may have been cut
 _MXFP4_BLOCK = 32
 
 
 class Format:
-    """A stored format, of matrices "rows columns"."""
+    """A stored format, of matrices "rows columns".
+
+    Attributes:
+        name: For messages.
+        packed: Whether what is stored is no tensor of the numbers.
+    """
 
     name = ""
+    packed = True
 
     def decode(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The numbers, in a wider dtype; a tensor of its own."""
@@ -43,6 +50,8 @@ class Plain(Format):
     """One floating-point tensor."""
 
     dtype: torch.dtype
+
+    packed = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -162,7 +171,7 @@ class MXFP4(Format):
     def margin(self, tensors: Sequence[Tensor]) -> Tensor:
         blocks, scales = tensors
         numbers = self.decode((blocks, torch.full_like(scales, 127)), torch.float64).abs()
-        steps = (numbers / 3).clamp(min=0.25)  # 2 at 6, where a number up to 8 may have been cut
+        steps = _FP4_HALF_STEPS.double()[torch.bucketize(numbers, _FP4_BETWEEN.double())]
         return steps * _power(scales, torch.float64).repeat_interleave(_MXFP4_BLOCK, 1)
 
 
@@ -179,9 +188,10 @@ def _power(exponents: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _half_steps(stored: Tensor, numbers: Tensor) -> Tensor:
-    """Half of the distance between neighbours of a floating-point format, at each of its numbers, or a little more."""
+    """Half of the distance between neighbours of a floating-point format, at each of its numbers."""
     about = torch.finfo(stored.dtype)
-    return numbers.abs() * (about.eps / 2) + about.smallest_normal * about.eps / 2
+    exponents = torch.frexp(numbers.abs().clamp(min=about.smallest_normal)).exponent
+    return torch.ldexp(torch.full_like(numbers, about.eps / 4), exponents)
 
 
 def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:

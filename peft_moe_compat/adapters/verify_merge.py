@@ -1,4 +1,4 @@
-"""A merged checkpoint compared with base and adapter, by what each weight does to random vectors, in float64."""
+"""A merged checkpoint compared with base and adapter, row by row of each matrix, in float64."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch import Tensor
 from .base_model import BaseModel
 from .checkpoint import Checkpoint, open_checkpoint
 from .files import finite_or_null
-from .merge import Job, Progress, matrices, plan_merge
-from .placing import Placed, Update
+from .merge import Job, Progress, delta, matrices, plan_merge
+from .placing import Placed
 from .stated import Stated
 
 __all__ = ["MergeVerification", "MergedWeight", "verify_merge"]
 
-_VECTORS = 8
-_SLACK = 2.0  # of the root of a mean over that many vectors; for an error of rank one too
+# Of what one rounding explains of a row. Into a plain dtype others round twice, the update and the sum; into a packed
+# one its steps are wide, and a scale that is off by a tenth is to be seen among them.
+_SLACK_PLAIN, _SLACK_PACKED = 2.0, 1.1
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class MergedWeight:
     Attributes:
         name: Of the module, as the adapter has it, or of the tensor.
         projection: As the adapter has it; empty for a tensor that the adapter does not change.
-        error: Norm of merged(x) - (base(x) + s B A x), over random x of unit variance; infinite where a number of the
-            merged one is not finite.
+        error: Norm of merged - (base + s B A), which is what the output is off by for random inputs of unit variance;
+            infinite where a number of the merged one is not finite. Of the rows alone in which rounding does not
+            explain it, if there are any.
         explained: The most that rounding to the base's format explains of it.
-        update: Norm of s B A x.
+        update: Norm of s B A, of the same rows.
         note: What kept it from being compared, or how it differs, if anything.
     """
 
@@ -93,9 +95,9 @@ def verify_merge(
 ) -> MergeVerification:
     """Compares a merged checkpoint, whoever merged it, with its base and the adapter.
 
-    Each matrix of each expert is applied to the same random vectors merged and unmerged, in float64; what the base's
-    format cannot hold explains a part of the difference, anything beyond is an error. All other tensors are compared
-    bit for bit. The merged checkpoint must have the base's names and formats.
+    Each row of each expert's matrix is compared merged and unmerged, in float64; what the base's format cannot hold
+    explains a part of the difference, anything beyond is an error. All other tensors are compared bit for bit. The
+    merged checkpoint must have the base's names and formats.
 
     Args:
         base, adapter: As `merge_adapter` takes them.
@@ -173,25 +175,18 @@ def _matrix(
 ) -> list[MergedWeight]:
     form = placed.weight.format
     before, after = (form.decode(tensors, torch.float64) for tensors in stored)
-    generator = torch.Generator().manual_seed(expert or 0)
-    x = torch.randn(before.shape[1], _VECTORS, dtype=torch.float64, generator=generator)
-    difference = (after - before) @ x
-    effects = [_effect(job, update, expert, x) for update in placed.updates]
-    for update, effect in zip(placed.updates, effects, strict=True):
-        difference[update.put] -= effect
-    margin = form.margin(stored[1])
+    difference = after - before
+    added = [delta(job.lora(update.part), update, expert, torch.float64) for update in placed.updates]
+    for update, of_update in zip(placed.updates, added, strict=True):
+        difference[update.put] -= of_update
+    margin = form.margin(stored[1]) * (_SLACK_PACKED if form.packed else _SLACK_PLAIN)
     found = []
-    for update, effect in zip(placed.updates, effects, strict=True):
-        of_update = float(effect.norm())
-        explained = _SLACK * _VECTORS**0.5 * float(margin[update.put].norm()) + 1e-6 * of_update
-        error = float(difference[update.put].norm())
+    for update, of_update in zip(placed.updates, added, strict=True):
+        rows = torch.stack((difference[update.put], margin[update.put], of_update)).norm(dim=2)
+        rows[1] += 1e-6 * rows[2]
+        beyond = ~(rows[0] <= rows[1])
+        error, explained, size = (rows[:, beyond] if beyond.any() else rows).norm(dim=1).tolist()
         if not math.isfinite(error + explained):  # NaN would be no more than any bound, and infinity its own
             error, explained = math.inf, 0.0
-        found.append(MergedWeight(update.part.path, update.part.name, error, explained, of_update))
+        found.append(MergedWeight(update.part.path, update.part.name, error, explained, size))
     return found
-
-
-def _effect(job: Job, update: Update, expert: int | None, x: Tensor) -> Tensor:
-    lora, which = job.lora(update.part), update.expert if expert is None else expert
-    assert which is not None  # noqa: S101
-    return (lora.B[which][update.take].double() @ (lora.A[which].double() @ x)) * lora.scaling

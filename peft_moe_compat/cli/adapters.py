@@ -354,11 +354,11 @@ def _show_merge(done: Merge, console: Console) -> None:
 
 def _show_merge_verification(found: MergeVerification, console: Console) -> None:
     table = Table(
-        title="merged(x) against base(x) + adapter(x), of each projection where it is worst",
-        caption="Norms over random x. error: of what the two differ by; explained: the most that rounding to the "
-        "base's format makes of that; update: of the adapter's part.",
+        title="The merged weights against base and adapter, of each projection where it is worst",
+        caption="error: norm of what merged - (base + update) should not have; rounding: the most of it that rounding "
+        "to the base's format makes, so that an error up to that is none; update: norm of what the adapter adds.",
     )
-    for column in ("module", "projection", "error", "explained", "update", ""):
+    for column in ("module", "projection", "error", "rounding", "update", ""):
         table.add_column(column, overflow="fold")
     alike: dict[tuple[str, str], list[MergedWeight]] = {}
     for row in sorted(found.rows, key=lambda row: (row.same, -row.error)):

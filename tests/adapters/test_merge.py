@@ -363,6 +363,27 @@ def test_verify_sees_experts_rows_and_other_tensors_that_are_lost(tmp_path, stor
     assert verify_merge(folder, source, folder).absent
 
 
+@pytest.mark.parametrize("stored", ["fp8 fused", "mxfp4"])
+def test_verify_tells_scales_of_other_rows_from_rounding(tmp_path, stored):
+    """Of weights so alike that the scales of neighbouring blocks differ by a tenth, or one in ten by a factor of 2."""
+    spec = replace(SPEC, family=GPT_OSS if stored == "mxfp4" else QWEN, H=96, I=96)
+    base = base_of(spec, stored)
+    at = "scale_inv" if stored == "fp8 fused" else "scales"
+    name = next(n for n in base.tensors if "layers.1" in n and "down" in n and n.endswith(at))
+    steps = torch.arange(base.tensors[name].shape[1])[None, :, None]
+    base.tensors[name] = base.tensors[name][:, :1].expand_as(base.tensors[name]).clone()
+    base.tensors[name] += (
+        (steps % 10 == 0).to(torch.uint8) if at == "scales" else base.tensors[name] * 0.1 * (steps % 2)
+    )
+    folder = write(tmp_path / "base", base)
+    source, _ = adapter(tmp_path / "in", spec, form="per_expert", scale=0.1)
+    merge_adapter(folder, source, tmp_path / "out")
+    assert verify_merge(folder, source, tmp_path / "out").same
+    edited(tmp_path / "out", lambda tensors: tensors.update({name: tensors[name].roll(1, -2)}))
+    found = [(row.name, row.projection) for row in verify_merge(folder, source, tmp_path / "out").rows if not row.same]
+    assert found == [("model.layers.1.mlp.experts", "down_proj")]
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("stored", ["apart", "fused", "transposed", "fp8 apart", "fp8 fused"])
 def test_verify_sees_numbers_that_are_not_finite(tmp_path, stored, number):
