@@ -46,7 +46,7 @@ SENTENCES = {
     "dtype": "the weights are {0}",
     "float32": "the weights are float32, which the kernels are no faster for",
     "width": "a width is no multiple of 8",
-    "dropout": "lora_dropout is {0}, which the kernels do not have",
+    "dropped_apart": "several adapters are active, and with lora_dropout each has masks of its own",
     "no_kernels": "no fused kernels: {0}",
     "not_for_torch": "its dtype or sizes are not those that torch's grouped products take",
     # Why no adapter is at work. Source: reporting.py.

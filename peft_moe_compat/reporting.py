@@ -186,8 +186,8 @@ def _path(experts: nn.Module, name: str, wrapper: Any | None) -> tuple[str, tupl
     if reason := inactive_reason() or native_reason(wrapper):
         refused = because("refused_spread") if exchanges_tokens(experts) else None
         return "peft", tuple(filter(None, (reason, refused, row.caveat if row else None))), ""
-    p = max(dropout_of(wrapper, adapter) for adapter in active_adapters(wrapper))
-    backend, reason = backend_of(experts, name, p)
+    drops = [dropout_of(wrapper, adapter) for adapter in active_adapters(wrapper)]
+    backend, reason = backend_of(experts, name, len(drops) > 1 and any(drops))
     return "grouped_mm", (reason,) if reason else (), backend
 
 

@@ -65,6 +65,7 @@ class Settings:
     dtype: str = "bfloat16"
     backend: str = "auto"
     format: str = ""  # the experts packed so as well
+    dropout: float = 0.0  # this package with it as well
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -78,6 +79,11 @@ class Settings:
             raise PeftMoeCompatError(f"--format is {self.format!r}; one of {', '.join(FORMATS)} was expected.")
         if self.format == "mxfp4" and (H % BLOCK or I % BLOCK):
             raise PeftMoeCompatError(f"H and I are {H} and {I}; mxfp4 has blocks of {BLOCK}.")
+        if not 0 <= self.dropout < 1:
+            raise PeftMoeCompatError(f"--dropout is {self.dropout}; a probability below 1 was expected.")
+
+    def methods(self) -> tuple[str, ...]:
+        return (*_METHODS, f"{_METHODS[-1]}, dropout {self.dropout:g}") if self.dropout else _METHODS
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,12 @@ class _Layer:
         self.weights_mib = held_mib(experts)
         self.block = nn.ModuleDict({"experts": experts})
 
-    def add_lora(self) -> None:
+    def add_lora(self, dropout: float = 0.0) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         names = ["experts.gate_up_proj", "experts.down_proj"]
-        config = LoraConfig(r=self.settings.rank, target_modules=[], target_parameters=names)
+        rank = self.settings.rank
+        config = LoraConfig(r=rank, target_modules=[], target_parameters=names, lora_dropout=dropout)
         inject_adapter_in_model(config, self.block)
         for name, parameter in self.block.named_parameters():
             if "lora_" in name:  # float8 as PEFT makes it of such a base; `get_peft_model` casts it
@@ -189,14 +196,15 @@ def _median_ms(step: Callable[[], None], device: str) -> float:
 def _measure(settings: Settings, method: str, packed: bool) -> Iterator[Row]:
     """On a layer of its own: PEFT's forward leaves something behind on packed weights."""
     torch.manual_seed(0)
-    with results.active(method == "peft_moe_compat"):
+    ours = method.startswith("peft_moe_compat")
+    with results.active(ours):
         layer = _Layer(settings, packed)
         if method != "frozen base":
-            layer.add_lora()
+            layer.add_lora(0.0 if method in _METHODS else settings.dropout)
         note = ""
         for tokens in settings.tokens:
             row = Row(settings.format if packed else settings.dtype, layer.weights_mib, method, tokens)
-            if method == "peft_moe_compat":
+            if ours:
                 row = replace(row, backend=layer.backend(), **_figures(layer, tokens))
             elif not note:
                 try:
@@ -235,7 +243,7 @@ def run(settings: Settings, out: Path, console: Console) -> list[Row]:
     make_experts(Shape(1, 1, 32, 32), torch.float32, "cpu", settings.format, packed=bool(settings.format))
     layers = (False, True) if settings.format else (False,)
     with set_backend(settings.backend):
-        rows = [row for packed in layers for method in _METHODS for row in _measure(settings, method, packed)]
+        rows = [row for packed in layers for method in settings.methods() for row in _measure(settings, method, packed)]
     used = dict.fromkeys(row.backend for row in rows if row.backend)
     on_cpu = settings.device == "cpu"
     where = f"cpu, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(settings.device)

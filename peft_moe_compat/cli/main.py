@@ -93,6 +93,7 @@ def bench(
     packed: Annotated[
         str, typer.Option("--format", help="nf4, fp4, int8, fp8 or mxfp4: the experts packed so beside plain ones.")
     ] = "",
+    dropout: Annotated[float, typer.Option(help="lora_dropout: this package with it beside without.")] = 0.0,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-output"),
 ) -> None:
     """Times one experts layer on this machine: the frozen base, stock PEFT and this package, forward and backward."""
@@ -113,6 +114,7 @@ def bench(
             dtype=dtype,
             backend=backend,
             format=packed,
+            dropout=dropout,
         )
         layer_bench.run(settings, out, Console())
     except PeftMoeCompatError as error:

@@ -170,10 +170,13 @@ def _device_of(module: Any) -> torch.device:
     return torch.device("cuda", taken_to) if isinstance(taken_to, int) else torch.device(taken_to)
 
 
-def backend_of(module: Any, name: str, p: float = 0.0) -> tuple[str, Reason | None]:
-    """(backend, why it is not a faster one) of a module's forward with its parameter of that name and a dropout."""
+def backend_of(module: Any, name: str, dropped_apart: bool = False) -> tuple[str, Reason | None]:
+    """(backend, why it is not a faster one) of a module's forward with its parameter of that name.
+
+    `dropped_apart`: several adapters are active, one at least with a dropout.
+    """
     device = _device_of(module)
-    reason = fused_reason(module, device) or (because("dropout", p) if p else None)
+    reason = fused_reason(module, device) or (because("dropped_apart") if dropped_apart else None)
     if reason is None:
         return "triton", None
     reason = None if device.type == "cpu" else because("no_kernels", reason)
@@ -229,9 +232,9 @@ def _trial_fails(
     return any(_trial_reason(hidden.device, kind, rows) is not None for kind, rows in kinds)
 
 
-def _drops(*held: HeldProjection) -> bool:
-    """Whether there is a dropout, which the kernels have not."""
-    return any(lora is not None and lora.dropout for _, _, lora in held)
+def _dropped_apart(held: HeldProjection) -> bool:
+    """Whether the rows have several masks, which the kernels have not."""
+    return held[2] is not None and len(held[2].dropout) > 1
 
 
 class _NotHereError(Exception):
@@ -241,8 +244,8 @@ class _NotHereError(Exception):
 def run_fused(
     module: Any, routed: tuple[Tensor, Tensor, Tensor], up: HeldProjection, read_down: Callable[[], HeldProjection]
 ) -> Tensor | None:
-    """The layer's output from the fused kernels, or None where there is a dropout or they fail: to compile for the
-    device, or their trial.
+    """The layer's output from the fused kernels, or None where there is a dropout that they have not, or they fail: to
+    compile for the device, or their trial.
 
     Args:
         routed: hidden_states "T H", top_k_index and top_k_weights "T k".
@@ -252,7 +255,9 @@ def run_fused(
     nonlinearity, device = _nonlinearity(module), routed[0].device
     if torch.compiler.is_compiling() and isinstance(nonlinearity, Nonlinearity):
         down = read_down()
-        if _drops(up, down) or _trial_fails(nonlinearity, routed, up, down):
+        if any(lora is not None and lora.dropout for _, _, lora in (up, down)):
+            return None  # torch's own dropout, of which a graph knows how to repeat it
+        if _trial_fails(nonlinearity, routed, up, down):
             return None
         from .fused_ops import experts  # with triton
 
@@ -262,15 +267,18 @@ def run_fused(
     @cache
     def tried_down() -> layer.Projection:
         down = read_down()
-        if _drops(up, down) or _trial_fails(nonlinearity, routed, up, down):
+        if _dropped_apart(down) or _trial_fails(nonlinearity, routed, up, down):
             raise _NotHereError
         return layer.Projection.of(*down)
 
+    if _dropped_apart(up):
+        return None
+    of_up = layer.Projection.of(*up)  # draws the seed of its dropout, always before that of the down projection
     try:
-        if device not in _tried or _drops(up):
+        if device not in _tried:
             tried_down()  # before anything is launched, since it may be that nothing can be
         with on_device(device):
-            out: Tensor = layer.fused_experts(nonlinearity, *routed, layer.Projection.of(*up), tried_down)
+            out: Tensor = layer.fused_experts(nonlinearity, *routed, of_up, tried_down)
             return out
     except _NotHereError:
         return None

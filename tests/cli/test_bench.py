@@ -69,6 +69,7 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
         ("--dtype", "int8"),
         ("--dtype", "foo"),
         ("--rank", "0"),
+        ("--dropout", "1"),
         ("--format", "nf5"),
         ("--format", "mxfp4"),
         ("--device", "tpu"),
@@ -128,6 +129,15 @@ def test_packed_experts_are_measured_beside_plain_ones(stored, tmp_path):
         assert bool(row["backend"]) == (row["method"] == "peft_moe_compat")
         expected = BYTES[stored] if row["stored"] == stored else WEIGHTS * 4
         assert row["weights_mib"] * 2**20 == pytest.approx(expected, rel=0.02)
+
+
+@needs_fused
+def test_a_dropout_is_measured_beside_none(tmp_path):
+    result = run(*SMALL, "--tokens", "3", "--dropout", "0.1", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["method"] for row in rows][2:] == ["peft_moe_compat", "peft_moe_compat, dropout 0.1"]
+    assert all(row["both_ms"] > 0 for row in rows)
 
 
 @needs_fused

@@ -30,6 +30,7 @@ from peft_moe_compat.forward import fused
 from peft_moe_compat.forward import fused_ops as operators
 from peft_moe_compat.forward.kernels import gemm, layer, trial
 from peft_moe_compat.forward.kernels.common import Config, Factor
+from peft_moe_compat.forward.kernels.dropout import drawn
 from peft_moe_compat.forward.kernels.factors import packed, unpacked
 from peft_moe_compat.forward.kernels.launch import Kernel
 from peft_moe_compat.forward.kernels.routing import route
@@ -95,15 +96,16 @@ def cases(draw, kinks=True):
     if kind == "one expert takes all":
         index[:] = draw(st.integers(0, E - 1))
     ranks = draw(st.sampled_from([(4, 4), (3, 5), (16, None), (None, 9), (40, 17)]))
+    p = draw(st.sampled_from([0.0, 0.0, 0.3]))
     H, I = draw(st.sampled_from([(16, 8), (24, 40), (64, 64)]))
     flags = {name: draw(st.booleans()) for name in ("transposed", "biased")}
     gate = draw(st.sampled_from(sorted(set(GATES) - (set() if kinks else {"clamped"}))))
     act = draw(st.sampled_from(sorted(set(ACTIVATIONS) - (set() if kinks else {"relu"}))))
-    return E, H, I, index, flags, gate, act, ranks, seed
+    return E, H, I, index, flags, gate, act, ranks, seed, p
 
 
 def build(case, dtype):
-    E, H, I, index, flags, gate, act, ranks, seed = case
+    E, H, I, index, flags, gate, act, ranks, seed, dropout = (*case, 0.0)[:10]
     torch.manual_seed(seed)
     experts = GATES[gate](Experts(E, H, I, gated=gate != "none", dtype=dtype, **flags))
     experts.act_fn = ACTIVATIONS[act]
@@ -117,7 +119,8 @@ def build(case, dtype):
             lora_A, lora_B = torch.randn(E * r, p) / p**0.5, torch.randn(q, r * E) / r**0.5
             orientation = "reversed" if seed % 2 else "linear"
             factors = lora_A.requires_grad_(), lora_B.requires_grad_()
-            loras[name] = flat(*factors, E, orientation=orientation, scaling=0.7)
+            lora = flat(*factors, E, orientation=orientation, scaling=0.7)
+            loras[name] = lora._replace(dropout=((r, dropout),) if dropout else ())
     hidden = torch.randn(index.shape[0], H).to(dtype).requires_grad_()
     weights = torch.rand(index.shape).to(dtype).requires_grad_()
     return experts, loras, hidden, index, weights
@@ -132,11 +135,36 @@ def parameters(loras):
     return [t for lora in loras.values() for t in lora[:2]]
 
 
+def after(seed, function, *args):
+    torch.manual_seed(seed)
+    return function(*args)
+
+
+def masks_of(loras, index):
+    """What a forward after the seed 1 drops, "T k 1 in" by parameter; None without a dropout."""
+    if not any(lora.dropout for lora in loras.values()):
+        return None
+    torch.manual_seed(1)
+    found = {}
+    for name, lora in sorted(loras.items(), reverse=True):  # the up projection's seed is the first to be drawn
+        E, into = lora.num_experts, lora.canonical().in_features
+        drop = drawn(lora, DEVICE)
+        rows = trial.masks(
+            layer.Projection(torch.empty(E, into, 0), drop=drop), layer.routing(index.to(DEVICE), E), index.shape[1]
+        )
+        found[name] = rows.cpu().double().unsqueeze(2)
+        kept = found[name] != 0
+        assert torch.allclose(found[name][kept], torch.tensor(1 / (1 - drop.p)).double())
+        assert abs(kept.double().mean() - (1 - drop.p)) <= 5 * (drop.p * (1 - drop.p) / kept.numel()) ** 0.5
+    return found
+
+
 def check(case, dtype, tolerance, change=lambda experts, loras: None):
     experts, loras, hidden, index, weights = build(case, dtype)
     change(experts, loras)
     leaves = [hidden, weights, *parameters(loras)]
-    exact = loop(experts, {n: lora.canonical() for n, lora in loras.items()}, hidden, index, weights)
+    masks = masks_of(loras, index)
+    exact = loop(experts, {n: lora.canonical() for n, lora in loras.items()}, hidden, index, weights, masks)
     grad = torch.randn_like(exact)
     # Zeros for what no row reaches that is computed here.
     theirs = torch.autograd.grad(exact, leaves, grad, allow_unused=True, materialize_grads=True)
@@ -144,7 +172,7 @@ def check(case, dtype, tolerance, change=lambda experts, loras: None):
     experts, there = moved(experts, loras)
     arguments = hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
     assert fused.runs_fused(experts, *arguments[:2])
-    ours = experts_forward(experts, there, *arguments)
+    ours = after(1, experts_forward, experts, there, *arguments)
     compare(ours.cpu(), exact, tolerance)
     assert ours.dtype == dtype
     mine = torch.autograd.grad(ours, leaves, grad.to(dtype).to(DEVICE), retain_graph=True)
@@ -153,7 +181,7 @@ def check(case, dtype, tolerance, change=lambda experts, loras: None):
         compare(a, b, 10 * tolerance)
         compare(c, b, 10 * tolerance)
     with torch.no_grad():
-        compare(experts_forward(experts, there, *arguments).cpu(), exact, tolerance)
+        compare(after(1, experts_forward, experts, there, *arguments).cpu(), exact, tolerance)
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -475,11 +503,11 @@ def tried(monkeypatch):
     return launched
 
 
-def layer_of(kind, dtype=torch.float16):
+def layer_of(kind, dtype=torch.float16, dropout=0.0):
     """(experts, LoRA, routed) on the device, every expert with a row where there are enough."""
     (E, H, I, T), gate, flags, ranks, seed = KINDS[kind]
     index = torch.arange(T * 2).view(T, 2) % E
-    experts, loras, *routed = build((E, H, I, index, flags, gate, "silu", ranks, seed), dtype)
+    experts, loras, *routed = build((E, H, I, index, flags, gate, "silu", ranks, seed, dropout), dtype)
     return *moved(experts, loras), [t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in routed]
 
 
@@ -493,6 +521,30 @@ def test_the_trial_launches_what_the_layer_launches(tried, kind, dtype):
     assert tried["trial"] == tried["layer"]
     assert len(tried["errors"]) == 1
     assert 0 < tried["errors"][0] < fused._TRIAL_ERROR / 2
+
+
+@pytest.mark.parametrize("kind", ["large tiles", "small tiles", "a gate of its own"])
+def test_the_trial_launches_what_a_layer_with_a_dropout_launches(tried, kind):
+    experts, loras, routed = layer_of(kind, dropout=0.3)
+    experts_forward(experts, loras, *routed).sum().backward()
+    assert tried["layer"] <= tried["trial"]  # which has to see the masks beside
+    assert {name for name, *how in tried["layer"] if ("DROP", True) in how} >= {"_add", "_factor_gradient", "_gather"}
+    assert len(tried["errors"]) == 1
+    assert 0 < tried["errors"][0] < fused._TRIAL_ERROR / 2
+
+
+def test_masks_are_those_of_the_seed_whether_a_trial_comes_between_or_not(tried):
+    """As in a checkpointed region, of which the first forward tries the kernels and the recomputation does not."""
+    experts, loras, routed = layer_of("small sizes", torch.float32, dropout=0.3)
+    first, again = (after(3, experts_forward, experts, loras, *routed) for _ in range(2))
+    assert len(tried["errors"]) == 1
+    assert torch.equal(first, again)
+    assert not torch.equal(first, after(4, experts_forward, experts, loras, *routed))
+    first.sum().backward(retain_graph=True)
+    one = [lora.lora_A.grad.clone() for lora in loras.values()]
+    first.sum().backward()  # of which the up projection is computed again
+    for lora, gradient in zip(loras.values(), one, strict=True):
+        torch.testing.assert_close(lora.lora_A.grad, 2 * gradient)
 
 
 def test_the_trial_of_few_rows_launches_what_they_launch(tried):

@@ -36,7 +36,15 @@ from peft_moe_compat.forward.kernels.launch import Kernel
 from peft_moe_compat.model.packed import CODES, FLOAT8, INT8, Codec, encoded
 
 TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
-TYPES |= {"dweights": "*fp32", "alpha": "fp32", "limit": "fp32", "scaling": "fp32", "k": "i32"}
+TYPES |= {
+    "dweights": "*fp32",
+    "seed": "*i64",
+    "p": "fp32",
+    "alpha": "fp32",
+    "limit": "fp32",
+    "scaling": "fp32",
+    "k": "i32",
+}
 FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Sizes of a user's model: multiples of 16, which the launch tells triton.
 ALIGNED = {"I", "D", "N", "K", "stride_e", "stride_r"}
@@ -91,7 +99,15 @@ def bound_by_memory(capability, dtype, R):
     )
     gate = {"NAME": "silu", "GATED": True, "INTERLEAVED": False, "BLOCK": 32, "PARTS": 2, **precision}
     last = {"DOTS": True, **gate, "BLOCK_I": backward.columns}
-    yield "activate", activation._activate, {**gate, "BLOCK_I": forward.columns}, forward
+    for drop in (False, True):
+        what, gate["DROP"] = ", dropping" if drop else "", drop
+        yield f"activate{what}", activation._activate, {**gate, "BLOCK_I": forward.columns}, forward
+        tile = {"GATHER": True, "DROP": drop, "BLOCK": 64, "BLOCK_D": gather.columns, **precision}
+        yield f"gather{what}", rows._gather, {"DOTS": False, **tile}, gather
+        tile = {"GATHER": True, "DROP": drop, "BLOCK": 128, "BLOCK_D": gradient.columns, **precision}
+        yield f"gradient{what}", gradients._factor_gradient, {"WEIGHTED": False, **tile}, gradient
+    tile = {"BIAS": False, "DROP": True, "BLOCK": 64, "BLOCK_N": 128 if R <= 64 else 64, **precision}
+    yield "add, dropping", gemm._add, tile, Config(0, 4, 3)
     yield "backward", activation._backward, {"WAIT": False, **last}, backward
     yield "backward, waiting", activation._backward, {"WAIT": True, **last}, backward
     if (capability, dtype, R) == (90, "bf16", 16):
@@ -99,10 +115,6 @@ def bound_by_memory(capability, dtype, R):
             other = {"NAME": name, "GATED": gated}
             yield f"activate, {name}", activation._activate, {**gate, **other, "BLOCK_I": forward.columns}, forward
             yield f"backward, {name}", activation._backward, {"WAIT": False, **last, **other}, backward
-    tile = {"GATHER": True, "BLOCK": 64, "BLOCK_D": gather.columns, **precision}
-    yield "gather", rows._gather, {"DOTS": False, **tile}, gather
-    tile = {"GATHER": True, "BLOCK": 128, "BLOCK_D": gradient.columns, **precision}
-    yield "gradient", gradients._factor_gradient, {"WEIGHTED": False, **tile}, gradient
 
 
 def product(R, along_k):

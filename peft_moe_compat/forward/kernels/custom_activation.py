@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .common import Factor
+from .dropout import Drop
 from .routing import Route
 from .rows import project
 
@@ -16,11 +17,13 @@ __all__ = ["activate", "activate_backward"]
 Rows = Callable[[Tensor], Tensor]
 
 
-def activate(up: Tensor, function: Rows, route: Route, factor: Factor | None) -> tuple[Tensor, Tensor | None]:
+def activate(
+    up: Tensor, function: Rows, route: Route, factor: Factor | None, drop: Drop | None = None
+) -> tuple[Tensor, Tensor | None]:
     """As `activation.activate`, of any row-wise function."""
     with torch.no_grad():  # which may have parameters
         h = function(up.float()).to(up.dtype).contiguous()
-    return h, project(h, route, factor)
+    return h, project(h, route, factor, drop)
 
 
 def activate_backward(

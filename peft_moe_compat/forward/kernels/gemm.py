@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..grouped_mm import grouped_mm
 from .common import Config, Factor, cdiv, dot_precision, factor_tile, roomy, tile_rows
+from .dropout import Drop, arguments, kept
 from .launch import kernel
 from .routing import Route
 
@@ -50,10 +51,11 @@ def plus_low(
 
 @kernel()
 def _add(
-    y, low, bias, offs, tiles, N, factor, rank, stride_e, stride_r, stride_d, scaling,
-    R: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    y, low, bias, offs, tiles, N, factor, rank, stride_e, stride_r, stride_d, scaling, seed, p,
+    R: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y += low @ factor + bias, in place, added in float32."""
+    """One tile of y += low @ factor + bias, in place, added in float32; where dropped, y += multipliers * (those)."""
     expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK)
     if expert < 0:
         return
@@ -63,11 +65,14 @@ def _add(
     at = y + s.to(tl.int64)[:, None] * N + n[None, :]
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.debug_barrier()  # a small tile is loaded by several warps: none may store before all have read
-    total = plus_low(
-        total, low, bias, expert, s, here, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, dtype,
+    added = plus_low(
+        tl.zeros([BLOCK, BLOCK_N], tl.float32) if DROP else total,
+        low, bias, expert, s, here, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, dtype,
         R, BIAS, PRECISION,
     )  # fmt: skip
-    tl.store(at, total.to(dtype), mask=mask)
+    if DROP:
+        added = total + added * kept(seed, p, s, tl.program_id(1) * BLOCK_N, BLOCK, BLOCK_N)
+    tl.store(at, added.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -181,14 +186,17 @@ def grouped_linear(
     return add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias)
 
 
-def add_to(y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None) -> Tensor:
-    """y += low @ factor + bias in place."""
+def add_to(
+    y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None, drop: Drop | None = None
+) -> Tensor:
+    """y += low @ factor + bias in place; with `drop`, the gradient of rows that were dropped before the factor."""
     if low is not None or bias is not None:
-        u, b, arguments, R = low_rank(y, low, factor, bias)
+        u, b, at, R = low_rank(y, low, factor, bias)
         tiles, block = route.small, 128 if R <= 64 else 64
         _add(
-            (tiles.limit, cdiv(y.shape[1], block), 1), y, u, b, route.offs, tiles.table, y.shape[1], *arguments,
-            R=R, BIAS=bias is not None, BLOCK=tiles.block, BLOCK_N=block, PRECISION=dot_precision(y.dtype), num_warps=4,
+            (tiles.limit, cdiv(y.shape[1], block), 1), y, u, b, route.offs, tiles.table, y.shape[1], *at,
+            *arguments(drop, y), R=R, BIAS=bias is not None, DROP=drop is not None,
+            BLOCK=tiles.block, BLOCK_N=block, PRECISION=dot_precision(y.dtype), num_warps=4,
         )  # fmt: skip
     return y
 
@@ -226,14 +234,14 @@ def _tiled(
 ) -> Tensor:
     (S, K), N = x.shape, weight.shape[2]
     y = x.new_empty(S, N, dtype=weight.dtype)
-    u, b, arguments, R = low_rank(y, low, factor, bias)
+    u, b, at, R = low_rank(y, low, factor, bias)
     tiles, along_k = route.large, weight.stride(1) == 1
     (columns, num_warps, num_stages), depth = tile_of(x)
     _product(
         (min(tiles.limit * cdiv(N, columns), programs), 1, 1),
         TensorDescriptor(x, [S, K], [K, 1], [tiles.block, depth]),
         descriptor(weight.mT if along_k else weight, along_k, columns, depth), y, u, b, route.offs, tiles.table,
-        tiles.limit, N, K, *arguments,
+        tiles.limit, N, K, *at,
         R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=depth,
         GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -20,7 +20,9 @@ from ...model.packed import PackedWeight
 from . import activation, custom_activation
 from .common import Factor
 from .decode import few_rows, most_rows
+from .dropout import Drop, drawn
 from .factors import packed
+from .gemm import add_to
 from .gradients import factor_gradient
 from .interface import Nonlinearity
 from .launch import LAUNCH_ERRORS
@@ -52,6 +54,7 @@ class Projection(NamedTuple):
         bias: "E out".
         A, B: "E r in" and "E r out".
         packed: B as the products read it, see `factors.packed`.
+        drop: Of the rows that meet A.
     """
 
     weight: Tensor | PackedWeight
@@ -59,14 +62,16 @@ class Projection(NamedTuple):
     A: Factor | None = None
     B: Factor | None = None
     packed: Factor | None = None
+    drop: Drop | None = None
 
     @staticmethod
     def of(weight: Tensor | PackedWeight, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> Projection:
-        return Projection(weight, bias, *(lora.factors() if lora else ()))
+        A, B = lora.factors() if lora else (None, None)
+        return Projection(weight, bias, A, B, drop=drawn(lora, weight.device))
 
     def ready(self, rows: int) -> Projection:
         """The same for a product of that many rows."""
-        return Projection(*self[:4], packed(self.B, self.weight, rows))
+        return self._replace(packed=packed(self.B, self.weight, rows))
 
 
 def _kernels(function: ActivationOf) -> Any:
@@ -112,12 +117,12 @@ def forward_pass(
     Whatever a kernel does not need is read and computed after its launch, which keeps the device busy meanwhile.
     """
     k, S = weights.shape[1], where.rows
-    x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A)
+    x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A, drop=up.drop)
     up = up.ready(S)
     rows = linear(x, up.weight, where, low_up, up.packed, up.bias)
     del x
     down = read_down()
-    h, low_down = _kernels(function).activate(rows, function, where, down.A)
+    h, low_down = _kernels(function).activate(rows, function, where, down.A, down.drop)
     down = down.ready(S)
     y = linear(h, down.weight, where, low_down, down.packed, down.bias)
     return combine(y, where, weights, k, hidden.dtype), Passed(rows, low_up, low_down), up, down
@@ -143,20 +148,28 @@ def backward_pass(
     """
     k, dout = weights.shape[1], dout.contiguous()
     g, low_g, dots = gather(dout, where, k, up.weight.dtype, down.packed, down.bias)
-    dh = linear(g, down.weight.mT, where, low_g, down.A)
+    dh = _to_rows(g, down, where, low_g)
     del g
     low_y, dweights = _kernels(function).activate_backward(passed.up, dh, function, where, weights, up.packed, dots)
     dup, weighted_h = passed.up, dh
-    d_down_A = factor_gradient(low_g, weighted_h, where, wanted[2])
+    d_down_A = factor_gradient(low_g, weighted_h, where, wanted[2], drop=down.drop)
     d_down_B = factor_gradient(passed.low_down, dout, where, wanted[3], gather_k=k, weights=weights)
     del weighted_h, dh
-    d_up_A = factor_gradient(low_y, hidden, where, wanted[0], gather_k=k)
+    d_up_A = factor_gradient(low_y, hidden, where, wanted[0], gather_k=k, drop=up.drop)
     d_up_B = factor_gradient(passed.low_up, dup, where, wanted[1])
     dhidden = None
     if wants_hidden:
-        dx = linear(dup, up.weight.mT, where, low_y, up.A)
+        dx = _to_rows(dup, up, where, low_y)
         dhidden = combine(dx, where, None, k, hidden.dtype)
     return dhidden, dweights.to(weights.dtype), d_up_A, d_up_B, d_down_A, d_down_B
+
+
+def _to_rows(gradient: Tensor, through: Projection, where: Route, low: Tensor | None) -> Tensor:
+    """The gradient of a projection's output "S out" -> of its rows "S in"; `low` is its product with lora_B."""
+    if through.drop is None:
+        return linear(gradient, through.weight.mT, where, low, through.A)
+    rows = linear(gradient, through.weight.mT, where, None, None)
+    return add_to(rows, where, low, through.A, None, through.drop)
 
 
 def _apart(weight: Tensor | PackedWeight) -> tuple[tuple[Any, ...] | None, tuple[Tensor | None, ...]]:
@@ -183,7 +196,8 @@ class _FusedExperts(torch.autograd.Function):
         hidden: Tensor, weights: Tensor, *_leaves: Tensor | None,
     ) -> Tensor:  # fmt: skip
         out, passed, up, down = ran
-        factors = *up[2:], *down[2:]
+        factors = *up[2:5], *down[2:5]
+        ctx.p, seeds = zip(*((each.drop and each.drop[::-1]) or (None, None) for each in (up, down)), strict=True)
         ctx.function, ctx.spent = function, False
         ctx.tiles = where.small[1:], where.large[1:]
         ctx.places = [factor and factor[1:] for factor in factors]
@@ -191,7 +205,7 @@ class _FusedExperts(torch.autograd.Function):
         tensors = [factor and factor.tensor for factor in factors]
         (fixed_up, of_up), (fixed_down, of_down) = _apart(up.weight), _apart(down.weight)
         ctx.bases = fixed_up, fixed_down
-        kept = up.bias, down.bias, *tensors, *of_up, *of_down
+        kept = up.bias, down.bias, *seeds, *tensors, *of_up, *of_down
         ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *kept)
         return out
 
@@ -202,10 +216,11 @@ class _FusedExperts(torch.autograd.Function):
         passed, (order, position, offs, small, large) = Passed(*kept[:3]), kept[3:8]
         tiles = Tiles(small, *ctx.tiles[0]), Tiles(large, *ctx.tiles[1])
         where = Route(order, position, offs, *tiles, weights.numel())
-        factors = [at and Factor(tensor, *at) for tensor, at in zip(kept[10:16], ctx.places, strict=True)]
-        bases = iter(kept[16:])
-        up = Projection(_together(ctx.bases[0], bases), kept[8], *factors[:3])
-        down = Projection(_together(ctx.bases[1], bases), kept[9], *factors[3:])
+        factors = [at and Factor(tensor, *at) for tensor, at in zip(kept[12:18], ctx.places, strict=True)]
+        drops = [None if p is None else Drop(seed, p) for seed, p in zip(kept[10:12], ctx.p, strict=True)]
+        bases = iter(kept[18:])
+        up = Projection._make((_together(ctx.bases[0], bases), kept[8], *factors[:3], drops[0]))
+        down = Projection._make((_together(ctx.bases[1], bases), kept[9], *factors[3:], drops[1]))
         if ctx.spent:  # a backward before this one has turned `up` into its gradient
             x, _, _ = gather(hidden, where, weights.shape[1], up.weight.dtype, None)
             passed = passed._replace(up=linear(x, up.weight, where, passed.low_up, up.packed, up.bias))
@@ -249,9 +264,8 @@ def fused_experts(
     hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
     if top_k_index.numel() <= most_rows(up.weight) and isinstance(function, Nonlinearity):
         down = read_down()
-        if top_k_index.numel() <= most_rows(up.weight, down.weight) and not any_trains(
-            _leaves(hidden, top_k_weights, up, down)
-        ):
+        few = top_k_index.numel() <= most_rows(up.weight, down.weight) and not (up.drop or down.drop)
+        if few and not any_trains(_leaves(hidden, top_k_weights, up, down)):
             return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
     where = routing(top_k_index, up.weight.shape[0])
     ran = forward_pass(function, hidden, top_k_weights, where, up, read_down)

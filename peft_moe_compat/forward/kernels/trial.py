@@ -17,7 +17,9 @@ from torch.nn import functional
 
 from ...layout import ExpertLora, FlatLora, flat, to_flat
 from ...model.packed import Codec, PackedWeight, encoded
+from .common import Factor
 from .decode import MOST_ROWS, few_rows, most_rows
+from .gemm import add_to
 from .interface import HeldProjection, Nonlinearity
 from .layer import Projection, any_trains, backward_pass, forward_pass, tile_sizes
 from .routing import Route, Tiles, route, steps
@@ -36,14 +38,15 @@ class Held(NamedTuple):
         along_in: Whether a weight's in-features lie contiguous.
         packed: Whether it has no gaps and starts on 16 bytes.
         bias: Its dtype.
-        lora: (rank, orientation, packing, dtypes of both factors); the middle two empty for an `ExpertLora`.
+        lora: (rank, orientation, packing, dtypes of both factors, whether it has a dropout); orientation and packing
+            empty for an `ExpertLora`.
         codec: Of a quantised weight; a height or width of -1 is a whole expert's.
     """
 
     along_in: bool
     packed: bool
     bias: torch.dtype | None
-    lora: tuple[int, str, str, torch.dtype, torch.dtype] | None
+    lora: tuple[int, str, str, torch.dtype, torch.dtype, bool] | None
     codec: tuple[Any, ...] | None
 
 
@@ -103,7 +106,7 @@ def _held(weight: Tensor | PackedWeight, bias: Tensor | None, lora: ExpertLora |
     if lora is not None:
         A, B = _tensors(lora)
         order = (lora.orientation, lora.packing) if isinstance(lora, FlatLora) else ("", "")
-        form = (constant(lora.rank), *order, A.dtype, B.dtype)
+        form = (constant(lora.rank), *order, A.dtype, B.dtype, bool(lora.dropout))
     return along_in, packed and aligned, None if bias is None else bias.dtype, form, codec and tuple(codec)
 
 
@@ -123,7 +126,8 @@ def kind_of(
     E, H, N, I, k = map(constant, (*up[0].shape, down[0].shape[1], index.shape[1]))
     trains = any_trains([hidden, weights, *_tensors(up[2]), *_tensors(down[2])])
     known = tuple(nonlinearity[:3]) if isinstance(nonlinearity, Nonlinearity) else None
-    few = rows <= most_rows(up[0], down[0]) and known is not None and not trains
+    drops = any(lora is not None and lora.dropout for _, _, lora in (up, down))
+    few = rows <= most_rows(up[0], down[0]) and known is not None and not (trains or drops)
     return (
         (hidden.dtype, index.dtype, weights.dtype, up[0].dtype),
         (_reduced(E, max(4, k + 1), 16), _reduced(H, 576, 64), _reduced(I, 576, 64)),
@@ -170,24 +174,33 @@ def _dense(
     routed: tuple[Tensor, Tensor, Tensor],
     up: HeldProjection,
     down: HeldProjection,
+    masks: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """The layer's output in float32: every token through each expert that one of them chose."""
+    """The layer's output in float32: every token through each expert that one of them chose.
+
+    With masks "T k in", of what meets lora_A of up and down, once for each of its k places.
+    """
     hidden, index, weights = routed
 
     stacks = [held[0].decoded() if isinstance(held[0], PackedWeight) else held[0] for held in (up, down)]
 
-    def project(x: Tensor, e: int, held: HeldProjection, stack: Tensor) -> Tensor:
+    def project(x: Tensor, e: int, held: HeldProjection, stack: Tensor, mask: Tensor | None) -> Tensor:
         _, bias, lora = held
         y = x @ stack[e].float()
         if lora is not None:
             factors = lora.canonical()
+            x = x if mask is None else x * mask
             y = y + lora.scaling * (x @ factors.A[e].float().T) @ factors.B[e].float().T
         return y if bias is None else y + bias[e].float()
 
     out = torch.zeros_like(hidden, dtype=torch.float32)
     for e in (each for each in index.unique().tolist() if each < up[0].shape[0]):
-        h = function(project(hidden.float(), e, up, stacks[0]))
-        out = out + project(h, e, down, stacks[1]) * (weights.float() * (index == e)).sum(1, keepdim=True)
+        chosen = weights.float() * (index == e)
+        for j in range(1 if masks == (None, None) else index.shape[1]):
+            of_up, of_down = (None if mask is None else mask[:, j] for mask in masks)
+            h = function(project(hidden.float(), e, up, stacks[0], of_up))
+            share = chosen.sum(1) if masks == (None, None) else chosen[:, j]
+            out = out + project(h, e, down, stacks[1], of_down) * share.unsqueeze(1)
     return out
 
 
@@ -213,6 +226,17 @@ def _defined(where: Route) -> list[Tensor]:
     """What there is to compare: rows that are computed elsewhere have no order, and tables end where the tiles do."""
     tables = [table[: 2 * int(table[2 * limit])] for table, limit, _ in (where.small, where.large)]
     return [where.order[: int(where.offs[-1])], where.position[: where.rows], where.offs, *tables]
+
+
+def masks(of: Projection, where: Route, k: int) -> Tensor | None:
+    """What a projection's dropout multiplies its rows by, "T k in": all of a gradient that is one before them."""
+    if of.drop is None:
+        return None
+    E, K, _ = of.weight.shape
+    low = torch.ones(where.rows, 16, dtype=torch.float32, device=of.drop.seed.device)
+    factor = Factor(torch.ones(E, 16, K, device=low.device), 16, 16 * K, K, 1, 1 / 16)
+    rows = add_to(torch.zeros(where.rows, K, device=low.device), where, low, factor, None, of.drop)
+    return rows[where.position[: where.rows].clamp(min=0).long()].view(-1, k, K)
 
 
 class _Drawn:
@@ -256,14 +280,16 @@ class _Drawn:
         bias = None if of.bias is None else self.floats(E, N, dtype=of.bias)
         lora: ExpertLora | FlatLora | None = None
         if of.lora is not None:
-            r, orientation, packing, *dtypes = of.lora
+            r, orientation, packing, *dtypes, drops = of.lora
+            dropout = ((r, 0.5),) if drops else ()
             lora = ExpertLora(self.floats(E, r, K), self.floats(E, N, r), 0.15)
             A, B = to_flat(lora, orientation=orientation, packing=packing) if orientation else (lora.A, lora.B)
             A, B = (t.to(dtype).contiguous().requires_grad_() for t, dtype in zip((A, B), dtypes, strict=True))
             if orientation:
                 lora = flat(A, B, E, orientation=orientation, packing=packing, scaling=lora.scaling)
+                lora = lora._replace(dropout=dropout)
             else:
-                lora = ExpertLora(A, B, lora.scaling)
+                lora = ExpertLora(A, B, lora.scaling, dropout)
         return weight.mT if of.along_in else weight, bias, lora
 
 
@@ -297,13 +323,14 @@ def worst_error(device: torch.device, values: tuple[Any, ...], rows: int) -> flo
     known = Nonlinearity(*(kind.nonlinearity or ("silu", kind.gated, False)), alpha=1.7, limit=_LIMIT)
     dense = partial(_function, known)
     function = known if kind.nonlinearity else dense
-    expected = _dense(dense, (hidden, index, weights), up, down)
-    of_up, of_down, exact = Projection.of(*up), Projection.of(*down), [expected]
+    of_up, of_down = Projection.of(*up), Projection.of(*down)
+    where = _sorted(index, E, *(kind.tiles or (16, 16)))
+    expected = _dense(dense, (hidden, index, weights), up, down, (masks(of_up, where, k), masks(of_down, where, k)))
+    exact = [expected]
     if kind.tiles is None:
         with torch.no_grad():
             found = [few_rows(known, hidden, index, weights, of_up, of_down)]
     else:
-        where = _sorted(index, E, *kind.tiles)
         with torch.no_grad():
             out, passed, of_up, of_down = forward_pass(function, hidden, weights, where, of_up, lambda: of_down)
         found = [out]
