@@ -25,12 +25,12 @@ from .adapters.tensors import open_tensors
 from .errors import AdapterError
 from .releases import installed_versions, known_issues
 
-__all__ = ["convert_adapter", "prove"]
+__all__ = ["FOREIGN", "convert_adapter", "model_without_weights", "prove"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 # What building a model, or putting an adapter on it, raises for a config that does not fit it.
-_FOREIGN = (
+FOREIGN = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -81,7 +81,7 @@ def prove(folder: Path, target: Target, base: BaseModel | None) -> Proof | None:
         for name, model in _models(base.config):
             try:
                 _put(model, folder, tensors, loads=not _BROKEN & {issue.code for issue in known_issues(*pair)})
-            except _FOREIGN as error:
+            except FOREIGN as error:
                 refused[name] = " ".join(str(error).split())
             else:
                 return Proof("model", (f"PEFT {pair[0]}", f"{name} (transformers {pair[1]})"))
@@ -92,6 +92,23 @@ def prove(folder: Path, target: Target, base: BaseModel | None) -> Proof | None:
         f"PEFT {pair[0]} would not take what was written into {name} of transformers {pair[1]}, so it was thrown away: "
         f"{why} Is it the adapter's base model? For a model of another class name PEFT alone: --to peft=={pair[0]}."
     )
+
+
+def model_without_weights(base: BaseModel) -> tuple[str, Any]:
+    """(class, model on the meta device) of the first class that a base model's config may be meant for.
+
+    Raises:
+        AdapterError: The installed transformers builds none.
+    """
+    found = next(_models(base.config), None) if _is_real(base.config) else None
+    if found is None:
+        version = installed_versions("transformers")["transformers"]
+        raise AdapterError(
+            f"No model can be built from {base.name}: transformers {version} knows no class for it, or it counts more "
+            "than any model has. A config.json as transformers writes it was expected, of a model whose code is in "
+            "transformers."
+        )
+    return found
 
 
 def _is_real(config: Mapping[str, Any]) -> bool:
@@ -115,8 +132,8 @@ def _models(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     from transformers.models.auto import modeling_auto
 
     try:
-        whole = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
-    except (*_FOREIGN, StrictDataclassError):
+        whole = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(_with_floats(raw))
+    except (*FOREIGN, StrictDataclassError):
         return
     named = raw.get("architectures")
     names = [(whole, name) for name in (named if isinstance(named, list) else ())]
@@ -137,9 +154,17 @@ def _models(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                     model = cls(config)
             except _TooManyModulesError:
                 return
-            except _FOREIGN:
+            except FOREIGN:
                 continue
             yield name, model
+
+
+def _with_floats(value: Any) -> Any:
+    """What transformers 5 writes into JSON as `{"__float__": "Infinity"}` is the number again."""
+    if isinstance(value, Mapping):
+        tagged = value.keys() == {"__float__"}
+        return float(value["__float__"]) if tagged else {key: _with_floats(inner) for key, inner in value.items()}
+    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parts(config: Any, depth: int = 3) -> Iterator[Any]:

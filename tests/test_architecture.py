@@ -43,6 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "showing": {"errors", "reporting"},
     "integrations": {"showing"},
     "proving": {"errors", "releases", "adapters"},
+    "fresh": {"errors", "adapters", "model", "patching", "proving"},
 }
 ROOMS["cli"] = {*ROOMS}
 # Within `forward`, from below to above.

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from ..errors import PeftMoeCompatError
-from . import adapters, switch
+from . import adapters, switch, trainers
 from .check import examine, show
 
 __all__ = ["app"]
@@ -27,6 +27,7 @@ app = typer.Typer(
 
 adapters.register(app)
 switch.register(app)
+trainers.register(app)
 
 
 @app.command()

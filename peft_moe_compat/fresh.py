@@ -1,0 +1,160 @@
+"""A fresh adapter for a model whose weights nobody has loaded: what PEFT would save before the first step.
+
+PEFT itself puts the LoRA on a model without weights, and initialises one layer after the other while they are written.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .adapters.base_model import load_base_model
+from .adapters.files import atomic_folder
+from .adapters.names import PREFIX
+from .adapters.safetensors_io import write_safetensors
+from .adapters.stamp import numbers_of
+from .errors import AdapterError
+from .model.targets import expert_parameters
+from .model.wrappers import is_param_wrapper, wrapper_chain
+from .patching.saving import stamp_of
+from .patching.targets import named_for_any_reader
+from .proving import FOREIGN, model_without_weights
+
+__all__ = ["FreshAdapter", "write_fresh_adapter"]
+
+_NAME, _FILE = "default", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class FreshAdapter:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        model: The class of the base model.
+        layers: How many linears and expert parameters have LoRA.
+        numbers: How many are to be trained.
+    """
+
+    folder: Path
+    model: str
+    layers: int
+    numbers: int
+
+
+def write_fresh_adapter(
+    model: str | Path,
+    out: str | Path,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    target_parameters: Sequence[str] | None = None,
+    target_modules: str | Sequence[str] = (),
+    seed: int = 0,
+) -> FreshAdapter:
+    """Writes an adapter that changes nothing yet: lora_A as PEFT initialises it, lora_B zero, in float32.
+
+    The bytes are those of `get_peft_model(...).save_pretrained(out)` after `torch.manual_seed(seed)`, a stamp aside.
+    In memory is one layer at a time, and of the base model its config.
+
+    Args:
+        model: The base model: a folder with `config.json`, that file, or a Hub id.
+        out: The folder to be made.
+        rank: PEFT's `r`.
+        alpha: PEFT's `lora_alpha`; twice the rank by default.
+        target_parameters: PEFT's; by default every routed expert weight.
+        target_modules: PEFT's: linear layers beside them; none by default.
+        seed: Of torch's generator, which is left as it was.
+
+    Raises:
+        AdapterError: No such config, no such targets, or `out` exists.
+        NoExpertParametersError: The model has no routed experts in fused weights.
+    """
+    base = load_base_model(model)
+    name, bare = model_without_weights(base)
+    wrapped = _adapted(
+        bare,
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        target_parameters=expert_parameters(bare) if target_parameters is None else list(target_parameters),
+        task_type="CAUSAL_LM" if bare.can_generate() else None,
+    )
+    layers = _layers(wrapped)
+    weights = {key: weight for path, layer in layers.items() for key, weight in _weights(path, layer)}
+    config = wrapped.peft_config[_NAME]
+    config.base_model_name_or_path = str(model)
+    stamp = stamp_of(wrapped, weights)
+    metadata = {} if stamp is None else replace(stamp, config=numbers_of(config.to_dict())).to_metadata()
+    with atomic_folder(Path(out), source=Path(model)) as folder:
+        with named_for_any_reader(wrapped):
+            config.inference_mode = True  # as PEFT saves it
+            config.save_pretrained(str(folder))
+        plan = [(key, tuple(weight.shape), weight.dtype) for key, weight in weights.items()]
+        write_safetensors(folder / _FILE, plan, _initialised(layers, seed), {"format": "pt"} | metadata)
+    numbers = sum(weight.numel() for weight in weights.values())
+    return FreshAdapter(Path(out), name, len(layers), numbers)
+
+
+def _adapted(bare: Any, **options: Any) -> Any:
+    """The model with LoRA by PEFT, without data."""
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layers whose type PEFT does not know, as all experts are
+            return get_peft_model(bare, LoraConfig(**options), adapter_name=_NAME, low_cpu_mem_usage=True)
+    except FOREIGN as error:
+        raise AdapterError(
+            f"PEFT refuses this adapter of {type(bare).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _layers(wrapped: Any) -> dict[str, Any]:
+    """Path -> each layer with LoRA, in the order in which PEFT makes them: linears, then experts, innermost first.
+
+    Raises:
+        AdapterError: A target is no linear layer and no parameter.
+    """
+    linears, experts = {}, {}
+    for path, module in wrapped.named_modules():
+        if is_param_wrapper(module):
+            if not path.endswith(".base_layer"):
+                chain = [(path + ".base_layer" * depth, wrapper) for depth, wrapper in enumerate(wrapper_chain(module))]
+                experts.update(reversed(chain))
+        elif _NAME in getattr(module, "lora_A", ()):
+            linears[path] = module
+    layers = linears | experts
+    held = {key.replace(f".{_NAME}.", ".") for key, weight in wrapped.named_parameters() if weight.requires_grad}
+    if other := held - {key for path, layer in layers.items() for key, _ in _weights(path, layer)}:
+        raise AdapterError(
+            f"{min(other).removeprefix(PREFIX)} is trained too: the targets reach more than linear layers and expert "
+            "parameters. Name those alone; what else is to be trained is an option of the trainer."
+        )
+    return layers
+
+
+def _weights(path: str, layer: Any) -> list[tuple[str, Tensor]]:
+    """(name in the file, weight) of lora_A and of lora_B."""
+    return [(f"{path}.{part}.weight", getattr(layer, part)[_NAME].weight) for part in ("lora_A", "lora_B")]
+
+
+def _initialised(layers: Mapping[str, Any], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The weights of one layer after the other, as PEFT makes and initialises it, and without data again afterwards."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path, layer in layers.items():
+            factors = [getattr(layer, part)[_NAME] for part in ("lora_A", "lora_B")]
+            for linear in factors:
+                linear.to_empty(device="cpu").reset_parameters()  # as its constructor does
+            layer.reset_lora_parameters(_NAME, True)
+            yield from _weights(path, layer)
+            for linear in factors:
+                linear.to("meta")

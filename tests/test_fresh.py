@@ -1,0 +1,111 @@
+"""A fresh adapter is what PEFT itself would save, and what it loads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support import zoo
+from transformers import AutoModelForCausalLM
+
+import peft_moe_compat
+from peft_moe_compat import AdapterError, NoExpertParametersError
+from peft_moe_compat.fresh import write_fresh_adapter
+
+
+@pytest.fixture(params=zoo.FAMILIES)
+def base(request, tmp_path):
+    """Folder of a tiny model."""
+    folder = tmp_path / "base"
+    zoo.tiny_model(request.param).save_pretrained(folder)
+    return folder
+
+
+def read(folder):
+    """Its tensors, and its config with lists in order."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    ordered = {name: sorted(value) if isinstance(value, list) else value for name, value in config.items()}
+    return load_file(folder / "adapter_model.safetensors"), ordered
+
+
+@pytest.mark.parametrize("modules", [[], ["q_proj", "v_proj"]])
+def test_it_is_what_peft_saves(modules, base, tmp_path):
+    before = torch.random.get_rng_state()
+    written = write_fresh_adapter(base, tmp_path / "fresh", rank=2, alpha=3, target_modules=modules, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    options = {"r": 2, "lora_alpha": 3, "target_modules": modules, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(5)
+    adapted = get_peft_model(model, LoraConfig(target_parameters=peft_moe_compat.expert_parameters(model), **options))
+    adapted.save_pretrained(tmp_path / "peft")
+    (ours, our_config), (theirs, their_config) = read(tmp_path / "fresh"), read(tmp_path / "peft")
+    assert our_config == their_config
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == set()
+    assert written.numbers == sum(tensor.numel() for tensor in ours.values())
+    assert written.layers == len(ours) / 2
+
+
+def test_stock_peft_and_the_guard_load_it_and_nothing_changes(base, tmp_path, stock):
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    ids = zoo.token_ids()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    write_fresh_adapter(base, tmp_path / "fresh", rank=2)
+
+    def logits():
+        adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), tmp_path / "fresh", is_trainable=True
+        )
+        assert len(zoo.wrappers(adapted)) > 0
+        assert any(weight.requires_grad and weight.count_nonzero() for weight in adapted.parameters())
+        with torch.no_grad():
+            return adapted.eval()(input_ids=ids).logits
+
+    torch.testing.assert_close(logits(), expected)
+    torch.testing.assert_close(stock(logits), expected)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "fresh"
+    zoo.tiny_model(zoo.FAMILIES[0]).save_pretrained(base)
+    with pytest.raises(AdapterError, match="PEFT refuses this adapter of .*ForCausalLM: .*nonsense"):
+        write_fresh_adapter(base, out, rank=2, target_modules=["nonsense"], target_parameters=["nonsense.weight"])
+    with pytest.raises(AdapterError, match="PEFT refuses this adapter"):
+        write_fresh_adapter(base, out, rank=0)
+    with pytest.raises(AdapterError, match="reach more than linear layers"):
+        write_fresh_adapter(base, out, rank=2, target_modules=["embed_tokens"])
+    assert not out.exists()
+    out.mkdir()
+    with pytest.raises(AdapterError, match="exists already"):
+        write_fresh_adapter(base, out, rank=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "no_such_type"}, "No model can be built"),
+        ({"architectures": None, "transformers_version": None}, "No model can be built"),
+        ({"num_hidden_layers": 10**9}, "No model can be built"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused(config, message, tmp_path):
+    base = tmp_path / "base"
+    zoo.tiny_model(zoo.FAMILIES[0]).save_pretrained(base)
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(AdapterError, match=message):
+        write_fresh_adapter(base, tmp_path / "fresh", rank=2)
+
+
+def test_a_model_without_fused_experts_is_told_so(tmp_path):
+    base = tmp_path / "base"
+    zoo.tiny_model(zoo.FAMILIES[0]).save_pretrained(base)
+    file = base / "config.json"
+    config = json.loads(file.read_text()) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    file.write_text(json.dumps(config))
+    with pytest.raises(NoExpertParametersError, match="LlamaForCausalLM has no routed expert parameter"):
+        write_fresh_adapter(base, tmp_path / "fresh", rank=2)
