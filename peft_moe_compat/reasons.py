@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 __all__ = ["SENTENCES", "Reason", "because"]
 
 SENTENCES = {
-    # Why a wrapper runs PEFT's own forward. Source: model/wrappers.py, patching/activation.py.
+    # Why a wrapper runs PEFT's own forward. Source: model/wrappers.py, patching/activation.py, patching/reach.py.
     "not_active": "peft_moe_compat is not active: call peft_moe_compat.activate()",
-    "displaced": "{0} was replaced by {1} after peft_moe_compat was activated",
+    "displaced": "{0} is that of {1}, which does not come to peft_moe_compat's; {2}",
+    "forward_bound": "the forward of {0} is bound to this wrapper, in place of the class's; {1}",
     "hooked_before": "accelerate hooked this wrapper before peft_moe_compat was active, and calls the forward of then",
     "not_dispatching": "{0} does not dispatch through transformers' experts registry",
     "forward_replaced": "the forward of this {0} was replaced on the instance",
     "other_implementation": "experts implementation is {0!r}, not one of {1}",
-    "foreign_implementation": "the experts implementation {0!r} is that of {1}",
+    "foreign_implementation": "the experts implementation {0!r} is that of {1}; undo that, then call "
+    "peft_moe_compat.activate()",
     "unknown_orientation": "orientation of {0} is unknown; call peft_moe_compat.declare_layout",
     "no_projection": "{0} is not an expert projection",
     "lora_in_8_bits": "the LoRA is held in 8 bits; leave autocast_adapter_dtype on, or use PEFT 0.20 or newer",

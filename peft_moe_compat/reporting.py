@@ -20,7 +20,8 @@ from .model.experts import bare, is_transposed, routed_experts, stored_shape, st
 from .model.sharding import exchanges_tokens
 from .model.weights import format_of, stored_format, unreadable_reason
 from .model.wrappers import active_adapters, dropout_of, is_param_wrapper, native_reason
-from .patching.activation import inactive_reason
+from .patching.activation import is_active, not_active_reason
+from .patching.reach import TAKEN_FROM_US, say_once, unreached
 from .reasons import Reason, because
 from .releases import installed_versions, newer_than_tested
 
@@ -183,7 +184,7 @@ def _path(experts: nn.Module, name: str, wrapper: Any | None) -> tuple[str, tupl
         return "base", (because("merge_lost" if row else "merged"),), ""
     if not active_adapters(wrapper):
         return "base", (because("none_active"),), ""
-    if reason := inactive_reason() or native_reason(wrapper):
+    if reason := not_active_reason() or native_reason(wrapper) or unreached(wrapper):
         refused = because("refused_spread") if exchanges_tokens(experts) else None
         return "peft", tuple(filter(None, (reason, refused, row.caveat if row else None))), ""
     drops = [dropout_of(wrapper, adapter) for adapter in active_adapters(wrapper)]
@@ -238,8 +239,13 @@ def report(model: nn.Module) -> Report:
     found += _widened(model, experts.values())
     for complaint in found:
         warnings.warn(complaint, CompatWarning, stacklevel=2)
+    gone = [reason for row in rows for p in row.parameters for reason in p.reasons if reason.code in TAKEN_FROM_US]
+    for reason in dict.fromkeys(gone):
+        found.append(f"{gone.count(reason)} expert parameters do not run in peft_moe_compat's forward: {reason}.")
+        if say_once(reason):
+            warnings.warn(found[-1], CompatWarning, stacklevel=2)
     untested = newer_than_tested(**installed_versions("peft", "transformers"))
-    return Report(inactive_reason() is None, tuple(rows), tuple(found), untested)
+    return Report(is_active(), tuple(rows), tuple(found), untested)
 
 
 def _widened(model: nn.Module, experts: Iterable[tuple[str, nn.Module, tuple[str, ...]]]) -> Iterable[str]:

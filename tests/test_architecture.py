@@ -22,22 +22,15 @@ ROOMS: dict[str, set[str]] = {
     "releases": {"errors"},
     "families": {"errors"},
     "reasons": set(),
+    "others": set(),
     "layout": {"errors"},
     "adapters": {"errors", "releases", "families", "layout"},
     "model": {"errors", "releases", "families", "reasons", "layout"},
     "quantising": {"errors", "releases", "families", "reasons", "layout", "model"},
     "forward": {"errors", "families", "reasons", "layout", "model"},
     "patching": {
-        "at_start",
-        "errors",
-        "releases",
-        "families",
-        "reasons",
-        "layout",
-        "adapters",
-        "model",
-        "quantising",
-        "forward",
+        *("errors", "releases", "families", "reasons", "others", "layout", "at_start"),
+        *("adapters", "model", "quantising", "forward"),
     },
     "reporting": {"errors", "releases", "families", "reasons", "layout", "model", "forward", "patching"},
     "showing": {"errors", "reporting"},
@@ -55,6 +48,7 @@ NEVER = {
     "releases": {"peft", "transformers", "torch", "triton"},
     "families": {"peft", "transformers", "torch", "triton"},
     "reasons": {"peft", "transformers", "torch", "triton"},
+    "others": {"peft", "transformers", "torch", "triton"},
     "errors": {"peft", "transformers", "torch", "triton"},
 }
 
@@ -165,6 +159,7 @@ def test_ours_is_imported_early_but_where_something_heavy_must_wait():
         ("forward.fused", "forward.kernels.layer"),
         ("forward.fused", "forward.kernels.trial"),
         ("patching.activation", "model.probe"),  # torch, at activation
+        ("patching.activation", "patching.reach"),
         ("patching.activation", "patching.replacements"),
         ("patching.activation", "releases"),  # a type alone
         ("showing", "reporting"),  # torch

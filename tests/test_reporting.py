@@ -288,20 +288,6 @@ def test_stacks_nobody_declared_are_reported_once_wrapped():
     assert "no routed experts" in str(report(nn.Linear(2, 2)))
 
 
-def test_it_says_when_somebody_replaced_what_activation_put_in_place():
-    from peft.tuners.lora.layer import ParamWrapper
-
-    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
-    ours = ParamWrapper.forward
-    ParamWrapper.forward = lambda self, *args, **kwargs: ours(self, *args, **kwargs)
-    try:
-        found = report(model)
-    finally:
-        ParamWrapper.forward = ours
-    assert not found.active
-    assert "ParamWrapper.forward was replaced by test_reporting" in found.rows[0].parameters[0].reason
-
-
 def test_it_warns_of_an_adapter_on_some_parameters_only_and_of_lost_gradients():
     model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
     chain = zoo.wrappers(model)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import layout
 from ..errors import LayoutError, UnsupportedPeftError
 from ..releases import LayoutRule, parse_version, release_for, verified_rule
+from .experts import REGISTRY_MODULE
 
-__all__ = ["installed_rule", "measure_rule"]
+__all__ = ["installed_rule", "measure_rule", "tiny_wrapper"]
 
 # The rule, and the PEFT functions it was measured on: a patched one is measured again.
 _rule: tuple[LayoutRule, tuple[Any, ...]] | None = None
@@ -62,8 +66,7 @@ def measure_rule(since: Any) -> LayoutRule:
     Raises:
         LayoutError: The product of the factors is not PEFT's own delta, in either orientation.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PEFT does not know the probe's own module class
+    with _undisturbed():
         axes = {transposed: _measured_axis(transposed) for transposed in (False, True)}
         # Square, so that the delta has the parameter's shape in both readings and only the numbers differ.
         square = _probe_wrapper(False, (2, 3, 3))
@@ -74,6 +77,35 @@ def measure_rule(since: Any) -> LayoutRule:
     return LayoutRule(since, axes[False], axes[True], reads_swap_flag=not torch.equal(*deltas))
 
 
+def tiny_wrapper() -> tuple[Any, tuple[Tensor, ...]]:
+    """A `ParamWrapper` on a tiny Qwen3-MoE's experts, and what its forward takes.
+
+    Of a real model, since others look at the experts before they decide. transformers 4 keeps its experts one by one:
+    there it is around a module that gives back its input.
+    """
+    with _undisturbed():
+        if importlib.util.find_spec(REGISTRY_MODULE) is None:
+            return _probe_wrapper(False, (2, 3, 3)), (torch.zeros(1, 3),)
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = importlib.import_module("transformers.models.qwen3_moe.configuration_qwen3_moe").Qwen3MoeConfig(
+            hidden_size=8, moe_intermediate_size=8, num_experts=2
+        )
+        config._experts_implementation = "grouped_mm"
+        experts = importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe").Qwen3MoeExperts(config)
+        model = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
+        lora = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+        wrapper = inject_adapter_in_model(lora, model)["mlp"]["experts"]
+        return wrapper, (torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT does not know the probe's own module class
+        yield
+
+
 def _probe_wrapper(transposed: bool, shape: tuple[int, int, int]) -> Any:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -82,6 +114,9 @@ def _probe_wrapper(transposed: bool, shape: tuple[int, int, int]) -> Any:
             super().__init__()
             self.is_transposed = transposed
             self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return hidden_states
 
     model = nn.ModuleDict({"experts": Experts()})
     config = LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["experts.weight"])

@@ -6,17 +6,18 @@ import os
 import sys
 import threading
 import warnings
-from types import CodeType
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..at_start import installed
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
+from ..others import remedy
 from ..reasons import Reason, because
 from ..releases import release_for
 
 if TYPE_CHECKING:
     from ..releases import LayoutRule
-    from .replacements import Replacement
+    from .replacements import Placed, Replacement
 
 __all__ = ["Activation", "activate", "deactivate", "is_active"]
 
@@ -40,7 +41,7 @@ class Activation:
     def __init__(self) -> None:
         self._fresh = True  # whether the last `activate()` made this activation rather than found it
         self._blocks: list[bool] = []  # of each `with` block entered: whether its end restores
-        self._done: list[tuple[Replacement, Any, Any]] = []  # what was there, and ours
+        self._placed: list[Placed] = []
 
     @property
     def active(self) -> bool:
@@ -49,71 +50,94 @@ class Activation:
     def restore(self) -> None:
         """Puts back exactly what was there; does nothing the second time. Not while a forward is running.
 
-        Raises:
-            PatchConflictError: Somebody has since replaced one of the functions; nothing is put back then.
+        What somebody has put on top of ours in the meantime stays, and ours below it only calls what was there.
         """
         global _current
+        from . import reach
         from .replacements import forget_converted
 
         with _lock:
             if not self.active:
                 return
-            if displaced := self.displaced(anywhere=True):
-                raise PatchConflictError(f"{displaced}, so it cannot be put back. Undo that patch first.")
-            for replacement, stock, _ in self._done:
-                replacement.put(stock)
+            for placed in self._placed:
+                placed.take_back()
+            reach.forget()
             forget_converted()
             _current = None
-
-    def displaced(self, *, anywhere: bool = False) -> Reason | None:
-        """Which function of the forward, or of all, is no longer the one put in place, and whose is; None if none."""
-        for replacement, _, ours in self._done:
-            if (anywhere or replacement.of_forward) and (there := replacement.there()) is not ours:
-                return because("displaced", replacement.what, _owner(there))
-        return None
 
     def _install(self) -> None:
         # Here, since these import torch, and transformers and peft need not be there when the package is imported.
         from ..model.probe import installed_rule
         from .replacements import replacements
 
-        found = [(replacement, replacement.there()) for replacement in replacements()]
-        for replacement, stock in found:
-            if stock is None:
-                raise UnsupportedPeftError(
-                    f"{replacement.what} is not there in the installed PEFT and transformers. Update peft-moe-compat; "
-                    "until then PEFT's own forward stays in place."
-                )
-            if not (owner := _owner(stock)).startswith(replacement.home):
-                raise PatchConflictError(
-                    f"{replacement.what} is already patched by {owner}, so peft_moe_compat stays inactive. Use one of "
-                    "the two: drop that patch, or set PEFT_MOE_COMPAT=0 in the environment, which keeps the import "
-                    "from activating."
-                )
+        found = replacements()
+        for replacement in found:
+            self._check(replacement)
         self.rule = installed_rule()  # after the foreign functions, which could make its probe fail in any way
-        self._done = [(replacement, stock, replacement.make(stock)) for replacement, stock in found]
+        self._place(found)
+
+    def _check(self, replacement: Replacement) -> None:
+        """Whether ours can go there.
+
+        Raises:
+            UnsupportedPeftError: There is nothing.
+            PatchConflictError: There is somebody else's forward, and it is not one that calls PEFT's own.
+        """
+        from .reach import owner_of
+        from .replacements import below
+
+        if replacement.missing():
+            raise UnsupportedPeftError(
+                f"{replacement.what} is not there in the installed PEFT and transformers. Update peft-moe-compat; "
+                "until then PEFT's own forward stays in place."
+            )
+        stock = below(replacement.there())
+        if replacement.foreign(stock) and not replacement.taken(stock):
+            owner = owner_of(stock)
+            raise PatchConflictError(
+                f"{replacement.what} is already patched by {owner}, which does not leave experts to PEFT's own, so "
+                f"peft_moe_compat stays inactive. Use one of the two: {remedy(owner)}. Or set PEFT_MOE_COMPAT=0 in the "
+                "environment, which keeps the import from activating."
+            )
+
+    def _place(self, found: Iterable[Replacement]) -> None:
+        from . import reach
+
+        made = [replacement.made() for replacement in found]
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
-        for replacement, _, ours in self._done:
-            replacement.put(ours)
+        for placed in made:
+            placed.replacement.put(placed.ours)
+        self._placed += made
+        reach.begin(next(placed.ours for placed in self._placed if placed.replacement.name == "forward"))
+
+    def _renew(self) -> None:
+        """Puts ours back in the places where somebody has put something else that does not come to it.
+
+        Raises:
+            PatchConflictError: See `_check`.
+        """
+        lost = [placed for placed in self._placed if placed.replacement.lost(placed.ours)]
+        for placed in lost:
+            self._check(placed.replacement)
+        for placed in lost:
+            placed.on = False
+            self._placed.remove(placed)
+        self._place(placed.replacement for placed in lost)
 
     def _install_in_trainer(self, trainer: Any) -> None:
-        """What is replaced in `transformers.trainer`, all of it or, where somebody else has been there, nothing."""
+        """What is replaced in `transformers.trainer`, all of it or, where a function is missing, nothing."""
         from .replacements import replacements_in_trainer
 
-        found = [(replacement, replacement.there()) for replacement in replacements_in_trainer(trainer)]
-        for replacement, stock in found:
-            if stock is None or not _owner(stock).startswith(replacement.home):
-                warnings.warn(
-                    f"{replacement.what} is {'not there' if stock is None else f'patched by {_owner(stock)}'}, so "
-                    "peft_moe_compat leaves it alone: a training checkpoint of another PEFT layout must be resumed "
-                    "without its optimizer.pt.",
-                    CompatWarning,
-                    stacklevel=2,
-                )
-                return
-        for replacement, stock in found:
-            self._done.append((replacement, stock, replacement.make(stock)))
-            replacement.put(self._done[-1][2])
+        found = replacements_in_trainer(trainer)
+        if missing := next((replacement.what for replacement in found if replacement.missing()), None):
+            warnings.warn(
+                f"{missing} is not there, so peft_moe_compat leaves Trainer alone: a training checkpoint of another "
+                "PEFT layout must be resumed without its optimizer.pt.",
+                CompatWarning,
+                stacklevel=2,
+            )
+        else:
+            self._place(found)
 
     def __enter__(self) -> Activation:
         self._blocks.append(self._fresh)
@@ -128,31 +152,27 @@ class Activation:
         return f"<peft_moe_compat {'active' if self.active else 'restored'}; {self.rule}>"
 
 
-def _owner(function: Any) -> str:
-    """The module a function or class method was written in, of code its file; `functools.wraps` does not hide it."""
-    if isinstance(function, CodeType):
-        return function.co_filename
-    function = getattr(function, "__func__", function)
-    code_globals = getattr(function, "__globals__", {})
-    return str(code_globals.get("__name__") or getattr(function, "__module__", None) or repr(function))
-
-
 def is_active() -> bool:
-    """Whether the library is active in this process."""
-    return _current is not None
+    """Whether the library is active in this process, and forwards of `ParamWrapper` come to its own."""
+    if _current is None:
+        return False
+    from . import reach
+
+    return reach.displaced() is None
 
 
-def inactive_reason() -> Reason | None:
-    """Why a forward that could run fast would not: nobody activated, or somebody replaced what activation put there."""
-    return because("not_active") if _current is None else _current.displaced()
+def not_active_reason() -> Reason | None:
+    return because("not_active") if _current is None else None
 
 
 def activate() -> Activation:
     """Puts the grouped-mm forward in place, importing peft. The same handle comes back while it is active.
 
+    Where somebody has since replaced what it had put in place, it is put there again, on top of theirs.
+
     Raises:
         UnsupportedPeftError: The installed PEFT has no ParamWrapper, or an unknown layout.
-        PatchConflictError: Another library has already patched a function this one replaces.
+        PatchConflictError: Another library has replaced a forward by one that does not call PEFT's own.
     """
     global _current
     # Before the lock: importing peft may activate by itself, and another thread may be in the middle of that.
@@ -166,16 +186,13 @@ def activate() -> Activation:
             _current = handle
             _follow_trainer()
         else:
+            _current._renew()
             _current._fresh = False
         return _current
 
 
 def deactivate() -> None:
-    """Puts back exactly what was there before `activate`, and cancels an activation that still waits for peft.
-
-    Raises:
-        PatchConflictError: Somebody has since replaced one of the functions.
-    """
+    """Puts back exactly what was there before `activate`, and cancels an activation that still waits for peft."""
     global _waiting
     with _lock:
         _waiting = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from ..model.wrappers import (
 )
 from ..releases import LayoutRule
 from .dropout import no_dropout
+from .reach import passed_by, warn_of
+from .reach import state as reach
 
 __all__ = ["KEYWORD", "experts_registry", "registered_forward", "wrapper_forward"]
 
@@ -94,11 +97,19 @@ def experts_registry(module: str = REGISTRY_MODULE) -> Any:
 
 
 def wrapper_forward(peft_forward: Any) -> Any:
-    """What goes in the place of `ParamWrapper.forward`, around the one of the installed PEFT."""
-    rule = installed_rule()
+    """What goes in the place of `ParamWrapper.forward`, around the one of the installed PEFT.
 
+    One function as long as that and the rule are the same: who has kept it comes to it in the next activation too.
+    """
+    return _wrapper_forward(peft_forward, installed_rule())
+
+
+@cache
+def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """`ParamWrapper.forward` with peft_moe_compat active: hands itself down, or falls back to PEFT's own."""
+        if reach.asks and passed_by(self):
+            return peft_forward(self, x, *args, **kwargs)
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return peft_forward(self, x, *args, **kwargs)
         handover: Any = kwargs.get(KEYWORD)
@@ -109,6 +120,8 @@ def wrapper_forward(peft_forward: Any) -> Any:
             reason = experts_reason(handover.experts, handover.is_transposed)
         experts = handover.experts
         if reason := reason or parameter_reason(self, experts):
+            if reason.code == "foreign_implementation":
+                warn_of(reason)
             refuse_native(experts, reason)
             if any(dropout_of(self, name) for name in active_adapters(self)):
                 raise LayoutError(no_dropout(self.parameter_name, reason))

@@ -86,7 +86,7 @@ def _load(model: Any, model_id: Any, adapter_name: str, hub: Mapping[str, Any]) 
 
 
 def from_pretrained(stock: Any) -> Any:
-    @wraps(stock.__func__)
+    @wraps(getattr(stock, "__func__", stock))
     def replacement(
         cls: Any, model: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> Any:
@@ -184,7 +184,7 @@ def _renamed(name: str, key_mapping: Mapping[str, str] | None) -> str:
 
 
 def load_pretrained_model(stock: Any) -> Any:
-    @wraps(stock.__func__)
+    @wraps(getattr(stock, "__func__", stock))
     def replacement(cls: Any, *args: Any, **kwargs: Any) -> Any:
         load = _loading.get()
         if load is not None and load.source is not None:

@@ -6,23 +6,24 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from ..model.experts import REGISTRY_MODULE
 from ..model.weights import FP8_MODULE
-from ..model.wrappers import TAKEN_IMPLEMENTATIONS
+from ..model.wrappers import TAKEN_IMPLEMENTATIONS, TAKES_LORA
 from . import dropout, hotswap, kbit, loading, parametrised, resuming, saving, sharding, whole_state
 from .forward import experts_registry, registered_forward, wrapper_forward
+from .reach import comes_to_peft, displaced, owner_of, watched_call
 from .resuming import forget_converted
 
-__all__ = ["Replacement", "forget_converted", "replacements", "replacements_in_trainer"]
+__all__ = ["Placed", "Replacement", "below", "forget_converted", "replacements", "replacements_in_trainer"]
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A function that is replaced while the library is active.
+    """A function that is replaced while the library is active. Ours calls what was there, whoever has written it.
 
     Attributes:
         owner: The class, module or mapping that holds it.
@@ -30,7 +31,6 @@ class Replacement:
         home: How the name of the module it was written in begins; any other is somebody else's patch.
         make: What was there, as it stands in the owner's `__dict__` -> what goes there instead.
         what: For messages.
-        of_forward: Whether a forward depends on it; the others are of loading, saving and making adapters.
     """
 
     owner: Any
@@ -38,7 +38,6 @@ class Replacement:
     home: str
     make: Callable[[Any], Any]
     what: str
-    of_forward: bool = False
 
     def there(self) -> Any:
         """What is in place now."""
@@ -50,8 +49,76 @@ class Replacement:
         else:
             setattr(self.owner, self.name, function)
 
+    def missing(self) -> bool:
+        return self.there() is None
 
-class CodeReplacement(Replacement):
+    def foreign(self, found: Any) -> bool:
+        """Whether somebody else has written what was found there."""
+        return not owner_of(found).startswith(self.home)
+
+    def taken(self, _found: Any) -> bool:
+        """Whether ours can call what somebody else has put there."""
+        return True
+
+    def lost(self, ours: Any) -> bool:
+        """Whether something else has taken the place of ours."""
+        return self.there() is not ours
+
+    def made(self) -> Placed:
+        """Ours, for what is there or stands below an earlier one of ours that is off; not in its place yet."""
+        placed = Placed(self, below(self.there()))
+        placed.ours = self._ours(placed)
+        setattr(placed.ours, _PLACED, placed)
+        return placed
+
+    def _ours(self, placed: Placed) -> Any:
+        return _switched(self.make(placed.stock), placed.stock, placed)
+
+
+class ForwardReplacement(Replacement):
+    """Of what runs at every forward: ours asks by itself whether the library is active."""
+
+    def _ours(self, placed: Placed) -> Any:
+        return self.make(placed.stock)
+
+
+class WrapperForward(ForwardReplacement):
+    """`ParamWrapper.forward`: one that calls PEFT's own on, for what is not its, is called by ours."""
+
+    def taken(self, found: Any) -> bool:
+        return comes_to_peft(found)
+
+    def lost(self, _ours: Any) -> bool:
+        return displaced() is not None
+
+
+class WrapperCall(ForwardReplacement):
+    """`ParamWrapper.__call__`, which that class does not have itself, and has no more when it is put back."""
+
+    def missing(self) -> bool:
+        return False
+
+    def foreign(self, found: Any) -> bool:
+        return found is not None
+
+    def put(self, function: Any) -> None:
+        if function is None:
+            delattr(self.owner, self.name)
+        else:
+            super().put(function)
+
+
+class RegistryEntry(ForwardReplacement):
+    """One of transformers' experts implementations, which somebody has registered anew where it is not theirs."""
+
+    def taken(self, _found: Any) -> bool:
+        return False
+
+    def lost(self, _ours: Any) -> bool:
+        return not hasattr(self.there(), TAKES_LORA)
+
+
+class CodeReplacement(ForwardReplacement):
     """The code of a function, its `owner`: for one that others hold by its name. See `kbit`."""
 
     def there(self) -> Any:
@@ -60,9 +127,63 @@ class CodeReplacement(Replacement):
     def put(self, function: Any) -> None:
         kbit.put_code(self.owner, function)
 
+    def foreign(self, found: Any) -> bool:
+        return not found.co_filename.startswith(self.home)
 
-def _attribute(owner: Any, name: str, home: str, make: Callable[[Any], Any], of_forward: bool = False) -> Replacement:
-    return Replacement(owner, name, home, make, f"{owner.__name__}.{name}", of_forward)
+    def lost(self, _ours: Any) -> bool:
+        return False
+
+    def made(self) -> Placed:
+        return Placed(self, self.there(), self.make(self.there()))
+
+
+@dataclass(eq=False)
+class Placed:
+    """A replacement as it was made: what was there, ours, and whether ours still does more than to call that.
+
+    Whoever has put something on top of ours, or kept ours, goes on calling it when it has been switched off.
+    """
+
+    replacement: Replacement
+    stock: Any
+    ours: Any = None
+    on: bool = True
+
+    def take_back(self) -> None:
+        """Puts back what was there, unless something else has taken the place of ours."""
+        if self.replacement.there() is self.ours:
+            self.replacement.put(self.stock)
+        self.on = False
+
+
+_PLACED = "_peft_moe_compat_placed"
+
+
+def _switched(ours: Any, stock: Any, placed: Placed) -> Any:
+    """Ours while it is on, else what was there."""
+    if isinstance(ours, classmethod):
+
+        @wraps(ours.__func__)
+        def of_class(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            return (ours if placed.on else stock).__get__(None, cls)(*args, **kwargs)
+
+        return classmethod(of_class)
+
+    @wraps(ours)
+    def switched(*args: Any, **kwargs: Any) -> Any:
+        return (ours if placed.on else stock)(*args, **kwargs)
+
+    return switched
+
+
+def below(function: Any) -> Any:
+    """What stands in a place, without what an earlier activation has left there."""
+    placed = getattr(function, _PLACED, None)
+    return below(placed.stock) if placed is not None and placed.ours is function and not placed.on else function
+
+
+def _attribute(owner: Any, name: str, home: str, make: Callable[[Any], Any]) -> Replacement:
+    return Replacement(owner, name, home, make, f"{owner.__name__}.{name}")
 
 
 def replacements() -> list[Replacement]:
@@ -78,7 +199,8 @@ def replacements() -> list[Replacement]:
     accelerator = importlib.import_module("accelerate.accelerator")
     PeftModel, PreTrainedModel = peft.PeftModel, transformers.PreTrainedModel
     return [
-        _attribute(ParamWrapper, "forward", "peft.", wrapper_forward, of_forward=True),
+        WrapperForward(ParamWrapper, "forward", "peft.", wrapper_forward, "ParamWrapper.forward"),
+        WrapperCall(ParamWrapper, "__call__", "", watched_call, "ParamWrapper.__call__"),
         *_registry_entries(),
         _attribute(PeftModel, "from_pretrained", "peft.", loading.from_pretrained),
         _attribute(PeftModel, "load_adapter", "peft.", loading.load_adapter),
@@ -98,7 +220,6 @@ def replacements() -> list[Replacement]:
         _attribute(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),
         _attribute(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
         _attribute(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
-        _of_kbit_training(peft),
         _attribute(accelerator.Accelerator, "save_state", "accelerate.", whole_state.save_state),
         _attribute(
             importlib.import_module("accelerate.utils.other"),
@@ -106,13 +227,14 @@ def replacements() -> list[Replacement]:
             "safetensors.",
             whole_state.safe_save_file,
         ),
+        *_of_kbit_training(peft),
         _attribute(accelerator, "load_accelerator_state", "accelerate.", whole_state.load_accelerator_state),
         *_of_conversions(),
         *_of_sharded_experts(ParamWrapper),
     ]
 
 
-def _registry_entries() -> list[Replacement]:
+def _registry_entries() -> list[RegistryEntry]:
     """Of transformers' registries of experts forwards, each in the layer that holds it.
 
     So whoever registers another one later is heard.
@@ -124,14 +246,18 @@ def _registry_entries() -> list[Replacement]:
             if key in registry:
                 mapping = registry._local_mapping if key in registry._local_mapping else registry._global_mapping
                 what = f"transformers' {whose}experts implementation {key!r}"
-                found.append(Replacement(mapping, key, "transformers.", registered_forward, what, of_forward=True))
+                found.append(RegistryEntry(mapping, key, "transformers.", registered_forward, what))
     return found
 
 
-def _of_kbit_training(peft: Any) -> Replacement:
-    function = peft.prepare_model_for_kbit_training
+def _of_kbit_training(peft: Any) -> list[Replacement]:
+    """PEFT's own function: under its first name where somebody else's calls it under the others."""
     home, what = str(Path(peft.__file__).parent), "peft.prepare_model_for_kbit_training"
-    return CodeReplacement(function, "__code__", home, partial(kbit.take_over, function), what)
+    for module in (peft, peft.utils, peft.utils.other):
+        function = module.prepare_model_for_kbit_training
+        if owner_of(function).startswith("peft."):
+            return [CodeReplacement(function, "__code__", home, partial(kbit.take_over, function), what)]
+    return []
 
 
 def _of_conversions() -> list[Replacement]:

@@ -122,7 +122,7 @@ def _named(model: Any, adapter: str, config: Any) -> dict[str, Any]:
             "and leaves that LoRA out. This library reads it; `peft-moe-compat convert ADAPTER OUT --to peft --model "
             "BASE` writes what PEFT reads without it.",
             CompatWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return {}
     return new

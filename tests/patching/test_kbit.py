@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import types
 
 import peft
 import pytest
@@ -12,7 +11,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from support import zoo
 
 import peft_moe_compat
-from peft_moe_compat import CompatWarning, PatchConflictError
+from peft_moe_compat import CompatWarning
 
 ATTENTION = ["q_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"]
 HALF = [torch.bfloat16, torch.float16]
@@ -157,19 +156,22 @@ def test_arguments_arrive_and_an_error_leaves_the_model_whole():
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def test_somebody_elses_code_is_refused_by_name():
+def test_somebody_elses_code_is_called_by_ours_and_comes_back():
     peft_moe_compat.deactivate()
     function = prepare_model_for_kbit_training
     code = function.__code__
-    function.__code__ = (lambda model, *args, **kwargs: model).__code__
+    function.__code__ = theirs = (lambda model, *args, **kwargs: list(model.named_parameters())).__code__
+    model = zoo.tiny_model(zoo.FAMILIES[-1]).bfloat16()
+    names = [name for name, _ in model.named_parameters()]
     try:
-        with pytest.raises(
-            PatchConflictError, match=r"prepare_model_for_kbit_training is already patched by .*test_kbit"
-        ):
-            peft_moe_compat.activate()
+        with peft_moe_compat.activate():
+            seen = [name for name, _ in function(model)]
+        assert function.__code__ is theirs
     finally:
         function.__code__ = code
-    assert isinstance(code, types.CodeType)
+    assert set(names) - set(seen) == (
+        {n for n in names if "experts" in n and "gate.w" not in n} if zoo.FUSED else set()
+    )
 
 
 def test_a_model_without_experts_is_none_of_its_business():

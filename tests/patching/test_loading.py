@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import warnings
-from types import CodeType
 
 import peft
 import pytest
@@ -38,10 +36,9 @@ from peft_moe_compat.errors import (
     AdapterFileError,
     AmbiguousAdapterError,
     LayoutError,
-    PatchConflictError,
 )
 from peft_moe_compat.patching.opening import written_by
-from peft_moe_compat.patching.replacements import replacements
+from peft_moe_compat.patching.replacements import Replacement, below, replacements
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
@@ -488,30 +485,62 @@ def test_stacks_that_peft_would_leave_out_are_an_error(tmp_path):
         PeftModel.from_pretrained(fresh(), tmp_path)
 
 
-def test_everything_comes_back_and_a_foreign_patch_is_refused():
+def test_everything_comes_back():
     peft_moe_compat.deactivate()
     before = [r.there() for r in replacements()]
     with peft_moe_compat.activate():
         during = [r.there() for r in replacements()]
         assert all(ours is not theirs for ours, theirs in zip(during, before, strict=True))
     assert all(now is was for now, was in zip((r.there() for r in replacements()), before, strict=True))
-    for replacement, stock_function in zip(replacements(), before, strict=True):
-        foreign = lambda *args, **kwargs: None  # noqa: E731
-        is_code = isinstance(stock_function, CodeType)
-        replacement.put(foreign.__code__ if is_code else foreign)
-        who = re.escape(__file__ if is_code else "patching")
-        try:
-            with pytest.raises(PatchConflictError, match=f"{re.escape(replacement.what)} is already patched by {who}"):
-                peft_moe_compat.activate()
-        finally:
-            replacement.put(stock_function)
-    peft_moe_compat.activate()
-    ours = PeftModel.load_adapter
-    PeftModel.load_adapter = foreign
-    try:
-        with pytest.raises(PatchConflictError, match="load_adapter was replaced by patching.test_loading"):
-            peft_moe_compat.deactivate()
-        assert peft_moe_compat.patching.activation.inactive_reason() is None  # the forward runs all the same
-    finally:
-        PeftModel.load_adapter = ours
+
+
+def calling_on(stock, calls):
+    """Somebody else's function around one that is there."""
+    if isinstance(stock, classmethod):
+        return classmethod(calling_on(stock.__func__, calls))
+
+    def foreign(*args, **kwargs):
+        calls.append(stock)
+        return stock(*args, **kwargs)
+
+    return foreign
+
+
+def test_what_wraps_a_loader_and_calls_on_stays_and_ours_is_on_top_of_it(tmp_path):
+    """ms-swift's around `PeftModel.load_adapter`, and the like around every function but forwards."""
+    expected, fresh = save(tmp_path)
+    rewrite(tmp_path, flipped, peft_version=written_otherwise())
     peft_moe_compat.deactivate()
+    calls, before = [], [(r, r.there()) for r in replacements() if type(r) is Replacement]
+    try:
+        for replacement, stock in before:
+            replacement.put(calling_on(stock, calls))
+        theirs = [r.there() for r, _ in before]
+        for _ in range(2):
+            with peft_moe_compat.activate():
+                assert_equal(PeftModel.from_pretrained(fresh(), tmp_path), expected)
+            assert [r.there() for r, _ in before] == theirs
+        assert len(calls) > 4
+    finally:
+        for replacement, stock in before:
+            replacement.put(stock)
+
+
+def test_a_loader_wrapped_on_top_of_ours_goes_on_when_ours_is_off_and_on_again():
+    peft_moe_compat.deactivate()
+    stock, calls = vars(PeftModel)["load_adapter"], []
+    peft_moe_compat.activate()
+    ours = vars(PeftModel)["load_adapter"]
+    PeftModel.load_adapter = theirs = calling_on(ours, calls)
+    try:
+        peft_moe_compat.deactivate()
+        assert vars(PeftModel)["load_adapter"] is theirs
+        with peft_moe_compat.activate():  # on top of theirs, and the one below does no more than call on
+            assert vars(PeftModel)["load_adapter"] is not theirs
+        assert vars(PeftModel)["load_adapter"] is theirs
+        PeftModel.load_adapter = ours  # as they found it
+        with peft_moe_compat.activate():
+            assert below(vars(PeftModel)["load_adapter"]) is not ours
+        assert vars(PeftModel)["load_adapter"] is stock
+    finally:
+        PeftModel.load_adapter = stock

@@ -461,15 +461,15 @@ print("RESULT" + json.dumps([lazy, modules, after, again]))
     ("before", "imported"), [("", False), ("from transformers import Trainer", True), ("import peft", False)]
 )
 def test_trainer_is_followed_whenever_it_is_imported_and_never_by_us(before, imported):
-    ours, theirs = (["peft_moe_compat.patching.resuming"] * 2, ["transformers.trainer"] * 2)
+    ours, theirs = (["peft_moe_compat.patching.replacements"] * 2, ["transformers.trainer"] * 2)
     assert result_of(IMPORTS.format(before=before), timeout=120) == [imported, ours, theirs, ours]
 
 
-def test_a_trainer_that_somebody_else_patched_is_left_alone(monkeypatch):
+def test_a_trainer_that_somebody_else_patched_calls_theirs(monkeypatch):
     peft_moe_compat.deactivate()
     genuine = Trainer.train
-    monkeypatch.setattr(Trainer, "train", lambda self, *args, **kwargs: genuine(self, *args, **kwargs))
-    with pytest.warns(CompatWarning, match=r"Trainer.train is patched by .*test_resuming.*without its optimizer.pt"):
-        peft_moe_compat.activate()
-    assert peft_moe_compat.is_active()
-    peft_moe_compat.deactivate()
+    theirs = lambda self, *args, **kwargs: genuine(self, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(Trainer, "train", theirs)
+    with peft_moe_compat.activate():
+        assert Trainer.train is not theirs
+    assert Trainer.train is theirs

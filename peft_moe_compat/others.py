@@ -1,0 +1,41 @@
+"""Libraries that train with PEFT or patch it, and what each needs beside this one: one row each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["OTHERS", "Other", "remedy"]
+
+
+@dataclass(frozen=True)
+class Other:
+    """One library.
+
+    Attributes:
+        distribution: What pip calls it.
+        package: What the names of its modules begin with.
+        needs: What to do so that experts train in this library's forward, in a sentence or two.
+        remedy: What to do where its forward has taken the place of this library's.
+    """
+
+    distribution: str
+    package: str
+    needs: str
+    remedy: str = ""
+
+
+_LIGER = 'set liger_kernel_config={"swiglu": False} beside use_liger_kernel'
+_UNSLOTH = "Unsloth trains experts in a forward of its own; leave out its import or this library"
+
+OTHERS = (
+    Other("liger-kernel", "liger_kernel", f"{_LIGER}: its experts forward does not run inside of PEFT.", _LIGER),
+    Other("unsloth", "unsloth", f"{_UNSLOTH}.", _UNSLOTH),
+    Other("unsloth_zoo", "unsloth_zoo", f"{_UNSLOTH}.", _UNSLOTH),
+)
+
+
+def remedy(owner: str) -> str:
+    """What to do about a function of the module `owner` that is in the place of this library's."""
+    package = owner.partition(".")[0]
+    rows = (row.remedy for row in OTHERS if row.package == package and row.remedy)
+    return next(rows, "undo that, then call peft_moe_compat.activate()")
