@@ -120,10 +120,21 @@ class BaseModel:
         return f"{self.name} ({shown})"
 
     @property
+    def expert_counts(self) -> frozenset[int]:
+        """Every E that the config allows: of longcat_flash's gate_up with its zero experts, of down without."""
+        found = {count for scope in self.scopes for count in scope.num_experts}
+        return frozenset(found | {count for count, _, _ in self.stacks.values()})
+
+    @property
     def num_experts(self) -> int | None:
         """E, where the config allows only one."""
-        found = {count for scope in self.scopes for count in scope.num_experts}
-        found |= {count for count, _, _ in self.stacks.values()}
+        return next(iter(self.expert_counts)) if len(self.expert_counts) == 1 else None
+
+    @property
+    def active_experts(self) -> int | None:
+        """Experts per token, where the config says one number of that name."""
+        parts = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
+        found = {count for part in parts for count in _integers(part, ("num_experts_per_tok",))}
         return found.pop() if len(found) == 1 else None
 
     def linear(self, role: str) -> str:

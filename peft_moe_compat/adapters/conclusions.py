@@ -86,19 +86,35 @@ SENTENCES = {
 # Code of a finding -> how grave it is, and its sentence, of the fields of `Finding.detail`.
 FINDINGS = {
     "not_finite": ("error", "{nan} NaN and {infinite} infinite entries"),
-    "zero_experts": ("warning", "lora_A of {count} of {of} experts is zero or missing, as training never leaves it"),
-    "untrained_experts": ("note", "lora_B of {count} of {of} experts is zero: no token reached them, or it was lost"),
+    "zero_experts": (
+        "warning",
+        "lora_A of {count} of {of} experts is zero or missing, as training never leaves it: {experts}",
+    ),
+    "untrained_experts": (
+        "note",
+        "lora_B of {count} of {of} experts is zero, as no token reached them, or it was lost: {experts}",
+    ),
     "not_trained": ("note", "lora_B is zero: not trained"),
     "zero_half": ("warning", "all rows of the update of {half} are zero"),
     "zero_rows": ("warning", "{count} of {of} rows of the update are zero in every expert"),
-    "sparse_experts": ("warning", "a quarter or more of the update's rows are zero in {count} of {of} experts"),
+    "sparse_experts": (
+        "warning",
+        "a quarter or more of the update's rows are zero in {count} of {of} experts: {experts}",
+    ),
     "zero_columns": ("warning", "{count} of {of} columns of the update are zero in every expert"),
-    "lost_ranks": ("warning", "ranks of lora_A are zero where lora_B has numbers, in {count} of {of} experts"),
-    "far_experts": ("warning", "the updates of {count} of {of} experts are far from the others' in norm"),
+    "lost_ranks": (
+        "warning",
+        "ranks of lora_A are zero where lora_B has numbers, in {count} of {of} experts: {experts}",
+    ),
+    "far_experts": (
+        "warning",
+        "the updates of {count} of {of} experts are far from the median in norm: {experts}, by factors of {ratios}",
+    ),
     "far_layers": ("warning", "the updates of layers {layers} are far from those of the other layers in norm"),
     "missing_layers": ("warning", "layers {layers} have none, between layers that do"),
     "not_settled": ("note", "looked at without telling experts apart: what the file holds is not settled"),
 }
+_SHOWN = 12  # experts or layers in a sentence; all of them are in the detail
 # When a flag settles something -> how that is said; "otherwise" goes with the flag before it.
 _WHEN = {
     "": "{flag}",
@@ -211,11 +227,15 @@ class Finding:
         return FINDINGS[self.code][0]
 
     def __str__(self) -> str:
-        shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in self.detail.items()}
+        shown = {name: _listed(value) if isinstance(value, list) else value for name, value in self.detail.items()}
         return FINDINGS[self.code][1].format(**shown)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "level": self.level, "text": str(self)}
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(map(str, values[:_SHOWN])) + (", ..." if len(values) > _SHOWN else "")
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _looks(module: ExpertsModule, source: AdapterSource, decision: Decision) -> 
         for slot in module.slots:
             yield _Look(open_part(module.path, slot), settled=False)
         return
-    parts = expert_parts(module, decision, base.num_experts if base else None)
+    parts = expert_parts(module, decision, base.expert_counts if base else ())
     reading = decision.readings.get(module.path)
     each = slot_orientations(reading.orientation, reading.counts) if reading else ["linear"] * len(parts)
     for part, orientation in zip(parts, each, strict=True):

@@ -181,8 +181,13 @@ def _empty_half(empty: Tensor, interleaved: bool) -> str | None:
 
 
 def gaps(layers: Sequence[int]) -> list[int]:
-    """The layers missing in the middle of those given, where they otherwise follow each other at one distance."""
+    """The layers missing in the middle of those given, where they otherwise follow each other at one distance.
+
+    Of three layers the middle one is missed: two alone show no distance.
+    """
     there = sorted(set(layers))
+    if len(there) == 2 and there[1] - there[0] == 2:
+        return [there[0] + 1]
     steps = [after - before for before, after in pairwise(there)]
     step = min(steps, default=1)
     wider = [wide for wide in steps if wide > step]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def inspect_adapter(
         orientation=decision.orientation,
         packing=decision.packing,
         nesting=decision.nesting,
-        modules=tuple(_summary(module, decision, base.num_experts if base else None) for module in source.modules),
+        modules=tuple(_summary(module, decision, base.expert_counts if base else ()) for module in source.modules),
         other_tensors=len(others),
         other_bytes=sum(infos[name].nbytes for name in others),
         readers=reader_verdicts(source, decision, None if beside == "not installed" else beside),
@@ -78,12 +78,12 @@ def inspect_adapter(
     )
 
 
-def _summary(module: ExpertsModule, decision: Decision, total: int | None) -> ExpertsSummary:
+def _summary(module: ExpertsModule, decision: Decision, counts: Collection[int]) -> ExpertsSummary:
     if module.form == "fused" and module.path not in decision.readings:  # open: the rows alone are known
-        counts = decision.expert_counts.get(module.path)
+        rows = decision.expert_counts.get(module.path)
         nothing = ProjectionSummary(None, None, None, None, None)
-        return ExpertsSummary(module.path, module.form, max(counts) if counts else None, (nothing,) * len(module.slots))
-    parts = expert_parts(module, decision, total if module.form == "stacked" else None)
+        return ExpertsSummary(module.path, module.form, max(rows) if rows else None, (nothing,) * len(module.slots))
+    parts = expert_parts(module, decision, counts if module.form == "stacked" else ())
     loras = [part.meta for part in parts]
     projections = (
         ProjectionSummary(part.name, lora.rank, lora.scaling, lora.in_features, lora.out_features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -61,14 +61,14 @@ class Part:
 
 
 def expert_parts(
-    module: ExpertsModule, decision: Decision | None, num_experts: int | None = None, fill_missing: bool = True
+    module: ExpertsModule, decision: Decision | None, counts: Collection[int] = (), fill_missing: bool = True
 ) -> list[Part]:
     """The LoRA of an experts module; fused ones innermost wrapper first.
 
     Args:
         module: Of any form.
         decision: What a file with fused modules holds.
-        num_experts: E, where it is known.
+        counts: Of experts that the model may have, where that is known. A linear has the fewest that it has LoRA for.
         fill_missing: Whether experts of a per-expert module without LoRA get one of zeros.
 
     Raises:
@@ -76,19 +76,24 @@ def expert_parts(
         AdapterError: Experts are missing and `fill_missing` is false, or they share a LoRA and E is not known.
     """
     if module.form == "stacked":
-        return [_stack_part(module.path, slot, num_experts) for slot in module.stacks]
+        return [_stack_part(module.path, slot, counts) for slot in module.stacks]
     if decision is not None and module.form == "fused":
         return _fused_parts(module, decision)
     by_linear: dict[str, dict[int, ExpertSlot]] = {}
     for slot in module.experts:
         by_linear.setdefault(slot.linear, {})[slot.expert] = slot
-    total = num_experts or 1 + max(slot.expert for slot in module.experts)
-    if total > MAX_EXPERTS:
+    needed = {linear: 1 + max(slots) for linear, slots in by_linear.items()}
+    most = max(needed.values())
+    if most > MAX_EXPERTS:
         raise AdapterFileError(
-            f"{module.path!r} has LoRA for expert {total - 1}; fewer than {MAX_EXPERTS} were expected. Is the file "
+            f"{module.path!r} has LoRA for expert {most - 1}; fewer than {MAX_EXPERTS} were expected. Is the file "
             "damaged?"
         )
-    return [_linear_part(module.path, linear, slots, total, fill_missing) for linear, slots in by_linear.items()]
+    found = []
+    for linear, slots in by_linear.items():
+        total = min((c for c in counts if c >= needed[linear]), default=max(counts)) if counts else most
+        found.append(_linear_part(module.path, linear, slots, total, fill_missing))
+    return found
 
 
 def _fused_parts(module: ExpertsModule, decision: Decision) -> list[Part]:
@@ -119,9 +124,9 @@ def _from_stacks(slot: FusedSlot, scaling: float, tensors: Mapping[str, Tensor])
     return ExpertLora(A, B if slot.expert_slowest else B.permute(2, 0, 1), scaling)
 
 
-def _stack_part(path: str, slot: StackSlot, num_experts: int | None) -> Part:
-    total = slot.num_experts if slot.num_experts > 1 else num_experts
-    if total is None:
+def _stack_part(path: str, slot: StackSlot, counts: Collection[int]) -> Part:
+    total = slot.num_experts if slot.num_experts > 1 else max(counts, default=0)
+    if slot.num_experts == 1 and len(counts) != 1:
         raise AdapterError(
             f"All experts of {path!r} share one LoRA on {slot.parameter}. Pass --model (model=...) to tell how many "
             "experts there are."

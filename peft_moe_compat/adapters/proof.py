@@ -19,8 +19,8 @@ __all__ = ["Proof", "Prover", "by_rules"]
 # How it is known -> its sentence, given the details.
 _SENTENCES = {
     "model": "{0} takes every tensor, in a model of {1} without weights",
-    "rules": "{0} reads it, by what inspect knows of its rules for names, shapes and config",
-    "none": "nothing proves it: {0}",
+    "rules": "by what is known of its rules for names, shapes and config, {0} reads it; it was not tried",
+    "none": "not known whether it is read: {0}",
 }
 
 

@@ -26,7 +26,7 @@ def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) 
     found: list[Part] = []
     base = source.base
     for module in source.modules:
-        parts = expert_parts(module, decision, base.num_experts if base else None, fill_missing)
+        parts = expert_parts(module, decision, base.expert_counts if base else (), fill_missing)
         if base is not None and module.form != "fused":  # what is fused was checked by `decide`
             if not base.gated:  # the up projection, as SGLang, Tinker and NeMo Automodel call it
                 parts = [replace(part, role="up") if part.role in ("gate", "gate_up") else part for part in parts]

@@ -16,6 +16,7 @@ from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_co
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, ordinary_file, read_json, show
 from .names import PREFIX, Names, in_model, sort_names
+from .ranks import lora_rank
 from .renaming import renamed, renamed_config
 from .safetensors_io import TensorInfo
 from .slots import ExpertsModule, LinearSlot, experts_modules, is_signed_float, linear_slots
@@ -157,7 +158,7 @@ def _opened(
     names = sort_names(tensors.infos, config)
     _check_experts(folder, names)
     base = base_model_of(config.base_model_name, stated.model)
-    if automodel and automodel.get("moe_rank_scaling") and (ranks := _automodel_ranks(folder, names, base)):
+    if automodel and automodel.get("moe_rank_scaling") and (ranks := _automodel_ranks(folder, names, config, base)):
         config = parse_config({**raw, "rank_pattern": ranks | (raw.get("rank_pattern") or {})})
     stamp = read_stamp(tensors.metadata)
     if stamp is not None:
@@ -200,7 +201,7 @@ def _check_experts(folder: Path, names: Names) -> None:
             raise AdapterFileError(f"{factor.name!r} is {factor.dtype}; LoRA of floating-point numbers was needed.")
 
 
-def _automodel_ranks(folder: Path, names: Names, base: BaseModel | None) -> dict[str, int]:
+def _automodel_ranks(folder: Path, names: Names, config: AdapterConfig, base: BaseModel | None) -> dict[str, int]:
     """Pattern -> rank of the fused experts, which the config does not say."""
     found = {}
     for path, places in names.pairs.items():
@@ -212,5 +213,13 @@ def _automodel_ranks(folder: Path, names: Names, base: BaseModel | None) -> dict
                 f"{folder} was trained with NeMo Automodel's moe_rank_scaling: its experts have a rank of their own, "
                 "which adapter_config.json does not say. Pass --model (model=...): its number of experts tells."
             )
-        found[rf"{path}\.[^.]+"] = lora_A.shape[0] // base.num_experts
+        rank, rest = divmod(lora_A.shape[0], base.num_experts)
+        whole, active = lora_rank(config.raw, path), base.active_experts
+        if rest or not 0 < rank <= whole or (active is not None and rank != whole // active):
+            raise AdapterFileError(
+                f"{folder} was trained with NeMo Automodel's moe_rank_scaling: an expert has the rank {whole} // "
+                f"{active or 'experts per token'}. lora_A of {path!r} has {lora_A.shape[0]} rows, for the "
+                f"{base.num_experts} experts of {base.name}. Is it the adapter's base model?"
+            )
+        found[rf"{path}\.[^.]+"] = rank
     return found

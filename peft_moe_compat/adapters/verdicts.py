@@ -36,7 +36,8 @@ _WORDS = {
     "reads": "as it is written for it",
     "fails": "it needs {}; convert it with {}",
     "wrong": "it needs {}, and says nothing where that lacks; convert it with {}",
-    "unknown": "not tested as it is, where it lacks {}; to be sure, convert it with {}",
+    "unknown": "it may take the file as it is: nobody has tried. A conversion would give it {}; to be sure, convert it "
+    "with {}",
 }
 
 

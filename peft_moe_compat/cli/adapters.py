@@ -303,12 +303,14 @@ _EXACTNESS = {
     "lossy": "something was left out",
 }
 
+_KNOWN = {"model": "proof", "rules": "judged", "none": "unproven"}
+
 
 def _show_conversion(done: Conversion, console: Console) -> None:
     console.print(plain(f"{done.out}: for {done.target}; {_EXACTNESS[done.exactness]}."), markup=False, highlight=False)
     for step in done.steps:
         console.print(plain(f"  {step}"), markup=False, highlight=False)
-    console.print(plain(f"proof: {done.proof}."), markup=False, highlight=False)
+    console.print(plain(f"{_KNOWN[done.proof.by]}: {done.proof}."), markup=False, highlight=False)
 
 
 def _show_verification(found: Verification, console: Console) -> None:

@@ -68,7 +68,7 @@ def check_per_expert(source: AdapterSource, model: Any, adapter_name: str) -> No
         for role, parameter in facts.parameters.items():
             E, _, fan_out = facts.stacks.get((path, parameter), (0, 0, 0))
             branches = ("gate", "up") if role == "gate_up" else (role,)
-            parts = {p.role: p for p in expert_parts(module, None, E)} if E else {}
+            parts = {p.role: p for p in expert_parts(module, None, (E, max(facts.expert_counts)))} if E else {}
             lora, share = held.get(parameter, _NOTHING)
             if not parts.keys() & set(branches) or (lora is not None and _elsewhere(lora)):
                 continue

@@ -6,6 +6,7 @@ The names and shapes are those of tests/fixtures/FORMS.md.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,6 +343,41 @@ def test_square_factors_of_nemo_automodel_lie_as_their_names_say(tmp_path, r):
     convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
     found = read_adapter(tmp_path / "out", QWEN, 4, orientation="linear", nesting=QWEN.parameters)
     assert_updates(found.experts, updates)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_local_experts": 8},  # rank 8 of r 8, at two experts per token
+        {"num_local_experts": 32},  # rank 2
+        {"num_local_experts": 12},
+        {"num_local_experts": 128},
+        {"num_local_experts": 4, "num_experts_per_tok": None},  # rank 16
+        {"num_experts_per_tok": 4},
+    ],
+)
+def test_the_rank_of_nemo_automodel_tells_another_base_model(tmp_path, config):
+    folder = Path(__file__).parents[1] / "fixtures" / "handmade" / "nemo_automodel_0_7_rank_scaling"
+    model = json.loads((folder / "base_config.json").read_text())
+    convert_adapter(folder, tmp_path / "out", to=NEW, model=model)
+    with pytest.raises(AdapterFileError, match="moe_rank_scaling.*Is it the adapter's base model"):
+        convert_adapter(folder, tmp_path / "other", to=NEW, model=model | config)
+
+
+def test_zero_experts_come_back(tmp_path):
+    """longcat_flash has rows for its zero experts in gate_up_proj alone."""
+    spec, more = Spec(layers=(0,)), Spec(E=6, layers=(0,))
+    factors = {**more.factors(("gate_up",)), **spec.factors(("down",))}
+    model = {"model_type": "longcat_flash", "n_routed_experts": 4, "zero_expert_num": 2}
+    model |= {"hidden_size": spec.H, "expert_ffn_hidden_size": spec.I}
+    source = save_fused(tmp_path / "in", spec, factors, peft_version="0.21.2")
+    convert_adapter(source, tmp_path / "each", to="per-expert", model=model)
+    convert_adapter(tmp_path / "each", tmp_path / "back", to=NEW, model=model)
+    assert_identical(load(tmp_path / "back"), load(source))
+    tensors = {name: tensor for name, tensor in load(tmp_path / "each").items() if ".3.down_proj" not in name}
+    less = save(tmp_path / "less", tensors, read_config(tmp_path / "each"))
+    with pytest.raises(AdapterError, match=r"down_proj has LoRA for 3 of 4 experts"):
+        convert_adapter(less, tmp_path / "out", to=NEW, model=model)
 
 
 def test_a_router_may_be_a_stack_of_one(tmp_path):
