@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from .adapters.verify import Verification, verify_adapters
     from .adapters.verify_merge import MergeVerification, verify_merge
     from .forward.backend import set_backend
+    from .handover import AdapterStream, adapter_tensors, save_adapter
     from .integrations.transformers import ReportCallback
     from .layout import ExpertLora
     from .model.experts import declare_layout
@@ -100,6 +101,7 @@ __all__ = [
     "Activation",
     "AdapterError",
     "AdapterFileError",
+    "AdapterStream",
     "AmbiguousAdapterError",
     "BitsAndBytesExpertsConfig",
     "CompatWarning",
@@ -122,6 +124,7 @@ __all__ = [
     "Verification",
     "__version__",
     "activate",
+    "adapter_tensors",
     "convert_adapter",
     "deactivate",
     "declare_layout",
@@ -133,6 +136,7 @@ __all__ = [
     "quantize_experts",
     "release_for",
     "report",
+    "save_adapter",
     "set_backend",
     "verify_adapters",
     "verify_merge",
@@ -141,6 +145,7 @@ __all__ = [
 
 # Public names that would slow the import down, most of them by needing torch, and the modules they come from.
 _LAZY = {
+    "AdapterStream": "handover",
     "BitsAndBytesExpertsConfig": "quantising.experts",
     "Conversion": "adapters.convert",
     "ExpertLora": "layout",
@@ -152,6 +157,7 @@ _LAZY = {
     "Report": "reporting",
     "ReportCallback": "integrations.transformers",
     "Verification": "adapters.verify",
+    "adapter_tensors": "handover",
     "convert_adapter": "proving",
     "declare_layout": "model.experts",
     "expert_loras": "model.wrappers",
@@ -161,6 +167,7 @@ _LAZY = {
     "quantize_experts": "quantising.experts",
     "release_for": "releases",
     "report": "reporting",
+    "save_adapter": "handover",
     "set_backend": "forward.backend",
     "verify_adapters": "adapters.verify",
     "verify_merge": "adapters.verify_merge",

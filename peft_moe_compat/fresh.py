@@ -89,7 +89,7 @@ def write_fresh_adapter(
     weights = {key: weight for path, layer in layers.items() for key, weight in _weights(path, layer)}
     config = wrapped.peft_config[_NAME]
     config.base_model_name_or_path = str(model)
-    stamp = stamp_of(wrapped, weights)
+    stamp = stamp_of(wrapped, {key: tuple(weight.shape) for key, weight in weights.items()})
     metadata = {} if stamp is None else replace(stamp, config=numbers_of(config.to_dict())).to_metadata()
     with atomic_folder(Path(out), source=Path(model)) as folder:
         with named_for_any_reader(wrapped):

@@ -37,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"showing"},
     "proving": {"errors", "releases", "adapters"},
     "fresh": {"errors", "adapters", "model", "patching", "proving"},
+    "handover": {"errors", "adapters", "model", "patching", "proving"},
 }
 ROOMS["cli"] = {*ROOMS}
 # Within `forward`, from below to above.

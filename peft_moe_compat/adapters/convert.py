@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import AdapterError, LossyConversionError
@@ -17,7 +18,7 @@ from .decide import Decision, decide
 from .files import atomic_folder, usable_path
 from .plan import Plan, plan_conversion
 from .proof import Proof, Prover, by_rules
-from .readers import parse_target
+from .readers import Target, parse_target
 from .refit import refit
 from .renaming import parse_renames
 from .safetensors_io import write_safetensors
@@ -26,7 +27,7 @@ from .stated import Stated
 from .steps import Step, exactness
 from .tensors import SAFETENSORS, check_finite
 
-__all__ = ["Conversion", "Progress", "convert_adapter"]
+__all__ = ["Conversion", "Progress", "convert_adapter", "emitted", "layout_of", "planned", "write_adapter"]
 
 # Called with (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -119,48 +120,66 @@ def convert_adapter(
     target, renames = parse_target(to), parse_renames(rename)
     stated = Stated(model, written_by, orientation, packing, nesting)
     source = open_adapter(adapter, stated, renames)
-    decision = decide(source, stated)
-    if source.form == "none":
-        raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
-    decision.require(str(source.folder))
-    plan = plan_conversion(refit(source, decision, target), fill_missing)
-    how_exact = exactness(plan.steps)
-    if how_exact == "lossy" and not allow_lossy:
-        raise LossyConversionError(
-            f"{target} takes this adapter only with {plan.steps[-1]}. Pass --allow-lossy (allow_lossy=True) for that."
-        )
+    decision, plan = planned(source, stated, target, fill_missing, allow_lossy)
     with atomic_folder(usable_path(out), source=source.folder) as folder:
-        _write(folder, source, plan, progress)
+        write_adapter(folder, source, plan, progress)
         # The base that the adapter's own config names has the old paths.
         asks = prove is not None and not (renames and model is None)
         proof = (prove(folder, target, source.base) if prove and asks else None) or by_rules(
             folder, target, source.base
         )
-    return Conversion(Path(out), str(target), how_exact, plan.steps, decision, proof)
+    return Conversion(Path(out), str(target), exactness(plan.steps), plan.steps, decision, proof)
 
 
-def _write(folder: Path, source: AdapterSource, plan: Plan, progress: Progress | None) -> None:
-    layout = [
+def planned(
+    source: AdapterSource, stated: Stated, target: Target, fill_missing: bool, allow_lossy: bool
+) -> tuple[Decision, Plan]:
+    """What an adapter holds, and how it becomes one for `target`. Raises as `convert_adapter` does."""
+    decision = decide(source, stated)
+    if source.form == "none":
+        raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
+    decision.require(str(source.folder))
+    plan = plan_conversion(refit(source, decision, target), fill_missing)
+    if exactness(plan.steps) == "lossy" and not allow_lossy:
+        raise LossyConversionError(
+            f"{target} takes this adapter only with {plan.steps[-1]}. Pass --allow-lossy (allow_lossy=True) for that."
+        )
+    return decision, plan
+
+
+def layout_of(source: AdapterSource, plan: Plan) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(name, shape, dtype) of every tensor to write, in order."""
+    return [
         (name, tuple(tensor.shape), tensor.dtype)
         for item in plan.items
         for name, tensor in item.emit(source.meta(item.reads))
     ]
+
+
+def emitted(source: AdapterSource, plan: Plan, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of everything to write, in order, where what is read lies; valid until the next is asked for.
+
+    Raises:
+        AdapterFileError: A tensor has NaN or infinite entries.
+    """
     total = sum(source.tensors.infos[name].nbytes for item in plan.items for name in item.reads)
+    done = 0
+    for item in plan.items:
+        with source.tensors.reading(item.reads) as get:
+            for name, tensor in get.items():
+                check_finite(name, tensor)
+                done += source.tensors.infos[name].nbytes
+            for name, tensor in item.emit(get):
+                yield name, tensor.contiguous()
+        if progress is not None:
+            progress(done, total)
 
-    def made() -> Iterator[tuple[str, Tensor]]:
-        done = 0
-        for item in plan.items:
-            with source.tensors.reading(item.reads) as get:
-                for name, tensor in get.items():
-                    check_finite(name, tensor)
-                    done += source.tensors.infos[name].nbytes
-                for name, tensor in item.emit(get):
-                    yield name, tensor.contiguous()
-            if progress is not None:
-                progress(done, total)
 
+def write_adapter(folder: Path, source: AdapterSource, plan: Plan, progress: Progress | None = None) -> None:
+    """The tensors and the config into a folder, a projection in memory at a time."""
     metadata = {"format": "pt"} | (plan.stamp.to_metadata() if plan.stamp else {})
-    write_safetensors(folder / SAFETENSORS, layout, _ahead(made()), metadata)
+    tensors = _ahead(emitted(source, plan, progress))
+    write_safetensors(folder / SAFETENSORS, layout_of(source, plan), tensors, metadata)
     # Fields in order, as PEFT has them; not what is in them, since PEFT takes the first pattern that matches.
     text = json.dumps(dict(sorted(plan.config.items())), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")

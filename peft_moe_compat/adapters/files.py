@@ -211,7 +211,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
+def atomic_folder(out: Path, *, source: Path | None) -> Iterator[Path]:
     """A temporary folder beside `out` to write into; it becomes `out` when the block ends well, else it is removed.
 
     A process killed half-way leaves the input as it was, no `out`, and a folder `.peft-moe-compat-HOST-XXXXXXXX.tmp`,
@@ -219,13 +219,14 @@ def atomic_folder(out: Path, *, source: Path) -> Iterator[Path]:
 
     Args:
         out: The folder to be made. Its parent exists; it does not.
-        source: The file or folder that is read meanwhile; `out` must lie apart from it.
+        source: The file or folder that is read meanwhile, if any; `out` must lie apart from it.
 
     Raises:
         AdapterError: `out` exists, before or after the block, or overlaps `source`, or cannot be made, a full disk
             included.
     """
-    _check_apart(out, source)
+    if source is not None:
+        _check_apart(out, source)
     _check_absent(out)
     if not out.parent.is_dir():
         raise AdapterError(f"{out} cannot be written: there is no folder {out.parent}. Create it first.")

@@ -24,7 +24,7 @@ from .stamp import Stamp, numbers_of, read_stamp
 from .stated import Stated
 from .tensors import AdapterTensors, open_tensors
 
-__all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter"]
+__all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def open_adapter(
             f"{folder} is the folder of a whole model, and one with {CONFIG_NAME} was needed. A merged model is what "
             "`peft-moe-compat verify ADAPTER MERGED --base BASE` compares."
         )
-    return _opened(folder, read_json(folder / CONFIG_NAME), open_tensors(folder), stated)
+    return source_of(folder, read_json(folder / CONFIG_NAME), open_tensors(folder), stated)
 
 
 def _opened_renamed(adapter: str | Path, stated: Stated, renames: Mapping[str, str]) -> AdapterSource:
@@ -108,7 +108,7 @@ def _opened_renamed(adapter: str | Path, stated: Stated, renames: Mapping[str, s
             raise AdapterError(f"rename gives two tensors of {before.folder} one name, {new!r}.")
         infos[new] = replace(before.tensors.infos[name], name=new)
     raw = renamed_config(read_json(before.folder / CONFIG_NAME), renames)
-    after = _opened(before.folder, raw, replace(before.tensors, infos=infos), stated, renames)
+    after = source_of(before.folder, raw, replace(before.tensors, infos=infos), stated, renames)
     now = _kinds(after)
     for name, kind in _kinds(before).items():
         if now[names[name]] != kind:
@@ -145,13 +145,14 @@ def _numbers(source: AdapterSource) -> list[Any]:
     ]
 
 
-def _opened(
+def source_of(
     folder: Path,
     raw: Mapping[str, Any],
     tensors: AdapterTensors,
     stated: Stated,
     renames: Mapping[str, str] = MappingProxyType({}),
 ) -> AdapterSource:
+    """An adapter of this config and these tensors. What else lies in `folder` may speak of it; errors name it."""
     config = parse_config(raw)
     beside = folder / AUTOMODEL_NAME
     automodel = read_json(beside) if ordinary_file(beside) else None

@@ -90,7 +90,7 @@ def safe_save_file(stock: Any) -> Any:
                     "too) gives modules other names. Use model.gradient_checkpointing_enable() instead, which does not."
                 )
             refuse_partitioned(tensors)
-            stamp = stamp_of(model, tensors)
+            stamp = stamp_of(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
             if stamp is not None:
                 # Whoever is killed before the config is written leaves weights that say so.
                 stamp = replace(stamp, config=numbers_of(model.peft_config[adapter].to_dict()))
@@ -113,8 +113,8 @@ def _lost(model: Any, tensors: Mapping[str, Tensor], adapter: str) -> list[str]:
     ]
 
 
-def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
-    """The stamp for a file of these tensors of a live model; None where it has no fused expert LoRA to speak of.
+def stamp_of(model: Any, of_tensors: Mapping[str, tuple[int, ...]]) -> Stamp | None:
+    """The stamp for a file of a live model's tensors, by name and shape; None where no fused expert LoRA is in it.
 
     It speaks of all of the file's expert stacks or not at all: there is none where the orientation of one is unknown or
     differs between its parameters, or the tensors are not those of the wrappers.
@@ -122,7 +122,7 @@ def stamp_of(model: Any, tensors: Mapping[str, Tensor]) -> Stamp | None:
     import peft
     import transformers
 
-    shapes = {unwrapped(name.removeprefix(PREFIX)): tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {unwrapped(name.removeprefix(PREFIX)): shape for name, shape in of_tensors.items()}
     modules = {}
     for path, chain in chains(model).items():
         names = [f"{path}{'.base_layer' * depth}.lora_" for depth in range(len(chain))]

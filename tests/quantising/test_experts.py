@@ -250,6 +250,8 @@ def test_on_the_meta_device_it_has_the_names_and_sizes_of_a_real_one(stored, che
 def test_lora_trains_and_is_saved_as_on_a_plain_model_of_the_same_values(family, stored, checkpoints, stock, tmp_path):
     model = zoo.peft_model(load(checkpoints[family], config_of(stored), torch.float32))
     model.save_pretrained(tmp_path)
+    stream = peft_moe_compat.adapter_tensors(model)
+    zoo.assert_same(dict(stream), load_file(tmp_path / "adapter_model.safetensors"), 0)
     # The file is one of a plain model: PEFT loads it there, whatever order it nests the wrappers in.
     plain = plain_twin(checkpoints[family], stored, dtype=torch.float32)
     plain = PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -213,11 +213,16 @@ def _model(file: ModelFile, architecture: str, hf_config: Any) -> nn.Module:
 
 
 def read(
-    folder: Path, base_config: Mapping[str, Any], *, release: str = RELEASES[-1]
+    adapter: Path | Sequence[tuple[Mapping[str, Any], Iterable[tuple[str, Tensor]]]],
+    base_config: Mapping[str, Any],
+    *,
+    release: str = RELEASES[-1],
 ) -> dict[tuple[int, int, str], Tensor]:
     """(layer, expert, "gate" | "up" | "down") -> the update "out in" in float64 that SGLang adds.
 
-    As a server started with `--lora-paths` of this one adapter. Empty where the experts are not wrapped at all.
+    As a server started with `--lora-paths` of this one adapter's folder; or one that is handed (config, tensors) of one
+    step after the other, by `load_lora_adapter_from_tensors` and `unload_lora_adapter`, the first telling what is
+    wrapped (`--max-lora-rank`, `--lora-target-modules`). Empty where the experts are not wrapped at all.
 
     Raises:
         RuntimeError: With SGLang's message, if loading fails; whatever else SGLang raises when it fills its buffers.
@@ -232,7 +237,9 @@ def read(
         from sglang.srt.lora.lora_manager import LoRAManager
 
         model = _model(_model_file(sources, architecture), architecture, hf_config)
-        reference = SimpleNamespace(lora_id="a", lora_name="a", lora_path=str(Path(folder).resolve()), pinned=False)
+        path = str(adapter.resolve()) if isinstance(adapter, Path) else "__tensor__"
+        reference = SimpleNamespace(lora_id="a", lora_name="a", lora_path=path, pinned=False)
+        first = {} if isinstance(adapter, Path) else adapter[0][0]
         manager = LoRAManager(
             base_model=model,
             base_hf_config=hf_config,
@@ -240,11 +247,22 @@ def read(
             load_config=Placeholder(),
             dtype=torch.float64,
             server_args=_SETTINGS,
-            lora_paths=[reference],
+            lora_paths=[reference] if isinstance(adapter, Path) else [],
+            **({"max_lora_rank": first["r"], "target_modules": set(first["target_modules"])} if first else {}),
         )
+        for config, tensors in () if isinstance(adapter, Path) else adapter:
+            if "a" in manager.loras:
+                _take(manager.unload_lora_adapter(reference))
+            held = {name: tensor.clone() for name, tensor in tensors}
+            _take(manager.load_lora_adapter_from_tensors(reference, held, dict(config)))
         manager.fetch_new_loras({"a"})
         slot = manager.memory_pool.get_buffer_id("a")
         return _updates(model, slot, manager.max_lora_rank)
+
+
+def _take(result: Any) -> None:
+    if not result.success:
+        raise RuntimeError(result.error_message)
 
 
 class _Output:

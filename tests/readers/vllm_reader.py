@@ -18,7 +18,7 @@ import ast
 import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,7 +258,7 @@ def _model(source: _ModelSource, config: Mapping[str, Any], architecture: str, b
 
 
 def read(
-    folder: Path,
+    adapter: Path | Sequence[tuple[Mapping[str, Any], Iterable[tuple[str, Tensor]]]],
     base_config: Mapping[str, Any],
     *,
     release: str = RELEASES[-1],
@@ -270,7 +270,8 @@ def read(
     """(layer, expert, "gate" | "up" | "down") -> the update "out in" in float64 that vLLM adds, where it adds any.
 
     Args:
-        folder: The adapter.
+        adapter: Its folder; or (config, tensors) of one step after the other, each taking the place of the last, put
+            together as verl does it (`TensorLoRARequest`): `PEFTHelper.from_dict` and `LoRAModel.from_lora_tensors`.
         base_config: The base model's config.json; its `architectures[0]` picks vLLM's model class.
         release: Of vLLM, one of `RELEASES`.
         max_lora_rank: `--max-lora-rank`.
@@ -313,15 +314,33 @@ def read(
             max_position_embeddings=None,
         )
         request = SimpleNamespace(
-            lora_path=str(Path(folder).resolve()),
+            lora_path=str(adapter.resolve()) if isinstance(adapter, Path) else "",
             lora_name="a",
             lora_int_id=1,
             is_3d_lora_weight=is_3d,
-            load_inplace=False,
+            load_inplace=not isinstance(adapter, Path),
             tensorizer_config_dict=None,
         )
-        worker.add_adapter(request)
+        if isinstance(adapter, Path):
+            worker.add_adapter(request)
+        for config, tensors in () if isinstance(adapter, Path) else adapter:
+            worker._load_adapter = functools.partial(_from_memory, worker, config, {n: t.clone() for n, t in tensors})
+            worker.add_adapter(request)
         return _updates(model, architecture)
+
+
+def _from_memory(worker: Any, config: Mapping[str, Any], tensors: dict[str, Tensor], request: Any) -> Any:
+    from vllm.lora.peft_helper import PEFTHelper
+
+    helper = PEFTHelper.from_dict(dict(config))
+    helper.validate_legal(worker.lora_config)
+    mapper = getattr(worker._adapter_manager.model, "hf_to_vllm_mapper", None)
+    mapper = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+    lora = worker._lora_model_cls.from_lora_tensors(
+        request.lora_int_id, tensors, helper, device="cpu", dtype=worker.lora_config.lora_dtype, weights_mapper=mapper
+    )
+    lora.is_3d_lora_weight = request.is_3d_lora_weight
+    return lora
 
 
 def _lora_model_class() -> type:

@@ -130,6 +130,7 @@ def _on_two_ranks(folder: str):
     model.disable_input_require_grads()
     _train(model)
     model.save_pretrained(f"{folder}/trained-2", is_main_process=rank == 0)
+    found["handed over"] = {name: tensor.clone() for name, tensor in peft_moe_compat.adapter_tensors(model, "sglang")}
     model.merge_adapter()
     found["merged"] = _logits(model)
     model.unmerge_adapter()
@@ -251,6 +252,14 @@ def test_trained_on_two_ranks_loads_on_one(cell):
     finally:
         peft_moe_compat.activate()
     _close({"logits": loaded}, {"logits": stock["trained"]}, 1e-4)
+
+
+def test_what_is_handed_over_is_what_is_converted(cell, tmp_path):
+    folder, _, ranks = cell
+    convert_adapter(folder / "trained-2", tmp_path / "out", to="sglang", model=folder / "base")
+    expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for rank in ranks:
+        zoo.assert_same(rank["handed over"], expected, 0)
 
 
 def test_merges(cell):

@@ -249,6 +249,7 @@ def _files(family: str, folder: Path) -> dict[str, Any]:
     by_peft = get_peft_model_state_dict(model, state_dict=state_dict) if state_dict else {}
     if dist.get_rank() == 0:
         model.save_pretrained(folder, state_dict=state_dict)
+    handed = {to: {n: t.clone() for n, t in peft_moe_compat.adapter_tensors(model, to)} for to in ("peft", "vllm")}
     dist.barrier()
     loaded = PeftModel.from_pretrained(models.base_model(family), folder, is_trainable=True)
     _shard(loaded, units="experts")
@@ -259,6 +260,7 @@ def _files(family: str, folder: Path) -> dict[str, Any]:
     over.load_adapter(folder, "default", is_trainable=True)
     return {
         "by PEFT": by_peft,
+        "handed over": handed,
         "loaded": models.train(loaded, models.batches()),
         "loaded over": models.train(over, models.batches()),
     }
@@ -360,6 +362,16 @@ def test_saved_file_is_that_of_one_process(others, tmp_path, family):
         for targets in ("target_modules", "target_parameters"):
             config[targets].sort()  # PEFT makes sets of them
     assert one == other
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("to", ["peft", "vllm"])
+def test_what_is_handed_over_is_that_of_one_process(others, tmp_path, to, family):
+    model = models.lora_model(family)
+    model.save_pretrained(tmp_path / "saved")
+    peft_moe_compat.convert_adapter(tmp_path / "saved", tmp_path / "out", to=to, model=zoo.config_of(model))
+    expected, _ = _read(tmp_path / "out")
+    zoo.assert_same(others[1]["files", family]["handed over"][to], expected, 0)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

@@ -142,6 +142,9 @@ def _on_two_ranks(folder: str):
         with deepspeed.zero.GatheredParameters(list(_trained(model).values())):
             if rank == 0:
                 model.save_pretrained(f"{folder}/{family}-gathered")
+        stream = peft_moe_compat.adapter_tensors(model, "per-expert")
+        found[family, "handed over"] = {name: tensor.clone() for name, tensor in stream}
+        peft_moe_compat.save_adapter(model, f"{folder}/{family}-handed-over", "per-expert")
         torch.distributed.barrier()
     found["lost gradients"] = _attempt(lambda: gradients(*engine("qwen3_moe", input_gradients=False)))
     peft_moe_compat.deactivate()
@@ -171,6 +174,16 @@ def test_two_ranks_equal_one_process(folder, ranks, family):
         loaded = PeftModel.from_pretrained(_load(f"{folder}/{family}"), folder / f"{family}-{way}")
         with torch.no_grad():
             zoo.assert_same({"logits": loaded(input_ids=IDS).logits}, {"logits": logits}, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_what_is_handed_over_is_what_is_converted(folder, ranks, tmp_path, family):
+    saved, out = folder / f"{family}-gathered", tmp_path / "out"
+    peft_moe_compat.convert_adapter(saved, out, to="per-expert", model=folder / family)
+    expected = load_file(out / "adapter_model.safetensors")
+    for found in ranks:
+        zoo.assert_same(found[family, "handed over"], expected, 0)
+    zoo.assert_same(load_file(folder / f"{family}-handed-over" / "adapter_model.safetensors"), expected, 0)
 
 
 def test_a_piece_of_an_adapter_is_not_saved(folder, ranks):

@@ -199,6 +199,12 @@ def gradients(module: nn.Module, inputs: dict[str, Tensor], keywords: dict[str, 
     return result
 
 
+def config_of(model: Any) -> dict[str, Any]:
+    """config.json of the model inside a PeftModel, as `save_pretrained` would write it."""
+    base = model.get_base_model()
+    return {**base.config.to_dict(), "architectures": [type(base).__name__]}
+
+
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
     """Same names, and every tensor within `tolerance` of its counterpart's largest entry."""
     assert ours.keys() == theirs.keys()

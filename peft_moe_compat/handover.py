@@ -1,0 +1,256 @@
+"""A live model's adapter in the form a reader takes, from memory: what `convert_adapter` writes of its saved file.
+
+Names, config and layout are those of the file that `save_pretrained` would write; the tensors are the model's own,
+gathered where they are spread over processes. One plan (`adapters.plan`) serves both.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.base_model import BaseModel, load_base_model
+from .adapters.convert import Conversion, emitted, layout_of, planned, write_adapter
+from .adapters.files import atomic_folder, read_json, usable_path
+from .adapters.plan import Plan
+from .adapters.proof import by_rules
+from .adapters.readers import parse_target
+from .adapters.safetensors_io import TensorInfo
+from .adapters.source import CONFIG_NAME, AdapterSource, source_of
+from .adapters.stamp import numbers_of
+from .adapters.stated import Stated
+from .adapters.steps import Step, exactness
+from .adapters.tensors import AdapterTensors
+from .errors import AdapterError
+from .model.experts import bare
+from .patching.saving import stamp_of
+from .patching.targets import named_for_any_reader
+from .proving import prove
+
+__all__ = ["AdapterStream", "adapter_tensors", "save_adapter"]
+
+
+@dataclass
+class _LiveTensors(AdapterTensors):
+    """The adapter's tensors in a model: parameters, whole ones or this process's pieces."""
+
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def reading(self, names: Any) -> Iterator[dict[str, Tensor]]:
+        wanted = {name: self.held[name] for name in dict.fromkeys(names)}
+        with _gathered(wanted.values()):
+            tensors = {name: _whole(tensor) for name, tensor in wanted.items()}
+            try:
+                yield tensors
+            finally:
+                tensors.clear()
+
+
+@contextmanager
+def _gathered(tensors: Any) -> Iterator[None]:
+    """While DeepSpeed ZeRO-3 has the pieces of these tensors put together, where it has cut any."""
+    cut = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not cut:
+        yield
+        return
+    deepspeed: Any = importlib.import_module("deepspeed")
+    with deepspeed.zero.GatheredParameters(cut):
+        yield
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Without autograd, and of a DTensor all of it: a collective operation."""
+    found: Tensor = tensor.detach()
+    if hasattr(found, "full_tensor"):
+        found = found.full_tensor()
+    if found.is_meta:
+        raise AdapterError(
+            "A tensor of the adapter is on the meta device: offloaded by accelerate, or never loaded. Keep the adapter "
+            "in memory to hand it over."
+        )
+    return found
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterStream:
+    """(name, tensor) pairs of an adapter as a reader takes them: an iterable that may be gone through again and again.
+
+    Every round reads the model's weights of that moment, so one stream serves a whole run. A tensor is valid until the
+    next one is asked for, and may be a view of the model's own weights: copy what you keep. Where weights are spread
+    over processes (FSDP2, expert parallelism, ZeRO-3) going through it is a collective operation: every rank does, and
+    gets all.
+
+    Attributes:
+        target: The reader, as `to` named it.
+        config: What adapter_config.json says beside these tensors.
+        metadata: What this library writes into the file's metadata; empty where there is nothing to say.
+        exactness: `"bits"`, `"round-off"` or `"lossy"`; see `Conversion`.
+        steps: What is done beyond laying out the same numbers anew; `str()` of one is a sentence.
+        layout: (name, shape, dtype) of every tensor, in order.
+    """
+
+    target: str
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    exactness: str
+    steps: tuple[Step, ...]
+    layout: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    _source: AdapterSource
+    _plan: Plan
+    _dtype: torch.dtype | None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        with torch.no_grad():
+            for name, tensor in emitted(self._source, self._plan):
+                yield name, tensor.to(_dtype_of(tensor.dtype, self._dtype))
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors together."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in self.layout)
+
+
+def _dtype_of(found: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and found.is_floating_point else found
+
+
+def adapter_tensors(
+    model: nn.Module,
+    to: str = "peft",
+    *,
+    adapter_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_lossy: bool = False,
+) -> AdapterStream:
+    """The adapter of a live model in the form a reader takes: what `convert_adapter(..., to=to)` writes of its file.
+
+    Nothing is copied to the processor or to a disk: a projection at a time is laid out anew where it lies.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with an adapter.
+        to: The reader, as `convert_adapter` takes it: `vllm`, `sglang`, `per-expert`, `peft==VERSION`, ...
+        adapter_name: Which of its adapters; the active one by default.
+        dtype: Of the tensors handed over; that of the model's by default.
+        allow_lossy: See `convert_adapter`.
+
+    Raises:
+        AdapterError: There is no such adapter or several are active, or what `convert_adapter` raises for its file.
+    """
+    source, stated = _live(model, adapter_name)
+    target = parse_target(to)
+    _, plan = planned(source, stated, target, False, allow_lossy)
+    layout = tuple((name, shape, _dtype_of(found, dtype)) for name, shape, found in layout_of(source, plan))
+    metadata = plan.stamp.to_metadata() if plan.stamp else {}
+    how = exactness(plan.steps)
+    return AdapterStream(str(target), plan.config, metadata, how, plan.steps, layout, source, plan, dtype)
+
+
+def save_adapter(
+    model: nn.Module,
+    out: str | Path,
+    to: str = "peft",
+    *,
+    adapter_name: str | None = None,
+    allow_lossy: bool = False,
+) -> Conversion | None:
+    """Writes the adapter of a live model in the form a reader takes; `out` appears complete or not at all.
+
+    Where weights are spread over processes every rank calls it, and the first writes.
+
+    Args:
+        model, to, adapter_name, allow_lossy: See `adapter_tensors`.
+        out: The folder to make. It must not exist.
+
+    Returns:
+        What was done, as `convert_adapter` tells it; None on all ranks but the first.
+
+    Raises:
+        AdapterError: See `adapter_tensors`; or `out` cannot be made.
+    """
+    source, stated = _live(model, adapter_name)
+    target = parse_target(to)
+    decision, plan = planned(source, stated, target, False, allow_lossy)
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        for _ in emitted(source, plan):
+            pass
+        return None
+    with atomic_folder(usable_path(out), source=None) as folder:
+        write_adapter(folder, source, plan)
+        proof = prove(folder, target, source.base) or by_rules(folder, target, source.base)
+    return Conversion(Path(out), str(target), exactness(plan.steps), plan.steps, decision, proof)
+
+
+def _live(model: Any, adapter_name: str | None) -> tuple[AdapterSource, Stated]:
+    """The adapter as `open_adapter` would find it in its file."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    name = _adapter(model, adapter_name)
+    held = _tensors_of(model, name)
+    shapes = {key: _shape(tensor) for key, tensor in held.items()}
+    raw, stamp = _config_of(model, name), stamp_of(model, shapes)
+    metadata = {} if stamp is None else replace(stamp, config=numbers_of(raw)).to_metadata()
+    where = Path(f"adapter {name!r} of the model")
+    infos = {key: TensorInfo(key, shapes[key], tensor.dtype, where, 0) for key, tensor in held.items()}
+    stated = Stated(_base_of(model))
+    return source_of(where, raw, _LiveTensors(infos, metadata, held=held), stated), stated
+
+
+def _adapter(model: Any, wanted: str | None) -> str:
+    configs = getattr(model, "peft_config", None) or {}
+    has = f"it has {', '.join(map(repr, configs)) or 'none'}"
+    if wanted is not None:
+        if wanted not in configs:
+            raise AdapterError(f"The model has no adapter {wanted!r}; {has}.")
+        return wanted
+    found: Any = getattr(model, "active_adapters", []) if configs else []
+    active: list[str] = list(found() if callable(found) else found)
+    if len(active) != 1:
+        raise AdapterError(f"{len(active)} adapters of the model are active, not one; {has}. Pass adapter_name.")
+    return active[0]
+
+
+def _tensors_of(model: Any, name: str) -> dict[str, Tensor]:
+    """What PEFT would save, by the names it would have there, as the model holds it."""
+    from peft import get_peft_model_state_dict
+
+    ours = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    # PEFT picks and renames by name, and would gather here what is spread over ranks: it is shown numbers instead.
+    keys = list(ours)
+    shown = {key: torch.tensor(number) for number, key in enumerate(keys)}
+    saved = get_peft_model_state_dict(model, state_dict=shown, adapter_name=name)
+    return {new: ours[keys[int(number)]] for new, number in saved.items()}
+
+
+def _config_of(model: Any, name: str) -> Mapping[str, Any]:
+    """adapter_config.json, as `save_pretrained` would write it."""
+    base = bare(model)
+    with named_for_any_reader(model), tempfile.TemporaryDirectory() as folder:
+        config = copy.copy(model.peft_config[name])
+        config.inference_mode = True
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = vars(base).get("name_or_path") or None
+        auto = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        config.save_pretrained(folder, auto_mapping_dict=auto if config.task_type is None else None)
+        return read_json(Path(folder) / CONFIG_NAME)
+
+
+def _base_of(model: Any) -> BaseModel:
+    base: Any = bare(model)
+    config = base.config.to_dict()
+    return load_base_model({**config, "architectures": config.get("architectures") or [type(base).__name__]})

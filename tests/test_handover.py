@@ -1,0 +1,136 @@
+"""`adapter_tensors` and `save_adapter`: tensor for tensor what `convert_adapter` makes of the file of a live model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support import zoo
+
+from peft_moe_compat import AdapterError, PeftMoeCompatError, adapter_tensors, convert_adapter, save_adapter
+
+READERS = [
+    "peft",
+    "peft==0.18.1,transformers==4.57.6",
+    "peft==0.18.0,transformers==5.0.0",
+    "per-expert",
+    "vllm",
+    "vllm==0.28",
+    "sglang",
+    "llama.cpp",
+]
+FAMILIES = [family for family in ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3") if family in zoo.FAMILIES]
+
+
+def file_of(folder):
+    file = folder / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = dict(opened.metadata())
+    del metadata["format"]
+    return load_file(file), json.loads((folder / "adapter_config.json").read_text()), metadata
+
+
+def equal(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items()
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request, tmp_path_factory):
+    """A model with LoRA on experts and attention, ranks and alphas of their own, and the folder it is saved in."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = zoo.peft_model(
+        zoo.tiny_model(request.param),
+        target_modules=["o_proj"],
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={"down_proj": 7},
+    )
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("to", READERS)
+def test_what_is_handed_over_is_what_is_converted(trained, tmp_path, to):
+    model, folder = trained
+    try:
+        convert_adapter(folder, tmp_path / "converted", to=to, model=zoo.config_of(model))
+    except PeftMoeCompatError as error:
+        with pytest.raises(type(error)):
+            adapter_tensors(model, to)
+        return
+    expected, config, metadata = file_of(tmp_path / "converted")
+    stream = adapter_tensors(model, to)
+    assert equal({name: tensor.clone() for name, tensor in stream}, expected)
+    assert [(name, shape, dtype) for name, shape, dtype in stream.layout] == [
+        (name, tuple(expected[name].shape), expected[name].dtype) for name, _, _ in stream.layout
+    ]
+    assert stream.nbytes == sum(tensor.nbytes for tensor in expected.values())
+    assert (json.loads(json.dumps(stream.config)), stream.metadata) == (config, metadata)
+    done = save_adapter(model, tmp_path / "saved", to)
+    assert (done.target, done.exactness) == (stream.target, stream.exactness)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "converted" / name).read_bytes()
+
+
+def test_every_round_has_the_weights_of_its_moment():
+    model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
+    stream = adapter_tensors(model, "per-expert")
+    before = {name: tensor.clone() for name, tensor in stream}
+    with torch.no_grad():
+        for wrapper in zoo.wrappers(model):
+            wrapper.lora_A["default"].weight.mul_(2)
+            wrapper.lora_B["default"].weight.mul_(2)
+    for name, tensor in stream:
+        assert torch.equal(tensor, 2 * before[name])
+        assert not tensor.requires_grad
+
+
+def test_in_another_dtype():
+    model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
+    plain = {name: tensor.clone() for name, tensor in adapter_tensors(model, "vllm")}
+    stream = adapter_tensors(model, "vllm", dtype=torch.bfloat16)
+    assert {dtype for _, _, dtype in stream.layout} == {torch.bfloat16}
+    assert equal(dict(stream), {name: tensor.bfloat16() for name, tensor in plain.items()})
+
+
+def test_of_several_adapters_the_one_that_is_named(tmp_path):
+    """A second one made by hand, since most releases refuse it."""
+    model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
+    with pytest.raises(AdapterError, match=r"no adapter 'other'; it has 'default'"):
+        adapter_tensors(model, adapter_name="other")
+    model.peft_config["other"] = model.peft_config["default"]
+    for wrapper in zoo.wrappers(model):
+        zoo.add_adapter(wrapper, "other", 3, scaling=wrapper.scaling["default"])
+        torch.nn.init.normal_(wrapper.lora_B["other"].weight)
+    found = {name: tensor.clone() for name, tensor in adapter_tensors(model, adapter_name="other")}
+    assert len(found) == 2 * len(zoo.wrappers(model))
+    wrapper = zoo.wrappers(model)[0]
+    assert any(torch.equal(tensor, wrapper.lora_B["other"].weight) for tensor in found.values())
+
+
+def test_a_model_without_an_adapter_and_a_diverged_one(tmp_path):
+    with pytest.raises(AdapterError, match="it has none"):
+        adapter_tensors(zoo.tiny_model("gpt_oss"))
+    model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
+    with torch.no_grad():
+        zoo.wrappers(model)[0].lora_A["default"].weight[0, 0] = torch.nan
+    with pytest.raises(AdapterError, match="1 NaN"):
+        list(adapter_tensors(model))
+    with pytest.raises(AdapterError, match="1 NaN"):
+        save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_saved_folder_loads_with_peft(tmp_path):
+    model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
+    save_adapter(model, tmp_path / "out")
+    ids = zoo.token_ids()
+    expected = model(ids).logits
+    base = model.unload()
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    torch.testing.assert_close(loaded(ids).logits, expected)
