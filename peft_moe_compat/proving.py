@@ -104,9 +104,9 @@ def model_without_weights(base: BaseModel) -> tuple[str, Any]:
     if found is None:
         version = installed_versions("transformers")["transformers"]
         raise AdapterError(
-            f"No model can be built from {base.name}: transformers {version} knows no class for it, or it counts more "
-            "than any model has. A config.json as transformers writes it was expected, of a model whose code is in "
-            "transformers."
+            f"No model can be built from {base.name}: transformers {version} has no class for it that imports, or it "
+            "counts more than any model has. A config.json as transformers writes it was expected, of a model whose "
+            "code is in transformers."
         )
     return found
 
@@ -146,7 +146,10 @@ def _models(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             names += [(config, name) for name in ((found,) if isinstance(found, str) else found)]
     tried, built = set(), count(1)
     for config, name in names:
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        try:
+            cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        except FOREIGN:  # a class that does not import, of a package beside transformers that is broken, say
+            continue
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls not in tried:
             tried.add(cls)
             try:

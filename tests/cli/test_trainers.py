@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import peft
 import pytest
@@ -136,7 +135,7 @@ def test_init_writes_what_it_says(model, tmp_path):
 
 @pytest.fixture
 def trainable(tmp_path):
-    """Folder of a tiny model with a tokenizer, and of a dataset of text."""
+    """Folder of a tiny model with a tokenizer; files of eight rows beside it, as each trainer reads them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -146,47 +145,87 @@ def trainable(tmp_path):
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "base")
     zoo.tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
-    (tmp_path / "data").mkdir()
-    rows = "".join(json.dumps({"text": f"a b c d {word}"}) + "\n" for word in "efgh")
-    (tmp_path / "data" / "train.jsonl").write_text(rows)
-    return tmp_path / "base", tmp_path / "data"
+    rows = {
+        "text": [{"text": f"a b c d {word}"} for word in "efgh" * 2],
+        "alpaca": [{"instruction": f"a b {word}", "input": "", "output": f"c d {word}"} for word in "efgh" * 2],
+        "messages": [
+            {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": f"c {word}"}]}
+            for word in "efgh" * 2
+        ],
+    }
+    for name, content in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text(json.dumps(content))
+    (tmp_path / "alpaca" / "dataset_info.json").write_text('{"rows": {"file_name": "train.json"}}')
+    return tmp_path
 
 
-def test_trl_trains_on_what_is_pasted_and_the_report_says_so(trainable, tmp_path):
-    """The command line of TRL, in processes that nothing but the environment's switch tells of the package."""
-    pytest.importorskip("trl", reason="TRL is installed beside the newest pair alone")
-    model, data = trainable
-    site = tmp_path / "site"
+def started(name, folder):
+    """The command that trains for two steps, of a trainer that is installed."""
+    base, out = folder / "base", folder / "out"
+    pasted = run("targets", base, "--for", name).stdout.replace("FRESH", str(folder / "fresh"))
+    steps = {"max_steps": 2, "output_dir": str(out)}
+    # fmt: off
+    of = {
+        "trl": {"model_name_or_path": str(base), "dataset_name": str(folder / "text"), "use_cpu": True, "bf16": False},
+        "axolotl": {
+            "base_model": str(base),
+            "datasets": [{"path": str(folder / "alpaca" / "train.json"), "ds_type": "json", "type": "alpaca"}],
+            "lora_r": 4, "lora_alpha": 8, "sequence_len": 32, "micro_batch_size": 2, "num_epochs": 1,
+            "optimizer": "adamw_torch", "learning_rate": 0.01, "bf16": False, "tf32": False, "save_strategy": "no",
+        },
+        "llamafactory": {
+            "model_name_or_path": str(base), "stage": "sft", "do_train": True, "dataset": "rows",
+            "dataset_dir": str(folder / "alpaca"), "template": "empty", "use_cpu": True, "report_to": "none",
+        },
+        "ms-swift": {
+            "model": base, "model_type": "qwen3_moe", "template": "dummy", "torch_dtype": "float32",
+            "dataset": folder / "messages" / "train.json", "split_dataset_ratio": 0, "max_length": 32,
+            "use_cpu": "true", "use_hf": "true", "report_to": "none",
+        },
+    }[name] | steps
+    # fmt: on
+    if name == "ms-swift":
+        words = [word for option, value in of.items() for word in (f"--{option}", str(value))]
+        call = "from swift.cli.main import cli_main; cli_main()"
+        return [sys.executable, "-c", call, "sft", *shlex.split(without_comments(pasted)), *words]
+    file = folder / "train.yaml"
+    file.write_text(pasted + "".join(f"{option}: {json.dumps(value)}\n" for option, value in of.items()))
+    if name == "llamafactory":
+        assert run("init", base, folder / "fresh", "--rank", 4, "--target-modules", "q_proj").exit_code == 0
+        return [sys.executable, "-c", "from llamafactory.cli import main; main()", "train", file]
+    if name == "axolotl":
+        return [sys.executable, "-m", "axolotl.cli.train", file]
+    return [sys.executable, "-c", "from trl.cli import main; main()", "sft", "--config", file]
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "peft"])
+def test_the_trainer_itself_runs_on_what_is_pasted_and_the_report_says_so(name, trainable, monkeypatch):
+    """From its command line, in processes that nothing but the environment's switch tells of the package."""
+    known_options(name)  # which skips where it is not installed
+    site = trainable / "site"
     site.mkdir()
-    with pytest.MonkeyPatch.context() as patched:
+    with monkeypatch.context() as patched:
         patched.setattr("peft_moe_compat.cli.switch._folder", lambda: site)
         assert run("enable").exit_code == 0
     # As the start of Python does with every .pth file of a site-packages.
     (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})\n")
-    rest = {
-        "model_name_or_path": str(model),
-        "dataset_name": str(data),
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 2,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-    }
-    config = tmp_path / "sft.yaml"
-    text = run("targets", model, "--for", "trl").stdout
-    config.write_text(text + "".join(f"{name}: {json.dumps(value)}\n" for name, value in rest.items()))
+    told = {"PYTHONPATH": os.pathsep.join([str(site), *sys.path]), "PEFT_MOE_COMPAT_REPORT": "1", "COLUMNS": "300"}
+    quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     result = subprocess.run(
-        [Path(sys.executable).with_name("trl"), "sft", "--config", config],
+        started(name, trainable),
         capture_output=True,
         text=True,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path]), "PEFT_MOE_COMPAT_REPORT": "1", "COLUMNS": "300"},
-        cwd=tmp_path,
+        env=os.environ | told | quiet,
+        cwd=trainable,
         timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "peft_moe_compat active" in result.stderr
-    assert result.stderr.count("grouped_mm") >= 2
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert sorted(config["target_parameters"]) == sorted(run("targets", model).stdout.split())
+    said = result.stdout + result.stderr
+    assert said.count("peft_moe_compat active") == 1
+    assert len([line for line in said.splitlines() if "experts" in line and "grouped_mm" in line]) == 2
+    saved = [json.loads(path.read_text()) for path in (trainable / "out").rglob("adapter_config.json")]
+    names = run("targets", trainable / "base").stdout.split()
+    assert saved
+    assert all(sorted(config["target_parameters"]) == sorted(names) for config in saved)
