@@ -33,11 +33,10 @@ class Trainer:
 # fmt: off
 TRAINERS: Mapping[str, Trainer] = {
     "peft": Trainer("""\
-# stock PEFT refuses lora_dropout on experts
+# lora_dropout: stock PEFT refuses any on experts; with peft_moe_compat active it is applied
 LoraConfig(
     target_modules=[],  # or names of attention layers beside the experts
     target_parameters={python},
-    lora_dropout=0.0,
 )
 """, ("target_modules", "target_parameters", "lora_dropout"), "PEFT 0.21.2, tuners/lora/config.py"),
     "trl": Trainer("""\
@@ -45,20 +44,20 @@ LoraConfig(
 use_peft: true
 lora_target_modules: []  # or names of attention layers beside the experts
 lora_target_parameters: {json}
-lora_dropout: 0.0  # TRL's default is 0.05, which stock PEFT refuses on experts
+# lora_dropout: 0.05 is TRL's default. Stock PEFT refuses any on experts; with peft_moe_compat active it is applied
 """, ("use_peft", "lora_target_modules", "lora_target_parameters", "lora_dropout"),
         "TRL 1.16.0, trainer/model_config.py"),
     "axolotl": Trainer("""\
 adapter: lora
 lora_target_modules: []  # or names of attention layers beside the experts
 lora_target_parameters: {json}
-lora_dropout: 0.0  # with lora_target_parameters Axolotl itself refuses any other
+lora_dropout: 0.0  # beside lora_target_parameters Axolotl itself refuses any other
 """, ("adapter", "lora_target_modules", "lora_target_parameters", "lora_dropout"),
         "Axolotl 067b021c8, utils/schemas/peft.py"),
     "ms-swift": Trainer("""\
 # to `swift sft` or `swift rlhf`; linear layers beside the experts are --target_modules, by default all-linear
-# ms-swift's default of --lora_dropout is 0.05, which stock PEFT refuses on experts
---tuner_type lora --target_parameters {words} --lora_dropout 0
+# --lora_dropout 0.05 is the default. Stock PEFT refuses any on experts; with peft_moe_compat active it is applied
+--tuner_type lora --target_parameters {words}
 """, ("tuner_type", "target_parameters", "lora_dropout", "target_modules"),
         "ms-swift 3602360a5, arguments/tuner_args.py"),
     "llamafactory": Trainer("""\

@@ -68,12 +68,6 @@ def test_each_is_read_back_with_every_name(name, model):
     assert set(read) <= set(TRAINERS[name].options)
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "llamafactory"])
-def test_each_leaves_dropout_to_peft(name, model):
-    (value,) = {json.dumps(options(name, model[0])["lora_dropout"])} & {"0.0", '["0"]'}
-    assert value
-
-
 def known_options(name):
     """Every option of an installed trainer."""
     if name == "peft":
@@ -201,7 +195,10 @@ def started(name, folder):
 
 @pytest.mark.parametrize("name", [name for name in TRAINERS if name != "peft"])
 def test_the_trainer_itself_runs_on_what_is_pasted_and_the_report_says_so(name, trainable, monkeypatch):
-    """From its command line, in processes that nothing but the environment's switch tells of the package."""
+    """From its command line, in processes that nothing but the environment's switch tells of the package.
+
+    Also that `lora_dropout` may stay at what TRL and ms-swift have by default.
+    """
     known_options(name)  # which skips where it is not installed
     site = trainable / "site"
     site.mkdir()
