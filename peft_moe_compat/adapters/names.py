@@ -46,8 +46,8 @@ PREFIX = "base_model.model."
 _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?(?:\.weight)?$")
 # Linears of an expert, and lists of the experts' linears, as gpt_oss has them in 4 bit. No model has 10^5 experts.
-_EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>\d{1,5})\.(?P<name>\w+)$")
-_LISTED = re.compile(r"^(?P<path>.+)\.(?P<name>\w+_projs)\.(?P<expert>\d{1,5})$")
+_EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>0|[1-9][0-9]{0,4})\.(?P<name>\w+)$")
+_LISTED = re.compile(r"^(?P<path>.+)\.(?P<name>\w+_projs)\.(?P<expert>0|[1-9][0-9]{0,4})$")
 # NeMo Automodel's own names, "E in r" and "E r out".
 _NATIVE = re.compile(r"^(?P<path>.+)\.lora_(?P<name>gate_and_up|down|up)_(?P<factor>[AB])$")
 _NATIVE_NAMES = {"gate_and_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}

@@ -21,7 +21,7 @@ from .steps import Step
 __all__ = ["GGUF_PATH", "LAYER", "Copied", "Output", "evened", "fused", "gguf", "per_expert", "plain", "shared_outer"]
 
 GGUF_PATH = re.compile(r"blk\.\d+")  # where llama.cpp has the stacks of a layer
-LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)(?:\.|$)")
+LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.([0-9]+)(?:\.|$)")
 # vLLM 0.28 to 0.33 want these names for shared factors, and SGLang renames them.
 _SHARED_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _GGUF_NAMES = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}

@@ -19,7 +19,7 @@ from .stored import Plain
 __all__ = ["Placed", "Update", "hub_paths", "place", "replaced"]
 
 # What a name has before and from its layer on: checkpoints and classes differ in the first part.
-_LAYER = re.compile(r"(?P<prefix>|.*?\.)(?P<tail>(?:layers|blocks|h)\.\d+\..+)")
+_LAYER = re.compile(r"(?P<prefix>|.*?\.)(?P<tail>(?:layers|blocks|h)\.[0-9]+\..+)")
 
 
 _TIED = ("lm_head.weight", "embed_tokens.weight")

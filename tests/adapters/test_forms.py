@@ -183,6 +183,10 @@ UNKNOWN = {
         stem(s, 0, "w13_lora_a"): torch.ones(4, 2, 8),
     },
     "an absurd number": lambda s: pair(stem(s, 0, "9" * 400, "up_proj"), torch.ones(2, 8), torch.ones(6, 2)),
+    "a number in digits of another script": lambda s: pair(
+        stem(s, 0, "\u0663", "up_proj"), torch.ones(2, 8), torch.ones(6, 2)
+    ),
+    "a number with a zero before it": lambda s: pair(stem(s, 0, "03", "up_proj"), torch.ones(2, 8), torch.ones(6, 2)),
     "a third name beside a pair": lambda s: {
         n.replace("weight", "default.other.weight"): t
         for n, t in pair(stem(s, 1, "gate_up_proj"), torch.ones(4, 2, 8), torch.ones(4, 12, 2)).items()
