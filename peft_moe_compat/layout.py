@@ -32,10 +32,12 @@ __all__ = [
     "ExpertLora",
     "Factor",
     "FlatLora",
+    "MixedLora",
     "common_dtype",
     "concat",
     "flat",
     "from_flat",
+    "mix",
     "relative",
     "to_flat",
 ]
@@ -277,6 +279,62 @@ def concat(loras: Sequence[ExpertLora]) -> ExpertLora:
     B = torch.cat([lora.B.to(dtype) * lora.scaling for lora in loras], dim=2)
     runs = [run for lora in loras for run in lora.dropout or ((lora.rank, 0.0),)]
     return ExpertLora(A, B, 1.0, tuple(runs) if any(p for _, p in runs) else ())
+
+
+@dataclass(frozen=True)
+class MixedLora:
+    """Several updates of one stack, of which each routed row meets one.
+
+    It answers as its `lora` does. Made by `mix`.
+
+    Attributes:
+        lora: Of E * N experts, those of one expert side by side: A "(E N) r in", B "(E N) out r".
+        dropout: "N", the probability of each update.
+    """
+
+    lora: ExpertLora
+    dropout: tuple[float, ...]
+
+    def has_data(self) -> bool:
+        return self.lora.has_data()
+
+    def canonical(self) -> ExpertLora:
+        return self.lora
+
+    def check(self, num_experts: int, out_features: int, in_features: int, what: str = "the expert parameter") -> None:
+        """As `ExpertLora.check`."""
+        self.lora.check(num_experts * len(self.dropout), out_features, in_features, what)
+
+
+def mix(loras: Sequence[ExpertLora | None]) -> MixedLora | None:
+    """N updates of one stack for rows that meet one each: padded to the largest rank, scalings folded into B.
+
+    Args:
+        loras: None for rows that meet no update.
+
+    Returns:
+        None where there is no update at all.
+
+    Raises:
+        LayoutError: The updates belong to stacks of different shapes.
+    """
+    found = [lora for lora in loras if lora is not None]
+    if not found:
+        return None
+    first, rank = found[0], max(lora.rank for lora in found)
+    for other in found[1:]:
+        other.check(first.num_experts, first.out_features, first.in_features, "the stack of the first adapter")
+    dtype = common_dtype(lora.A.dtype for lora in found)
+    none = first.A.new_zeros(first.num_experts, 0, first.in_features)
+    none_out = none.new_zeros(first.num_experts, first.out_features, 0)
+    A, B, dropout = [], [], []
+    for lora in (lora or ExpertLora(none, none_out) for lora in loras):
+        pad = rank - lora.rank
+        A.append(torch.nn.functional.pad(lora.A.to(dtype), (0, 0, 0, pad)))
+        B.append(torch.nn.functional.pad(lora.B.to(dtype) * lora.scaling, (0, pad)))
+        dropout.append(max((p for _, p in lora.dropout), default=0.0))
+    stacked = ExpertLora(torch.stack(A, 1).flatten(0, 1), torch.stack(B, 1).flatten(0, 1))
+    return MixedLora(stacked, tuple(dropout))
 
 
 def relative(distance: float, norm: float) -> float:

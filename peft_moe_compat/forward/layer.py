@@ -6,13 +6,13 @@ gather -> base grouped mm + (x A^T)(scaling B)^T -> bias -> gate or activation -
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import LayoutError, PeftMoeCompatError
-from ..layout import ExpertLora, FlatLora
+from ..layout import ExpertLora, FlatLora, MixedLora
 from ..model.experts import is_transposed, up_name
 from ..model.packed import PackedWeight
 from ..model.weights import read, read_packed, refuse_leftovers
@@ -21,7 +21,7 @@ from .frozen import grouped_mm_of
 from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
 
-__all__ = ["experts_forward"]
+__all__ = ["Mixed", "experts_forward"]
 
 Weight = TypeVar("Weight", Tensor, Tensor | PackedWeight)
 
@@ -35,11 +35,36 @@ _LORA_WITHOUT_DATA = (
 class LoraOf(Protocol):
     """A dict, or whatever else has its `get`."""
 
-    def get(self, name: str, /) -> ExpertLora | FlatLora | None: ...
+    def get(self, name: str, /) -> ExpertLora | FlatLora | MixedLora | None: ...
 
 
-def _lora_term(x: Tensor, lora: ExpertLora, dtype: torch.dtype, offs: Tensor, gather: Gather | None) -> Tensor:
-    """scaling * (x A^T) B^T of each row's own expert: "S in" -> "S out", computed in `dtype`."""
+class Mixed(NamedTuple):
+    """Which of several adapters each token takes.
+
+    Attributes:
+        adapters: N.
+        of_token: "T", ids of the adapters.
+    """
+
+    adapters: int
+    of_token: Tensor
+
+
+class _Groups(NamedTuple):
+    """Where each group of routed rows ends, "E" of an expert and "(E N)" of its adapters; and each row's adapter."""
+
+    experts: Tensor
+    adapters: Tensor
+    of_row: Tensor | None
+
+
+def _lora_term(
+    x: Tensor, update: ExpertLora | FlatLora | MixedLora, dtype: torch.dtype, groups: _Groups, gather: Gather | None
+) -> Tensor:
+    """scaling * (x A^T) B^T of each row's own expert, and adapter: "S in" -> "S out", computed in `dtype`."""
+    lora, offs = update.canonical(), groups.adapters
+    if isinstance(update, MixedLora) and any(update.dropout):
+        x = dropped(x, torch.tensor(update.dropout, device=x.device)[groups.of_row].unsqueeze(1))
     A, B = lora.A, lora.B * lora.scaling  # scaled before any rounding to `dtype`
     if pad := -lora.rank % alignment(dtype):
         A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
@@ -67,7 +92,7 @@ def _weight(
     name: str,
     transposed: bool,
     in_features: int,
-    lora: ExpertLora | FlatLora | None,
+    lora: ExpertLora | FlatLora | MixedLora | None,
     hidden_states: Tensor,
     reader: Callable[[Any, str, Tensor], Weight],
 ) -> Weight:
@@ -97,8 +122,8 @@ def _project(
     x: Tensor,
     module: Any,
     name: str,
-    held: tuple[Tensor, Tensor | None, ExpertLora | FlatLora | None],
-    offs: Tensor,
+    held: tuple[Tensor, Tensor | None, ExpertLora | FlatLora | MixedLora | None],
+    groups: _Groups,
     expert_ids: Tensor,
     transposed: bool,
     widen: bool,
@@ -110,18 +135,23 @@ def _project(
     "T in", and its rows are taken from it.
     """
     weight, bias, lora = held
-    y = grouped_mm_of(x, weight, offs, gather, module, name, transposed)
+    y = grouped_mm_of(x, weight, groups.experts, gather, module, name, transposed)
     if lora is not None:
         if widen and y.dtype.itemsize < 4:
             y = y.float()
-        y += _lora_term(x, lora.canonical(), weight.dtype, offs, gather)
+        y += _lora_term(x, lora, weight.dtype, groups, gather)
     if bias is not None:
         y += bias[expert_ids]
     return y
 
 
 def experts_forward(
-    module: Any, expert_lora: LoraOf, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Any,
+    expert_lora: LoraOf,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    mixed: Mixed | None = None,
 ) -> Tensor:
     """Forward of an experts module made by transformers' `@use_experts_implementation`, with LoRA on its weights.
 
@@ -133,6 +163,7 @@ def experts_forward(
         hidden_states: "T H".
         top_k_index: "T k", ids of the experts; ids >= E (expert parallelism) mark rows computed elsewhere.
         top_k_weights: "T k", or "T E" (transformers 5.0), the routing weights.
+        mixed: Where tokens take different adapters: all updates are then `MixedLora` of as many.
 
     Returns:
         "T H", in the dtype of `hidden_states`.
@@ -148,12 +179,12 @@ def experts_forward(
 
     def held(
         name: str, in_features: int, reader: Callable[[Any, str, Tensor], Weight]
-    ) -> tuple[Weight, Tensor | None, ExpertLora | FlatLora | None]:
+    ) -> tuple[Weight, Tensor | None, Any]:
         lora = expert_lora.get(name)
         weight = _weight(module, name, transposed, in_features, lora, hidden_states, reader)
         return weight, getattr(module, f"{name}_bias") if module.has_bias else None, lora
 
-    if runs_fused(module, hidden_states, top_k_index):
+    if mixed is None and runs_fused(module, hidden_states, top_k_index):
         packed_up = held(up_proj, hidden_states.shape[1], read_packed)
         intermediate = packed_up[0].shape[2] // (2 if up_proj == "gate_up_proj" else 1)
         routed = hidden_states, top_k_index, top_k_weights
@@ -162,26 +193,25 @@ def experts_forward(
             return fused
 
     held_up = held(up_proj, hidden_states.shape[1], read)
-    expert_ids, order = torch.sort(top_k_index.reshape(-1))
-    offs = _group_ends(expert_ids, E)
+    expert_ids, order, groups = _sorted(top_k_index, E, mixed)
     # Sentinel rows sort to the tail, past offs[-1], where the grouped products leave results undefined.
     elsewhere = (expert_ids >= E).unsqueeze(-1) if getattr(module, "_is_expert_parallel", True) else None
     expert_ids = expert_ids.clamp(max=E - 1)
     row_weights = top_k_weights.reshape(-1)[order].unsqueeze(-1)
 
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and mixed is None:
         x, gather = hidden_states, Gather(order, k)  # in the product, or the graph keeps the rows for its backward
     else:
         # Its backward keeps undefined gradients out of hidden_states.
         x, gather = _without(hidden_states[order // k], elsewhere), None
     # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
     # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
-    up = _project(x, module, up_proj, held_up, offs, expert_ids, transposed, True, gather)
+    up = _project(x, module, up_proj, held_up, groups, expert_ids, transposed, True, gather)
     up = _without(up, elsewhere)
     del held_up
     h = module._apply_gate(up) if up_proj == "gate_up_proj" else module.act_fn(up)
     held_down = held("down_proj", h.shape[1], read)
-    down = _project(h, module, "down_proj", held_down, offs, expert_ids, transposed, False)
+    down = _project(h, module, "down_proj", held_down, groups, expert_ids, transposed, False)
     down = _without(down, elsewhere)
     if getattr(module, "has_post_expert_norm", False):
         down = module.post_expert_norm(down)
@@ -191,6 +221,19 @@ def experts_forward(
     back[order] = torch.arange(order.shape[0], device=order.device)
     # Not index_add: the sum over k has a fixed order, and runs in float32 inside.
     return weighted[back].view(T, k, weighted.shape[1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _sorted(top_k_index: Tensor, E: int, mixed: Mixed | None) -> tuple[Tensor, Tensor, _Groups]:
+    """(sorted ids of experts, the order they were sorted in, where they end); the rows of an expert by adapter."""
+    ids = top_k_index.reshape(-1)
+    if mixed is None:
+        expert_ids, order = torch.sort(ids)
+        offs = _group_ends(expert_ids, E)
+        return expert_ids, order, _Groups(offs, offs, None)
+    N = mixed.adapters
+    group_ids, order = torch.sort(ids * N + mixed.of_token.repeat_interleave(top_k_index.shape[1]))
+    ends = _group_ends(group_ids, E * N)
+    return group_ids // N, order, _Groups(ends[N - 1 :: N].contiguous(), ends, group_ids % N)
 
 
 def _group_ends(sorted_ids: Tensor, num_experts: int) -> Tensor:

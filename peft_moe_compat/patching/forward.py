@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import layout
-from ..errors import LayoutError, PeftMoeCompatError
-from ..forward.layer import experts_forward
-from ..layout import ExpertLora, FlatLora
+from ..errors import LayoutError, ParallelismError, PeftMoeCompatError
+from ..forward.layer import Mixed, experts_forward
+from ..layout import ExpertLora, FlatLora, MixedLora
 from ..model.experts import REGISTRIES, REGISTRY_MODULE, is_transposed
 from ..model.probe import installed_rule
 from ..model.sharding import check_zero3, exchanges_tokens, local_experts, refuse_native, refuse_quantised
@@ -59,16 +59,17 @@ class Handover:
         self.is_transposed = is_transposed(experts)
         self.exchanges = exchanges_tokens(experts)
         self.wrappers: list[tuple[Any, list[str], tuple[int, int] | None]] = []
+        self.of_sample: list[str] | None = None  # the adapter of each, where they differ
         self.arrived = False
 
-    def get(self, name: str) -> ExpertLora | FlatLora | None:
+    def get(self, name: str) -> ExpertLora | FlatLora | MixedLora | None:
         """The update of a parameter, read when it is asked for: a device has something to do by then.
 
         Raises:
             LayoutError: See `read_adapter`.
             PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
         """
-        loras = []
+        loras: dict[str, list[FlatLora]] = {}
         for wrapper, adapter_names, held in self.wrappers:
             for adapter_name in adapter_names if wrapper.parameter_name == name else ():
                 lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
@@ -78,11 +79,33 @@ class Handover:
                         "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
                         "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
                     )
-                loras.append(lora)
-        if len(loras) < 2:
-            return loras[0] if loras else None
+                loras.setdefault(adapter_name, []).append(lora)
         # Of several adapters, or of a parameter that PEFT up to 0.19 has wrapped twice: they add up, as when merged.
-        return layout.concat([lora.canonical() for lora in loras])
+        if self.of_sample is not None:
+            each = [[lora.canonical() for lora in loras.get(name, ())] for name in dict.fromkeys(self.of_sample)]
+            return layout.mix([layout.concat(found) if found else None for found in each])
+        found = [lora for of_adapter in loras.values() for lora in of_adapter]
+        if len(found) < 2:
+            return found[0] if found else None
+        return layout.concat([lora.canonical() for lora in found])
+
+    def mixed(self, hidden_states: Tensor) -> Mixed | None:
+        """Which adapter each of the tokens "T H" takes, those of one sample side by side; None where all take the same.
+
+        Raises:
+            LayoutError: The samples cannot have as many tokens each.
+        """
+        if self.of_sample is None:
+            return None
+        tokens, samples = hidden_states.shape[0], len(self.of_sample)
+        if tokens % samples:
+            raise LayoutError(
+                f"adapter_names has {samples} names, but {type(self.experts).__name__} gets {tokens} tokens, which "
+                f"{samples} samples cannot share evenly. One name for each sample of the batch was expected."
+            )
+        ids = {name: i for i, name in enumerate(dict.fromkeys(self.of_sample))}
+        of_sample = torch.tensor([ids[name] for name in self.of_sample], device=hidden_states.device)
+        return Mixed(len(ids), of_sample.repeat_interleave(tokens // samples))
 
 
 def experts_registry(module: str = REGISTRY_MODULE) -> Any:
@@ -110,13 +133,17 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         """`ParamWrapper.forward` with peft_moe_compat active: hands itself down, or falls back to PEFT's own."""
         if reach.asks and passed_by(self):
             return peft_forward(self, x, *args, **kwargs)
-        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+        of_sample = kwargs.pop("adapter_names", None)
+        if of_sample is not None and self.merged:
+            raise LayoutError("adapter_names needs adapters that are not merged: call model.unmerge_adapter() first.")
+        if self.disable_adapters or self.merged:
             return peft_forward(self, x, *args, **kwargs)
         handover: Any = kwargs.get(KEYWORD)
         outermost = handover is None
         reason = None
         if outermost:
             handover = Handover(experts_of(self), rule)
+            handover.of_sample = of_sample
             reason = experts_reason(handover.experts, handover.is_transposed)
         experts = handover.experts
         if reason := reason or parameter_reason(self, experts):
@@ -125,15 +152,24 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
             refuse_native(experts, reason)
             if any(dropout_of(self, name) for name in active_adapters(self)):
                 raise LayoutError(no_dropout(self.parameter_name, reason))
+            if of_sample is not None:
+                raise LayoutError(
+                    f"adapter_names needs the grouped forward, but the LoRA of {self.parameter_name!r} runs in PEFT's "
+                    f"own: {reason}."
+                )
             return peft_forward(self, x, *args, **kwargs)
         check_zero3(self, x)
-        names = active_adapters(self)
-        if not names:
+        if handover.of_sample is None:
+            names = active_adapters(self)
+        else:
+            names = [name for name in dict.fromkeys(handover.of_sample) if name in self.lora_A]
+            if handover.exchanges:
+                raise ParallelismError("adapter_names needs all tokens where they were, but experts exchange them.")
+        if not names and handover.of_sample is None:
             return peft_forward(self, x, *args, **kwargs)
         refuse_quantised(experts, self.parameter_name)
         # Asked here, since the exchange of tokens has the experts module hold its local tensors.
         handover.wrappers.append((self, names, local_experts(experts, self.parameter_name)))
-        kwargs.pop("adapter_names", None)
         kwargs[KEYWORD] = handover
         base_layer = self._modules["base_layer"]
         if handover.exchanges and base_layer is experts:
@@ -174,16 +210,17 @@ def registered_forward(stock: Any) -> Any:
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        exchanges = exchanges_tokens(self)
+        exchanges, mixed = exchanges_tokens(self), None
         handover = _carried.get() if exchanges else kwargs.pop(KEYWORD, None)
         if handover is not None:
             handover.arrived = True
+            mixed = handover.mixed(args[0] if args else kwargs["hidden_states"])
         elif exchanges or not _narrower(self, args[0] if args else kwargs["hidden_states"]):
             return stock(self, *args, **kwargs)
         else:
             handover = {}
         named = {_ARGUMENT_ALIASES.get(key, key): value for key, value in kwargs.items()}
-        return experts_forward(self, handover, *args, **named)
+        return experts_forward(self, handover, *args, mixed=mixed, **named)  # type: ignore[misc]
 
     setattr(forward, TAKES_LORA, True)
     return forward

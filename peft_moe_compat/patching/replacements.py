@@ -13,7 +13,20 @@ from typing import Any
 from ..model.experts import REGISTRY_MODULE
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS, TAKES_LORA
-from . import dropout, hotswap, kbit, loading, parametrised, resuming, saving, sharding, whole_state
+from ..releases import installed_versions, known_issues
+from . import (
+    adapter_names,
+    combining,
+    dropout,
+    hotswap,
+    kbit,
+    loading,
+    parametrised,
+    resuming,
+    saving,
+    sharding,
+    whole_state,
+)
 from .forward import experts_registry, registered_forward, wrapper_forward
 from .reach import comes_to_peft, displaced, owner_of, watched_call
 from .resuming import forget_converted
@@ -213,6 +226,8 @@ def replacements() -> list[Replacement]:
         _attribute(swapping, "load_peft_weights", "peft.", loading.load_weights_to_swap),
         _attribute(LoraModel, "_prepare_model", "peft.", loading.prepare_model),
         _attribute(LoraModel, "_create_and_replace", "peft.", dropout.create_and_replace),
+        _attribute(LoraModel, "_enable_peft_forward_hooks", "contextlib", adapter_names.enable_peft_forward_hooks),
+        *_of_combinations(LoraModel),
         _attribute(LoraModel, "_check_merge_allowed", "peft.", parametrised.check_merge_allowed),
         _attribute(BaseTuner, "_inject_parameters", "peft.", parametrised.inject_parameters),
         _attribute(PreTrainedModel, "_load_pretrained_model", "transformers.", loading.load_pretrained_model),
@@ -248,6 +263,20 @@ def _registry_entries() -> list[RegistryEntry]:
                 what = f"transformers' {whose}experts implementation {key!r}"
                 found.append(RegistryEntry(mapping, key, "transformers.", registered_forward, what))
     return found
+
+
+def _of_combinations(LoraModel: Any) -> list[Replacement]:
+    """Where a model can have several adapters on parameters."""
+    if "second_adapter" in {issue.code for issue in known_issues(**installed_versions("peft", "transformers"))}:
+        return []
+    return [
+        _attribute(LoraModel, name, "peft.", make)
+        for name, make in (
+            ("add_weighted_adapter", combining.add_weighted_adapter),
+            ("_check_add_weighted_adapter", combining.check_add_weighted_adapter),
+            ("_svd_generalized_task_arithmetic_weighted_adapter", combining.svd_weighted_adapter),
+        )
+    ]
 
 
 def _of_kbit_training(peft: Any) -> list[Replacement]:
