@@ -55,6 +55,8 @@ def by_rules(folder: Path, target: Target, base: BaseModel | None) -> Proof:
     stated = Stated(base)
     try:
         source = open_adapter(folder, stated)
+        if source.form == "none":
+            return Proof("none", ("to every reader the LoRA of a single expert is that of a matrix",))
         verdict = reader_verdict(source, decide(source, stated), target)
     except AdapterError as error:  # a file whose reader knows what this package would have to guess
         return Proof("none", (error,))

@@ -384,6 +384,16 @@ def test_zero_experts_come_back(tmp_path):
         convert_adapter(less, tmp_path / "out", to=NEW, model=model)
 
 
+def test_of_a_single_expert_nothing_is_known_and_nothing_raises(tmp_path):
+    spec = Spec(E=1, layers=(0,))
+    tensors = {}
+    for (layer, role), (A, B) in spec.factors(("gate", "up")).items():
+        tensors |= pair(stem(spec, layer, PROJ[role]), A[0], B[0])
+    source = save(tmp_path / "in", tensors, lora_config(spec))
+    done = convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
+    assert str(done.proof).startswith("not known whether it is read: ")
+
+
 def test_a_router_may_be_a_stack_of_one(tmp_path):
     spec = Spec(layers=(0,))
     factors = spec.factors(("gate_up", "down"))
