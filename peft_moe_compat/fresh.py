@@ -28,6 +28,7 @@ from .proving import FOREIGN, model_without_weights
 __all__ = ["FreshAdapter", "write_fresh_adapter"]
 
 _NAME, _FILE = "default", "adapter_model.safetensors"
+_PARTS = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True)
@@ -141,19 +142,24 @@ def _layers(wrapped: Any) -> dict[str, Any]:
 
 def _weights(path: str, layer: Any) -> list[tuple[str, Tensor]]:
     """(name in the file, weight) of lora_A and of lora_B."""
-    return [(f"{path}.{part}.weight", getattr(layer, part)[_NAME].weight) for part in ("lora_A", "lora_B")]
+    return [(f"{path}.{part}.weight", getattr(layer, part)[_NAME].weight) for part in _PARTS]
 
 
 def _initialised(layers: Mapping[str, Any], seed: int) -> Iterator[tuple[str, Tensor]]:
     """The weights of one layer after the other, as PEFT makes and initialises it, and without data again afterwards."""
     import torch
 
+    # One piece of memory for all: what is freed in between, malloc does not give back.
+    sizes = [max(getattr(layer, part)[_NAME].weight.numel() for layer in layers.values()) for part in _PARTS]
+    pieces = [torch.empty(size) for size in sizes]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for path, layer in layers.items():
-            factors = [getattr(layer, part)[_NAME] for part in ("lora_A", "lora_B")]
-            for linear in factors:
-                linear.to_empty(device="cpu").reset_parameters()  # as its constructor does
+            factors = [getattr(layer, part)[_NAME] for part in _PARTS]
+            for linear, piece in zip(factors, pieces, strict=True):
+                shape = linear.weight.shape
+                linear.weight = torch.nn.Parameter(piece[: shape.numel()].view(shape))
+                linear.reset_parameters()  # as its constructor does
             layer.reset_lora_parameters(_NAME, True)
             yield from _weights(path, layer)
             for linear in factors:

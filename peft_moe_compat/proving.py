@@ -100,13 +100,17 @@ def model_without_weights(base: BaseModel) -> tuple[str, Any]:
     Raises:
         AdapterError: The installed transformers builds none.
     """
-    found = next(_models(base.config), None) if _is_real(base.config) else None
+    failed: dict[str, str] = {}
+    found = next(_models(base.config, failed), None) if _is_real(base.config) else None
+    if failed:  # another class would give other paths
+        name, why = next(iter(failed.items()))
+        raise AdapterError(f"No model can be built from {base.name}: {name} of transformers fails: {why}")
     if found is None:
         version = installed_versions("transformers")["transformers"]
         raise AdapterError(
-            f"No model can be built from {base.name}: transformers {version} has no class for it that imports, or it "
-            "counts more than any model has. A config.json as transformers writes it was expected, of a model whose "
-            "code is in transformers."
+            f"No model can be built from {base.name}: transformers {version} has no class for it, or it counts more "
+            "than any model has. A config.json as transformers writes it was expected, of a model whose code is in "
+            "transformers."
         )
     return found
 
@@ -124,16 +128,23 @@ def _is_real(config: Mapping[str, Any]) -> bool:
     return bool(written) and isinstance(config.get("model_type"), str) and modest(config)
 
 
-def _models(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(class, model without weights) of every class that the config, or a part of it, may be meant for."""
+def _models(raw: Mapping[str, Any], failed: dict[str, str] | None = None) -> Iterator[tuple[str, Any]]:
+    """(class, model without weights) of every class that the config, or a part of it, may be meant for.
+
+    `failed` is filled with those that it cannot be: class -> why.
+    """
+    failed = {} if failed is None else failed
     import torch
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto import modeling_auto
 
+    if raw["model_type"] not in transformers.CONFIG_MAPPING:
+        return
     try:
         whole = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(_with_floats(raw))
-    except (*FOREIGN, StrictDataclassError):
+    except (*FOREIGN, StrictDataclassError) as error:
+        failed[str(raw["model_type"])] = " ".join(str(error).split())
         return
     named = raw.get("architectures")
     names = [(whole, name) for name in (named if isinstance(named, list) else ())]
@@ -148,7 +159,8 @@ def _models(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for config, name in names:
         try:
             cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        except FOREIGN:  # a class that does not import, of a package beside transformers that is broken, say
+        except FOREIGN as error:  # it does not import: a package beside transformers is broken, say
+            failed[name] = " ".join(str(error).split())
             continue
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls not in tried:
             tried.add(cls)
@@ -157,7 +169,8 @@ def _models(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                     model = cls(config)
             except _TooManyModulesError:
                 return
-            except FOREIGN:
+            except FOREIGN as error:
+                failed[name] = " ".join(str(error).split())
                 continue
             yield name, model
 

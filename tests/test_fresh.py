@@ -69,6 +69,19 @@ def test_stock_peft_and_the_guard_load_it_and_nothing_changes(base, tmp_path, st
     torch.testing.assert_close(stock(logits), expected)
 
 
+def test_one_layer_at_a_time_is_in_memory(base):
+    from peft_moe_compat import fresh
+    from peft_moe_compat.adapters.base_model import load_base_model
+    from peft_moe_compat.proving import model_without_weights
+
+    _, bare = model_without_weights(load_base_model(base))
+    targets = peft_moe_compat.expert_parameters(bare)
+    wrapped = fresh._adapted(bare, r=2, target_modules=[], target_parameters=targets)
+    streamed = fresh._initialised(fresh._layers(wrapped), 0)
+    assert len({tensor.untyped_storage().data_ptr() for _, tensor in streamed}) == 2  # of lora_A, and of lora_B
+    assert all(weight.is_meta for weight in wrapped.parameters())
+
+
 def test_what_cannot_be_is_refused(tmp_path):
     base, out = tmp_path / "base", tmp_path / "fresh"
     zoo.tiny_model(zoo.FAMILIES[0]).save_pretrained(base)
@@ -87,9 +100,10 @@ def test_what_cannot_be_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "no_such_type"}, "No model can be built"),
-        ({"architectures": None, "transformers_version": None}, "No model can be built"),
-        ({"num_hidden_layers": 10**9}, "No model can be built"),
+        ({"model_type": "no_such_type"}, "No model can be built .* has no class for it"),
+        ({"architectures": None, "transformers_version": None}, "No model can be built .* has no class for it"),
+        ({"num_hidden_layers": 10**9}, "No model can be built .* counts more"),
+        ({"vocab_size": -1}, "No model can be built .*ForCausalLM of transformers fails: .*negative"),
     ],
 )
 def test_a_config_that_makes_no_model_is_refused(config, message, tmp_path):
