@@ -27,8 +27,26 @@ class Other:
 _LIGER = 'set liger_kernel_config={"swiglu": False} beside use_liger_kernel'
 _UNSLOTH = "Unsloth trains experts in a forward of its own; leave out its import or this library"
 
+_ENABLE = "peft-moe-compat enable, once in this environment"
+
 OTHERS = (
-    Other("liger-kernel", "liger_kernel", f"{_LIGER}: its experts forward does not run inside of PEFT.", _LIGER),
+    Other("trl", "trl", f"From its command line: {_ENABLE}. In a script the import is enough."),
+    Other(
+        "axolotl",
+        "axolotl",
+        f"plugins: [peft_moe_compat.integrations.axolotl.PeftMoeCompatPlugin] in its YAML file, or {_ENABLE}.",
+    ),
+    Other(
+        "ms-swift",
+        "swift",
+        f"--external_plugins with the path that peft-moe-compat plugin ms-swift prints, or {_ENABLE}.",
+    ),
+    Other(
+        "llamafactory",
+        "llamafactory",
+        f"{_ENABLE}; it has no option for parameters: go on from what peft-moe-compat init writes.",
+    ),
+    Other("liger-kernel", "liger_kernel", f"{_LIGER}: its experts forward fails inside of PEFT.", _LIGER),
     Other("unsloth", "unsloth", f"{_UNSLOTH}.", _UNSLOTH),
     Other("unsloth_zoo", "unsloth_zoo", f"{_UNSLOTH}.", _UNSLOTH),
 )

@@ -113,7 +113,7 @@ def test_imports_point_one_way(name):
     # The public package, which imports nothing itself, is where a version number and `activate` come from.
     top = [target for target, ours, _ in imports(name) if ours and not target]
     assert upward == []
-    assert not top or room(name) == "cli"
+    assert not top or room(name) == "cli" or name == "integrations.swift"  # which is imported by its path
 
 
 def test_within_forward_too():

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .. import __version__, releases
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
+from ..others import OTHERS, Other
 from ..patching import activation
 
 __all__ = ["Findings", "examine", "show"]
@@ -35,6 +36,7 @@ class Findings:
         probe: What a probe of the installed `ParamWrapper` said of that rule.
         taken: The experts implementations that get the grouped-mm forward; None without an experts registry.
         backends: Device -> backend of its grouped products.
+        others: Of the installed trainers and libraries beside them, distribution -> what it needs.
     """
 
     versions: dict[str, str]
@@ -46,6 +48,7 @@ class Findings:
     probe: str = ""
     taken: list[str] | None = None
     backends: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -66,6 +69,7 @@ def examine() -> Findings:
     """Activates the package and looks at what it then works with; whatever keeps it from working is the `reason`."""
     needed = releases.installed_versions("torch", "peft", "transformers")
     found = Findings({"peft-moe-compat": __version__, "python": platform.python_version(), **needed})
+    found.others = {row.distribution: row.needs for row in OTHERS if _installed(row)}
     missing = [name for name, version in needed.items() if version == "not installed"]
     if missing:
         found.reason = f"{', '.join(missing)} is needed but not installed. Install it with pip."
@@ -79,6 +83,10 @@ def examine() -> Findings:
     except (UnsupportedPeftError, PatchConflictError) as error:
         found.reason = str(error)
     return found
+
+
+def _installed(row: Other) -> bool:
+    return releases.installed_versions(row.distribution)[row.distribution] != "not installed"
 
 
 def _look_closer(found: Findings, peft_version: str) -> None:
@@ -130,6 +138,13 @@ def show(found: Findings, console: Console) -> None:
         console.print(issues)
     else:
         console.print("No issue is known of this PEFT and transformers.")
+    if found.others:
+        others = Table(title="What is installed beside them, and needs something", show_lines=True)
+        others.add_column("library", no_wrap=True)
+        others.add_column("needs", overflow="fold")
+        for name, needs in found.others.items():
+            others.add_row(name, escape(needs))
+        console.print(others)
 
 
 def _state(found: Findings) -> list[tuple[str, str]]:

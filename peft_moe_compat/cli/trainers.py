@@ -79,7 +79,7 @@ _Model = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    for command in (targets, init):
+    for command in (targets, init, plugin):
         app.command()(command)
 
 
@@ -112,6 +112,13 @@ def told(trainer: str, names: Sequence[str], model: str) -> str:
         return "\n".join(names)
     spelled = {"python": repr(list(names)), "json": json.dumps(list(names)), "words": " ".join(names), "model": model}
     return TRAINERS[trainer].text.format(**spelled)
+
+
+def plugin(trainer: Annotated[str, typer.Argument(help="ms-swift.", show_default=False)]) -> None:
+    """Prints the path of the file that a trainer imports by its path: ms-swift, as one of its external plugins."""
+    if trainer != "ms-swift":
+        raise _failed(AdapterError(f"{trainer!r} has no file to import; ms-swift was expected."))
+    typer.echo(str(Path(__file__).parent.parent / "integrations" / "swift.py"))
 
 
 def init(

@@ -89,12 +89,23 @@ def test_a_rival_patch_is_named(check, monkeypatch):
 
 def test_a_peft_that_does_not_import_is_the_reason_and_its_remedy_is_shown(check, monkeypatch):
     pair = {"peft": "0.17.1", "transformers": "5.0.0", "torch": torch.__version__}
-    monkeypatch.setattr(releases, "installed_versions", lambda *names: {name: pair[name] for name in names})
+    monkeypatch.setattr(releases, "installed_versions", lambda *names: {n: pair.get(n, "not installed") for n in names})
     monkeypatch.setitem(sys.modules, "peft", None)
     result = check()
     assert result.exit_code == 1
     assert "PEFT 0.17.1 does not import beside transformers 5.0.0" in result.output
     assert "install peft>=0.18 or transformers<5" in result.output
+
+
+def test_what_the_installed_trainers_need_is_said(check, monkeypatch):
+    versions = releases.installed_versions("torch", "peft", "transformers") | {"axolotl": "0.19.0", "ms-swift": "4.6.0"}
+    monkeypatch.setattr(releases, "installed_versions", lambda *n: {m: versions.get(m, "not installed") for m in n})
+    document = json.loads(check("--json").stdout)
+    assert list(document["others"]) == ["axolotl", "ms-swift"]
+    output = check().output
+    assert all(needs in output for needs in document["others"].values())
+    assert "plugins: [peft_moe_compat.integrations.axolotl.PeftMoeCompatPlugin]" in output
+    assert "liger" not in output
 
 
 def test_what_is_not_installed_is_the_reason(check, monkeypatch):
@@ -125,7 +136,9 @@ def test_no_known_issue_is_said_too(check, monkeypatch):
 def test_what_is_newer_than_any_tested_release_is_said(check, monkeypatch):
     """Of this pair, were it newer: what is installed stays as it is."""
     versions = releases.installed_versions("torch", "peft", "transformers") | {"peft": "99.1.0"}
-    monkeypatch.setattr(releases, "installed_versions", lambda *names: {name: versions[name] for name in names})
+    monkeypatch.setattr(
+        releases, "installed_versions", lambda *names: {n: versions.get(n, "not installed") for n in names}
+    )
     result = check()
     assert result.exit_code == 0, result.output
     assert f"99.1.0, newer than any tested release ({releases.NEWEST_TESTED})" in result.output
