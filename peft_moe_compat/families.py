@@ -16,6 +16,7 @@ __all__ = [
     "FAMILIES",
     "FLAT_CLASSES",
     "LINEAR_NAMES",
+    "OWN_FORWARDS",
     "PACKED_CLASSES",
     "REWRITTEN",
     "ROLES",
@@ -95,6 +96,8 @@ class Family:
         undeclared: Class of transformers without `is_transposed` -> whether its weights are `(E, in, out)`. Where a
             later release decorates the class, its own attribute comes first, so the class stands here with the
             orientation it had before. Source: the shapes in the classes' `__init__` and the products in their forward.
+        own_forward: Class that transformers does not decorate -> which of forward/undecorated.py computes what its
+            forward does. Source: that forward, 4.57.6 to 5.24.0.
         flat: Class that keeps its stacks as 2-D "(E I) H" matrices, which PEFT takes for one wide expert -> their
             names. Source: the same.
         packed: Class whose loading replaces its weights with packed MXFP4 objects, which PEFT cannot wrap -> their
@@ -112,6 +115,7 @@ class Family:
     block_sparse_moe: bool = False
     unsloth_grouped: bool = False
     undeclared: Mapping[str, bool] = field(default_factory=dict)
+    own_forward: Mapping[str, str] = field(default_factory=dict)
     flat: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     clamped: tuple[str, ...] = ()
@@ -146,7 +150,8 @@ _DEEPSEEK_V4 = {
 # fmt: off
 FAMILIES: dict[str, Family] = {
     "aria": Family(StoredTransposed(declared=Version("5.18.0")), _ARIA, fused_in_4=True,
-                   undeclared={"AriaGroupedExpertsGemm": True}),
+                   undeclared={"AriaGroupedExpertsGemm": True},
+                   own_forward={"AriaGroupedExpertsGemm": "one_projection"}),
     "axk2": Family(on_hub={"self_attn.q_gate_proj": "self_attn.q_b_proj",
                            **{f"{norm}.mlp.{name}": f"{norm}.{hub}" for norm in _NORMS for name, hub in _AXK2}}),
     "bailing_hybrid": Family(on_hub={"self_attn.forget_gate.f_proj": "attention.f_proj",
@@ -164,19 +169,25 @@ FAMILIES: dict[str, Family] = {
                       unsloth_grouped=True, undeclared={"GptOssExperts": True},
                       packed={"Mxfp4GptOssExperts": _EXPERTS}, clamped=("GptOssExperts",)),
     "granitemoe": Family(renamed=_GRANITE, fused_in_4=True, on_hub=_GRANITE_ROUTER,
-                         undeclared={"GraniteMoeParallelExperts": False}),
+                         undeclared={"GraniteMoeParallelExperts": False},
+                         own_forward={"GraniteMoeParallelExperts": "one_projection"}),
     "granitemoehybrid": Family(renamed=_GRANITE, fused_in_4=True, on_hub=_GRANITE_ROUTER,
-                               undeclared={"GraniteMoeHybridParallelExperts": False}),
+                               undeclared={"GraniteMoeHybridParallelExperts": False},
+                               own_forward={"GraniteMoeHybridParallelExperts": "one_projection"}),
     "granitemoeshared": Family(renamed=_GRANITE, fused_in_4=True, on_hub=_GRANITE_ROUTER,
-                               undeclared={"GraniteMoeSharedParallelExperts": False}),
+                               undeclared={"GraniteMoeSharedParallelExperts": False},
+                               own_forward={"GraniteMoeSharedParallelExperts": "one_projection"}),
     "hy_v3": Family(on_hub={"mlp.gate": "mlp.router.gate", "mlp.shared_experts": "mlp.shared_mlp"}),
     "hy_v4": Family(on_hub={"gate_proj": "linear_gate"}),
-    "jetmoe": Family(fused_in_4=True, undeclared={"JetMoeParallelExperts": False}),
+    "jetmoe": Family(fused_in_4=True, undeclared={"JetMoeParallelExperts": False},
+                     own_forward={"JetMoeParallelExperts": "one_projection"}),
     "kimi_linear": Family(linears=_W123, on_hub=_FORGET_GATE, block_sparse_moe=True),
     "laguna": Family(on_hub={"mlp.shared_experts": "mlp.shared_expert"}),
     "lfm2_moe": Family(linears=_W123, unsloth_grouped=True),
-    "llama4": Family(StoredTransposed(), fused_in_4=True, undeclared={"Llama4TextExperts": True}),
-    "longcat_flash": Family(undeclared={"LongcatFlashExperts": False}),
+    "llama4": Family(StoredTransposed(), fused_in_4=True, undeclared={"Llama4TextExperts": True},
+                     own_forward={"Llama4TextExperts": "every_token"}),
+    "longcat_flash": Family(undeclared={"LongcatFlashExperts": False},
+                            own_forward={"LongcatFlashExperts": "with_identities"}),
     "minimax": Family(linears=_W123, block_sparse_moe=True),
     "minimax_m2": Family(linears=_W123, block_sparse_moe=True),
     "minimax_m3_vl": Family(linears=_W123, block_sparse_moe=True),
@@ -192,7 +203,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": Family(StoredTransposed(until=Version("5.0.0")), fused_in_4=True, unsloth_grouped=True,
                            undeclared={"Qwen3VLMoeTextExperts": True}),
     "sarvam_moe": Family(on_hub={"self_attn.o_proj": "attention.dense"}),
-    "step3p7": Family(undeclared={"Step3p7Experts": False}),
+    "step3p7": Family(undeclared={"Step3p7Experts": False}, own_forward={"Step3p7Experts": "routed"}),
 }
 # fmt: on
 _DEFAULT = Family()
@@ -205,6 +216,12 @@ def family(model_type: str) -> Family:
 
 # The columns of classes, by class; of the clamped ones, whether gate and up are interleaved.
 UNDECLARED_CLASSES = {name: value for row in FAMILIES.values() for name, value in row.undeclared.items()}
+# Class -> (module of transformers, which forward).
+OWN_FORWARDS = {
+    name: (f"transformers.models.{model_type}.modeling_{model_type}", kind)
+    for model_type, row in FAMILIES.items()
+    for name, kind in row.own_forward.items()
+}
 FLAT_CLASSES = {name: parameters for row in FAMILIES.values() for name, parameters in row.flat.items()}
 PACKED_CLASSES = {name: parameters for row in FAMILIES.values() for name, parameters in row.packed.items()}
 CLAMPED_CLASSES = {name: row.interleaved for row in FAMILIES.values() for name in row.clamped}

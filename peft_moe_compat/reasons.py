@@ -40,6 +40,7 @@ SENTENCES = {
     "no_memory": "there is no memory for a trial",
     "while_capturing": "they have not been tried yet, and cannot be while a CUDA graph is captured",
     "kernel_failed": "a kernel failed on {0}: {1}: {2}",
+    "own_forward": "{0} has a forward of its own",
     "norm_follows": "a norm follows the experts",
     "quantised": "{0} is stored as {1}",
     "quantised_compiled": "{0} is stored as {1}, which a compiled graph decodes by torch",

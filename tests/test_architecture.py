@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
 }
 ROOMS["cli"] = {*ROOMS}
 # Within `forward`, from below to above.
-FORWARD = ["backend", "dropout", "grouped_mm", "frozen", "kernels", "fused_ops", "fused", "layer"]
+FORWARD = ["backend", "dropout", "grouped_mm", "frozen", "kernels", "fused_ops", "fused", "layer", "undecorated"]
 # Room or module -> what it never imports, also not inside a function.
 NEVER = {
     "adapters": {"peft", "transformers", "triton"},

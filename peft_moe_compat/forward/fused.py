@@ -130,9 +130,11 @@ def fused_reason(module: Any, device: torch.device) -> Reason | None:
         return reason
     if getattr(module, "has_post_expert_norm", False):
         return because("norm_follows")
+    if not hasattr(module, "_apply_gate"):
+        return because("own_forward", type(module).__name__)
     names = [up_name(module), "down_proj"]
     held = []
-    for name in names + ([f"{n}_bias" for n in names] if module.has_bias else []):
+    for name in names + ([f"{n}_bias" for n in names] if getattr(module, "has_bias", False) else []):
         frozen = _frozen(module, name)
         if isinstance(frozen, Reason):
             return frozen

@@ -21,7 +21,7 @@ from .frozen import grouped_mm_of
 from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
 
-__all__ = ["Mixed", "experts_forward"]
+__all__ = ["Groups", "LoraOf", "Mixed", "experts_forward", "group_ends", "project", "weight_of"]
 
 Weight = TypeVar("Weight", Tensor, Tensor | PackedWeight)
 
@@ -50,7 +50,7 @@ class Mixed(NamedTuple):
     of_token: Tensor
 
 
-class _Groups(NamedTuple):
+class Groups(NamedTuple):
     """Where each group of routed rows ends, "E" of an expert and "(E N)" of its adapters; and each row's adapter."""
 
     experts: Tensor
@@ -59,7 +59,7 @@ class _Groups(NamedTuple):
 
 
 def _lora_term(
-    x: Tensor, update: ExpertLora | FlatLora | MixedLora, dtype: torch.dtype, groups: _Groups, gather: Gather | None
+    x: Tensor, update: ExpertLora | FlatLora | MixedLora, dtype: torch.dtype, groups: Groups, gather: Gather | None
 ) -> Tensor:
     """scaling * (x A^T) B^T of each row's own expert, and adapter: "S in" -> "S out", computed in `dtype`."""
     lora, offs = update.canonical(), groups.adapters
@@ -87,7 +87,7 @@ def _low_rank(
     return torch.cat([grouped_mm(dropped(x, p), run, offs) for run, (_, p) in runs], 1)
 
 
-def _weight(
+def weight_of(
     module: Any,
     name: str,
     transposed: bool,
@@ -118,12 +118,12 @@ def _weight(
     return weight
 
 
-def _project(
+def project(
     x: Tensor,
     module: Any,
     name: str,
     held: tuple[Tensor, Tensor | None, ExpertLora | FlatLora | MixedLora | None],
-    groups: _Groups,
+    groups: Groups,
     expert_ids: Tensor,
     transposed: bool,
     widen: bool,
@@ -181,8 +181,8 @@ def experts_forward(
         name: str, in_features: int, reader: Callable[[Any, str, Tensor], Weight]
     ) -> tuple[Weight, Tensor | None, Any]:
         lora = expert_lora.get(name)
-        weight = _weight(module, name, transposed, in_features, lora, hidden_states, reader)
-        return weight, getattr(module, f"{name}_bias") if module.has_bias else None, lora
+        weight = weight_of(module, name, transposed, in_features, lora, hidden_states, reader)
+        return weight, getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None, lora
 
     if mixed is None and runs_fused(module, hidden_states, top_k_index):
         packed_up = held(up_proj, hidden_states.shape[1], read_packed)
@@ -206,12 +206,12 @@ def experts_forward(
         x, gather = _without(hidden_states[order // k], elsewhere), None
     # PEFT rounds W + dW and then the product; rounding the product and then its sum with the LoRA term costs more once
     # an activation amplifies it (relu^2 doubles it), so that sum is not rounded before the activation.
-    up = _project(x, module, up_proj, held_up, groups, expert_ids, transposed, True, gather)
+    up = project(x, module, up_proj, held_up, groups, expert_ids, transposed, True, gather)
     up = _without(up, elsewhere)
     del held_up
     h = module._apply_gate(up) if up_proj == "gate_up_proj" else module.act_fn(up)
     held_down = held("down_proj", h.shape[1], read)
-    down = _project(h, module, "down_proj", held_down, groups, expert_ids, transposed, False)
+    down = project(h, module, "down_proj", held_down, groups, expert_ids, transposed, False)
     down = _without(down, elsewhere)
     if getattr(module, "has_post_expert_norm", False):
         down = module.post_expert_norm(down)
@@ -223,20 +223,20 @@ def experts_forward(
     return weighted[back].view(T, k, weighted.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
 
-def _sorted(top_k_index: Tensor, E: int, mixed: Mixed | None) -> tuple[Tensor, Tensor, _Groups]:
+def _sorted(top_k_index: Tensor, E: int, mixed: Mixed | None) -> tuple[Tensor, Tensor, Groups]:
     """(sorted ids of experts, the order they were sorted in, where they end); the rows of an expert by adapter."""
     ids = top_k_index.reshape(-1)
     if mixed is None:
         expert_ids, order = torch.sort(ids)
-        offs = _group_ends(expert_ids, E)
-        return expert_ids, order, _Groups(offs, offs, None)
+        offs = group_ends(expert_ids, E)
+        return expert_ids, order, Groups(offs, offs, None)
     N = mixed.adapters
     group_ids, order = torch.sort(ids * N + mixed.of_token.repeat_interleave(top_k_index.shape[1]))
-    ends = _group_ends(group_ids, E * N)
-    return group_ids // N, order, _Groups(ends[N - 1 :: N].contiguous(), ends, group_ids % N)
+    ends = group_ends(group_ids, E * N)
+    return group_ids // N, order, Groups(ends[N - 1 :: N].contiguous(), ends, group_ids % N)
 
 
-def _group_ends(sorted_ids: Tensor, num_experts: int) -> Tensor:
+def group_ends(sorted_ids: Tensor, num_experts: int) -> Tensor:
     """Where each expert's rows end, "E" int32, without a host synchronisation; sentinel ids are not counted."""
     experts = torch.arange(num_experts, device=sorted_ids.device, dtype=sorted_ids.dtype)
     return torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)

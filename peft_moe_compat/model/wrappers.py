@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import layout
 from ..errors import LayoutError, PeftMoeCompatError
+from ..families import OWN_FORWARDS
 from ..layout import ExpertLora, FlatLora
 from ..reasons import Reason, because
 from ..releases import LayoutRule
@@ -235,11 +236,14 @@ def native_reason(wrapper: Any) -> Reason | None:
 def experts_reason(experts: Any, transposed: bool | None) -> Reason | None:
     """The same of an experts module of that orientation, whichever of its parameters are wrapped."""
     cls = type(experts)
-    registry = dispatching_registry(cls)
-    if registry is None:
+    own = hasattr(cls.forward, TAKES_LORA)
+    registry = None if own else dispatching_registry(cls)
+    if registry is None and not own:
         return because("not_dispatching", cls.__name__)
     if "forward" in experts.__dict__ and not (_only_hooked(experts) or exchanges_tokens(experts)):
         return because("forward_replaced", cls.__name__)
+    if registry is None:
+        return because("unknown_orientation", cls.__name__) if transposed is None else None
     implementation = experts.config._experts_implementation
     if implementation not in TAKEN_IMPLEMENTATIONS:
         return because("other_implementation", implementation, TAKEN_IMPLEMENTATIONS)
@@ -254,12 +258,18 @@ def experts_reason(experts: Any, transposed: bool | None) -> Reason | None:
 def parameter_reason(wrapper: Any, experts: Any) -> Reason | None:
     """The same of the parameter that a wrapper is for, once its experts can run the grouped-mm forward."""
     name = wrapper.parameter_name
-    if name not in ("gate_up_proj", "up_proj", "down_proj"):
+    if name not in ("gate_up_proj", "up_proj", "down_proj") and not _one_projection(experts, name):
         return because("no_projection", name)
     for linear in wrapper._modules["lora_A"]._modules.values():
         if held_weight(linear).dtype.itemsize < 2:
             return because("lora_in_8_bits")
     return unreadable_reason(experts, name)
+
+
+def _one_projection(experts: Any, name: str) -> bool:
+    """Whether a parameter is all that an experts class of one projection has."""
+    kinds = (OWN_FORWARDS.get(cls.__name__, ("", ""))[1] for cls in type(experts).__mro__)
+    return name == "weight" and "one_projection" in kinds
 
 
 def _only_hooked(experts: Any) -> bool:

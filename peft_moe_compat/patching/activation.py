@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..at_start import installed
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
+from ..families import OWN_FORWARDS
 from ..others import remedy
 from ..reasons import Reason, because
 from ..releases import release_for
@@ -108,7 +109,7 @@ class Activation:
         for placed in made:
             placed.replacement.put(placed.ours)
         self._placed += made
-        reach.begin(next(placed.ours for placed in self._placed if placed.replacement.name == "forward"))
+        reach.begin(next(placed.ours for placed in self._placed if placed.replacement.what == "ParamWrapper.forward"))
 
     def _renew(self) -> None:
         """Puts ours back in the places where somebody has put something else that does not come to it.
@@ -123,6 +124,12 @@ class Activation:
             placed.on = False
             self._placed.remove(placed)
         self._place(placed.replacement for placed in lost)
+
+    def _install_in_model(self, module: Any) -> None:
+        """What is replaced in a module of transformers that has experts with a forward of their own."""
+        from .replacements import replacements_in_model
+
+        self._place(found for found in replacements_in_model(module) if not found.foreign(found.there()))
 
     def _install_in_trainer(self, trainer: Any) -> None:
         """What is replaced in `transformers.trainer`, all of it or, where a function is missing, nothing."""
@@ -184,7 +191,7 @@ def activate() -> Activation:
             handle = Activation()
             handle._install()
             _current = handle
-            _follow_trainer()
+            _follow()
         else:
             _current._renew()
             _current._fresh = False
@@ -204,23 +211,30 @@ _waiting = False
 _following = False
 
 
-def _follow_trainer() -> None:
-    """Sees to `transformers.trainer` now if it has been imported, and whenever it is from here on."""
+def _follow() -> None:
+    """Sees to what activation does not import, now if it has been imported, and whenever it is from here on."""
     global _following
+    followed = {_TRAINER, *(module for module, _ in OWN_FORWARDS.values())}
     if not _following:
         from wrapt import register_post_import_hook
 
         _following = True
-        register_post_import_hook(_trainer_imported, _TRAINER)
-    elif (trainer := sys.modules.get(_TRAINER)) is not None:
-        _trainer_imported(trainer)
+        for name in followed:
+            register_post_import_hook(_imported, name)
+    else:
+        for module in filter(None, map(sys.modules.get, followed)):
+            _imported(module)
 
 
-def _trainer_imported(trainer: Any) -> None:
+def _imported(module: Any) -> None:
     with _lock:
+        if _current is None:
+            return
+        if module.__name__ != _TRAINER:
+            _current._install_in_model(module)
         # It imports peft, and so may activate, before it has its class: then it comes again when it is complete.
-        if _current is not None and hasattr(trainer, "Trainer"):
-            _current._install_in_trainer(trainer)
+        elif hasattr(module, "Trainer"):
+            _current._install_in_trainer(module)
 
 
 def switched_off() -> bool:
@@ -240,7 +254,7 @@ def activate_on_import() -> None:
     from wrapt import register_post_import_hook
 
     _waiting = True
-    _follow_trainer()
+    _follow()
     register_post_import_hook(_activate_or_warn, "peft")  # at once where peft is imported already
 
 

@@ -6,8 +6,9 @@ What cannot run fast goes to PEFT's own forward. No state is kept on any module.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from .. import layout
 from ..errors import LayoutError, ParallelismError, PeftMoeCompatError
 from ..forward.layer import Mixed, experts_forward
+from ..forward.undecorated import FORWARDS
 from ..layout import ExpertLora, FlatLora, MixedLora
 from ..model.experts import REGISTRIES, REGISTRY_MODULE, is_transposed
 from ..model.probe import installed_rule
@@ -35,7 +37,7 @@ from .dropout import no_dropout
 from .reach import passed_by, warn_of
 from .reach import state as reach
 
-__all__ = ["KEYWORD", "experts_registry", "registered_forward", "wrapper_forward"]
+__all__ = ["KEYWORD", "experts_registry", "own_forward", "registered_forward", "wrapper_forward"]
 
 KEYWORD = "expert_lora"
 # Other names the experts classes' own forwards use for their arguments (gpt_oss, openai_privacy_filter).
@@ -224,3 +226,24 @@ def registered_forward(stock: Any) -> Any:
 
     setattr(forward, TAKES_LORA, True)
     return forward
+
+
+def own_forward(kind: str) -> Callable[[Any], Any]:
+    """For the forward of a class that transformers does not decorate, and that consumes the factors then."""
+    run = FORWARDS[kind]
+
+    def make(stock: Any) -> Any:
+        @wraps(stock)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            handover = kwargs.pop(KEYWORD, None)
+            if handover is None:
+                return stock(self, *args, **kwargs)
+            if handover.of_sample is not None:
+                raise LayoutError(f"adapter_names does not reach {type(self).__name__}, whose forward is its own.")
+            handover.arrived = True
+            return run(self, handover, *args, **kwargs)
+
+        setattr(forward, TAKES_LORA, True)
+        return forward
+
+    return make

@@ -10,7 +10,8 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-from ..model.experts import REGISTRY_MODULE
+from ..families import OWN_FORWARDS
+from ..model.experts import REGISTRY_MODULE, dispatching_registry
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS, TAKES_LORA
 from ..releases import installed_versions, known_issues
@@ -27,11 +28,19 @@ from . import (
     sharding,
     whole_state,
 )
-from .forward import experts_registry, registered_forward, wrapper_forward
+from .forward import experts_registry, own_forward, registered_forward, wrapper_forward
 from .reach import comes_to_peft, displaced, owner_of, watched_call
 from .resuming import forget_converted
 
-__all__ = ["Placed", "Replacement", "below", "forget_converted", "replacements", "replacements_in_trainer"]
+__all__ = [
+    "Placed",
+    "Replacement",
+    "below",
+    "forget_converted",
+    "replacements",
+    "replacements_in_model",
+    "replacements_in_trainer",
+]
 
 
 @dataclass(frozen=True)
@@ -319,6 +328,19 @@ def _of_sharded_experts(ParamWrapper: Any) -> list[Replacement]:
     if getattr(lora_model, "is_transformers_dtensor_tp", False):
         found.append(_attribute(ParamWrapper, "update_layer", "peft.", sharding.update_layer))
         found.append(_attribute(lora_model, "get_tp_plan_and_mesh", "peft.", sharding.get_tp_plan_and_mesh))
+    return found
+
+
+def replacements_in_model(module: Any) -> list[Replacement]:
+    """In a module of transformers with experts that it does not decorate, which activation does not import either.
+
+    Without those that a later release decorates, and those that have been seen to.
+    """
+    found: list[Replacement] = []
+    for name, (home, kind) in OWN_FORWARDS.items():
+        cls = vars(module).get(name) if home == module.__name__ else None
+        if cls is not None and not hasattr(cls.forward, TAKES_LORA) and dispatching_registry(cls) is None:
+            found.append(ForwardReplacement(cls, "forward", home, own_forward(kind), f"{name}.forward"))
     return found
 
 

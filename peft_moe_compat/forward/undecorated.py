@@ -1,0 +1,74 @@
+"""Experts classes whose forward transformers' registry does not reach: what it takes and gives, with LoRA, grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import ExpertLora
+from ..model.experts import is_transposed
+from ..model.weights import read
+from .layer import Groups, LoraOf, experts_forward, group_ends, project, weight_of
+
+__all__ = ["FORWARDS"]
+
+
+def _projected(
+    module: Any, expert_lora: LoraOf, name: str, rows: Tensor, offs: Tensor, first: int | None = None
+) -> Tensor:
+    """One projection of rows "S in", sorted by expert: "S out". `first`: of so many experts, if the stack has more."""
+    transposed, lora = bool(is_transposed(module)), expert_lora.get(name)
+    weight: Tensor = weight_of(module, name, transposed, rows.shape[1], lora, rows, read)[:first]
+    if first is not None and lora is not None:
+        whole = lora.canonical()
+        lora = ExpertLora(whole.A[:first], whole.B[:first], whole.scaling, whole.dropout)
+    before_activation = name == "gate_up_proj"
+    return project(
+        rows, module, name, (weight, None, lora), Groups(offs, offs, None), offs, transposed, before_activation
+    )
+
+
+def _one_projection(module: Any, expert_lora: LoraOf, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Rows sorted by expert, and how many of each there are, whose name differs from class to class."""
+    (counts,) = *args, *kwargs.values()
+    offs = torch.as_tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
+    return _projected(module, expert_lora, "weight", rows, offs)
+
+
+def _every_token(module: Any, expert_lora: LoraOf, hidden_states: Tensor) -> Tensor:
+    """ "(E T) H": all tokens, weighted, for one expert after another."""
+    E, width = module.num_experts, module.hidden_size
+    rows = hidden_states.reshape(-1, width)
+    offs = torch.arange(1, E + 1, device=rows.device, dtype=torch.int32) * (rows.shape[0] // E)
+    gate, up = _projected(module, expert_lora, "gate_up_proj", rows, offs).chunk(2, dim=-1)
+    return _projected(module, expert_lora, "down_proj", up * module.act_fn(gate), offs).view(-1, width)
+
+
+def _with_identities(
+    module: Any, expert_lora: LoraOf, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Ids from `num_routed_experts` on are of experts that give a token back; gate_up_proj has a place for them too."""
+    E, (T, k) = module.num_routed_experts, top_k_index.shape
+    ids, order = torch.sort(top_k_index.reshape(-1))
+    offs, identity = group_ends(ids, E), (ids >= E).unsqueeze(1)
+    x = hidden_states[order // k]
+    # What belongs to no group is undefined in the products and their gradients, and stays out of both.
+    up = _projected(module, expert_lora, "gate_up_proj", x.masked_fill(identity, 0.0), offs, E)
+    gate, up = up.masked_fill(identity, 0.0).chunk(2, dim=-1)
+    down = _projected(module, expert_lora, "down_proj", module.act_fn(gate) * up, offs)
+    rows = torch.where(identity, x, down) * top_k_weights.reshape(-1)[order].unsqueeze(1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    return rows[back].view(T, k, rows.shape[1]).sum(dim=1).to(hidden_states.dtype)
+
+
+# As `families.OWN_FORWARDS` names them: module, LoRA, and what the class's own forward takes -> what it gives.
+FORWARDS: dict[str, Callable[..., Tensor]] = {
+    "routed": experts_forward,
+    "with_identities": _with_identities,
+    "every_token": _every_token,
+    "one_projection": _one_projection,
+}
