@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     from .adapters.verify_merge import MergeVerification, verify_merge
     from .forward.backend import set_backend
     from .handover import AdapterStream, adapter_tensors, save_adapter
-    from .integrations.transformers import ReportCallback
+    from .integrations.transformers import HandoverCallback, ReportCallback
     from .layout import ExpertLora
     from .model.experts import declare_layout
     from .model.targets import expert_parameters
@@ -107,6 +107,7 @@ __all__ = [
     "CompatWarning",
     "Conversion",
     "ExpertLora",
+    "HandoverCallback",
     "Inspection",
     "LayoutError",
     "LayoutRule",
@@ -149,6 +150,7 @@ _LAZY = {
     "BitsAndBytesExpertsConfig": "quantising.experts",
     "Conversion": "adapters.convert",
     "ExpertLora": "layout",
+    "HandoverCallback": "integrations.transformers",
     "Inspection": "adapters.conclusions",
     "LayoutRule": "releases",
     "Merge": "adapters.merge",

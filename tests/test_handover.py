@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import zoo
 
+import peft_moe_compat
 from peft_moe_compat import AdapterError, PeftMoeCompatError, adapter_tensors, convert_adapter, save_adapter
 
 READERS = [
@@ -134,3 +136,67 @@ def test_the_saved_folder_loads_with_peft(tmp_path):
     base = model.unload()
     loaded = PeftModel.from_pretrained(base, tmp_path / "out")
     torch.testing.assert_close(loaded(ids).logits, expected)
+
+
+TRAINING = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.05, "use_cpu": True}
+QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+
+
+def taken_while(make_trainer):
+    """What a callback is given after each step, beside the model's own LoRA of that moment, and the trainer."""
+    taken = []
+
+    def take(stream, step):
+        handed = {name: tensor.clone() for name, tensor in stream}
+        taken.append((step, handed, {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}))
+
+    model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    trainer = make_trainer(model, [peft_moe_compat.HandoverCallback(take, "per-expert")])
+    trainer.train()
+    return model, taken
+
+
+def check_taken(model, taken):
+    assert [step for step, _, _ in taken] == [1, 2, 3]
+    held = dict(model.named_parameters())
+    for _, handed, lora in taken:
+        with torch.no_grad():
+            for name, value in lora.items():
+                held[name].copy_(value)
+        assert equal(handed, {name: tensor.clone() for name, tensor in adapter_tensors(model, "per-expert")})
+    assert not equal(taken[0][1], taken[1][1])
+    assert not equal(taken[1][1], taken[2][1])
+
+
+def test_trainer_hands_over_after_every_step(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in zoo.token_ids(8)]
+
+    def make(model, callbacks):
+        arguments = transformers.TrainingArguments(str(tmp_path), **TRAINING, **QUIET)
+        return transformers.Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+
+    check_taken(*taken_while(make))
+
+
+def test_grpo_hands_over_after_every_step(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is installed beside the newest pair only")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [f"w{index}" for index in range(61)]
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+
+    def reward(completions, **_):
+        return [float(len(set(text.split()))) + index for index, text in enumerate(completions)]
+
+    def make(model, callbacks):
+        lengths = {"num_generations": 2, "max_completion_length": 4}
+        arguments = trl.GRPOConfig(str(tmp_path), **TRAINING, **QUIET, **lengths)
+        prompts = Dataset.from_dict({"prompt": ["w5 w6 w7", "w8 w9"] * 8})
+        return trl.GRPOTrainer(
+            model, reward, arguments, train_dataset=prompts, processing_class=tokenizer, callbacks=callbacks
+        )
+
+    check_taken(*taken_while(make))
