@@ -92,6 +92,7 @@ if TYPE_CHECKING:
     from .proving import convert_adapter
     from .quantising.experts import BitsAndBytesExpertsConfig, quantize_experts
     from .quantising.published import PackedMxfp4Config
+    from .readings import ExpertReadings, Reading
     from .releases import LayoutRule, release_for
     from .reporting import Report, report
 
@@ -107,6 +108,7 @@ __all__ = [
     "CompatWarning",
     "Conversion",
     "ExpertLora",
+    "ExpertReadings",
     "HandoverCallback",
     "Inspection",
     "LayoutError",
@@ -119,6 +121,7 @@ __all__ = [
     "ParallelismError",
     "PatchConflictError",
     "PeftMoeCompatError",
+    "Reading",
     "Report",
     "ReportCallback",
     "UnsupportedPeftError",
@@ -150,12 +153,14 @@ _LAZY = {
     "BitsAndBytesExpertsConfig": "quantising.experts",
     "Conversion": "adapters.convert",
     "ExpertLora": "layout",
+    "ExpertReadings": "readings",
     "HandoverCallback": "integrations.transformers",
     "Inspection": "adapters.conclusions",
     "LayoutRule": "releases",
     "Merge": "adapters.merge",
     "MergeVerification": "adapters.verify_merge",
     "PackedMxfp4Config": "quantising.published",
+    "Reading": "readings",
     "Report": "reporting",
     "ReportCallback": "integrations.transformers",
     "Verification": "adapters.verify",

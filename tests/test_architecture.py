@@ -37,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"handover", "showing"},
     "proving": {"errors", "releases", "adapters"},
     "fresh": {"errors", "adapters", "model", "patching", "proving"},
+    "readings": {"patching"},
     "handover": {"errors", "adapters", "model", "patching", "proving"},
 }
 ROOMS["cli"] = {*ROOMS}

@@ -22,6 +22,7 @@ LAST = {
     "to_vllm.py": r"\d+ tensors, such as base_model\.model\.model\.layers\.\d+\.mlp\.experts\.7\.\w+_proj\.lora_",
     "trainer_and_trl.py": r"(?ms)^Trainer: loss .*^SFTTrainer: (loss|trl is not installed)",
     "two_gpus.py": r"saved to ",
+    "watch_experts.py": r"layers\.7\.mlp\.experts: \d+ of 16 without a token",
 }
 
 

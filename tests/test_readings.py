@@ -1,0 +1,95 @@
+"""`ExpertReadings`, against a count of the routing, autograd and PEFT's own delta."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support import zoo
+
+from peft_moe_compat import ExpertReadings
+
+FAMILY = zoo.FAMILIES[-1]
+
+
+def outermost(model):
+    inner = {id(wrapper.base_layer) for wrapper in zoo.wrappers(model)}
+    return [wrapper for wrapper in zoo.wrappers(model) if id(wrapper) not in inner]
+
+
+def routed(model, ids):
+    """Experts that each token goes to, per layer, from what the experts are called with."""
+    found, hooks = [], []
+    for wrapper in outermost(model):
+
+        def note(_, args, kwargs):
+            found.append(next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.dtype == torch.int64))
+
+        hooks.append(wrapper.register_forward_pre_hook(note, with_kwargs=True))
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_tokens_are_those_of_the_routing(checkpointed):
+    model, ids = zoo.peft_model(zoo.tiny_model(FAMILY)), zoo.token_ids()
+    expected = [torch.bincount(index.flatten(), minlength=6).tolist() for index in routed(model, ids)]
+    readings = ExpertReadings(model)
+    if checkpointed:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    zoo.loss_and_gradients(model, ids)
+    modules = [reading for reading in readings.read() if reading.parameter is None]
+    assert [list(reading.tokens) for reading in modules] == expected
+    assert all(reading.tokens is None for reading in readings.read()), "counted anew"
+    model(ids)
+    model(ids)
+    assert [list(r.tokens) for r in readings.read() if r.parameter is None] == [[2 * n for n in e] for e in expected]
+    readings.remove()
+    model(ids)
+    assert all(reading.tokens is None for reading in readings.read())
+
+
+def test_norms_are_those_of_pefts_own_delta_and_of_the_gradients():
+    model, ids = zoo.peft_model(zoo.tiny_model(FAMILY)), zoo.token_ids()
+    readings = ExpertReadings(model)
+    assert all(reading.gradients is None for reading in readings.read())
+    zoo.loss_and_gradients(model, ids)
+    found = {(r.module, r.parameter): r for r in readings.read() if r.parameter}
+    assert len(found) == len(zoo.wrappers(model))
+    for reading in found.values():
+        module = model.get_base_model().get_submodule(reading.module)
+        wrapper = module
+        while wrapper.parameter_name != reading.parameter:
+            wrapper = wrapper.base_layer
+        E, r = wrapper.num_experts, wrapper.r["default"]
+        deltas = wrapper.get_delta_weight("default").double()
+        torch.testing.assert_close(
+            torch.tensor(reading.updates).double(), deltas.flatten(1).norm(dim=1), rtol=1e-4, atol=0
+        )
+        A, B = wrapper.lora_A["default"].weight.grad, wrapper.lora_B["default"].weight.grad
+        for expert in range(E):
+            of_expert = A[expert * r : (expert + 1) * r].square().sum() + B[:, expert::E].square().sum()
+            assert reading.gradients[expert] == pytest.approx(of_expert.sqrt().item(), rel=1e-4)
+
+
+def test_numbers_for_a_logger():
+    model = zoo.peft_model(zoo.tiny_model(FAMILY))
+    readings = ExpertReadings(model)
+    zoo.loss_and_gradients(model, torch.full((1, 2), 7))  # two tokens alike: most experts get none
+    numbers = readings.numbers()
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert all(isinstance(value, (int, float)) for value in numbers.values())
+    assert {name.rpartition("/")[2] for name in numbers} == {
+        "tokens_max",
+        "tokens_min",
+        "update_mean",
+        "update_max",
+        "without_gradient",
+    }
+    assert all(value == 0 for name, value in numbers.items() if name.endswith("tokens_min"))
+    idle = [value for name, value in numbers.items() if name.endswith("without_gradient")]
+    assert min(idle) >= 6 - 4
