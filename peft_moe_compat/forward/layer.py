@@ -21,7 +21,7 @@ from .frozen import grouped_mm_of
 from .fused import run_fused, runs_fused
 from .grouped_mm import Gather, alignment, grouped_mm
 
-__all__ = ["Groups", "LoraOf", "Mixed", "experts_forward", "group_ends", "project", "weight_of"]
+__all__ = ["Groups", "LoraOf", "Mixed", "experts_forward", "group_ends", "lora_term", "project", "weight_of"]
 
 Weight = TypeVar("Weight", Tensor, Tensor | PackedWeight)
 
@@ -58,7 +58,7 @@ class Groups(NamedTuple):
     of_row: Tensor | None
 
 
-def _lora_term(
+def lora_term(
     x: Tensor, update: ExpertLora | FlatLora | MixedLora, dtype: torch.dtype, groups: Groups, gather: Gather | None
 ) -> Tensor:
     """scaling * (x A^T) B^T of each row's own expert, and adapter: "S in" -> "S out", computed in `dtype`."""
@@ -139,7 +139,7 @@ def project(
     if lora is not None:
         if widen and y.dtype.itemsize < 4:
             y = y.float()
-        y += _lora_term(x, lora, weight.dtype, groups, gather)
+        y += lora_term(x, lora, weight.dtype, groups, gather)
     if bias is not None:
         y += bias[expert_ids]
     return y

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layout import ExpertLora
 from ..model.experts import is_transposed
 from ..model.weights import read
-from .layer import Groups, LoraOf, experts_forward, group_ends, project, weight_of
+from .layer import Groups, LoraOf, experts_forward, group_ends, lora_term, project, weight_of
 
 __all__ = ["FORWARDS"]
 
@@ -35,7 +35,15 @@ def _one_projection(module: Any, expert_lora: LoraOf, rows: Tensor, *args: Any, 
     """Rows sorted by expert, and how many of each there are, whose name differs from class to class."""
     (counts,) = *args, *kwargs.values()
     offs = torch.as_tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
-    return _projected(module, expert_lora, "weight", rows, offs)
+    lora = expert_lora.get("weight")
+    weight: Tensor = weight_of(module, "weight", bool(is_transposed(module)), rows.shape[1], lora, rows, read)
+    groups = Groups(offs, offs, None)
+    out = project(rows, module, "weight", (weight, None, None), groups, offs, bool(is_transposed(module)), False)
+    if lora is None:
+        return out
+    # In float32, or rounding it costs more than PEFT's rounding of W + dW: there is no other projection beside it.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (out + lora_term(rows, lora, wide, groups, None)).to(out.dtype)
 
 
 def _every_token(module: Any, expert_lora: LoraOf, hidden_states: Tensor) -> Tensor:

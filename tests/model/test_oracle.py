@@ -152,3 +152,21 @@ def test_undecorated_classes_have_pefts_numbers(found, stock):
     for name, expected in theirs.items():
         assert torch.equal(ours[name], expected), name
         assert expected.count_nonzero() > 0, name
+
+
+@pytest.mark.parametrize("found", [c for c in zoo.UNDECORATED if c.name in families_table.OWN_FORWARDS], ids=str)
+def test_undecorated_classes_are_as_near_to_float64_as_stock_in_bfloat16(found, stock):
+    errors = torch.zeros(2)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        experts = zoo.build(found, 16).eval()
+        inputs = [
+            v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v
+            for v in undecorated_inputs(experts).values()
+        ]
+        low = zoo.wrap(experts, names(experts)).bfloat16()["experts"]
+        wide = [v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in inputs]
+        with torch.no_grad():
+            exact = stock(copy.deepcopy(low).double(), *wide)
+            errors += torch.stack([(out.double() - exact).norm() for out in (low(*inputs), stock(low, *inputs))])
+    assert errors[0] <= 1.05 * errors[1]
