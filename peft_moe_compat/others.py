@@ -48,12 +48,12 @@ OTHERS = (
     ),
     Other("liger-kernel", "liger_kernel", f"{_LIGER}: its experts forward fails inside of PEFT.", _LIGER),
     Other("unsloth", "unsloth", f"{_UNSLOTH}.", _UNSLOTH),
-    Other("unsloth_zoo", "unsloth_zoo", f"{_UNSLOTH}.", _UNSLOTH),
+    Other("unsloth_zoo", "unsloth", f"{_UNSLOTH}.", _UNSLOTH),
 )
 
 
 def remedy(owner: str) -> str:
     """What to do about a function of the module `owner` that is in the place of this library's."""
     package = owner.partition(".")[0]
-    rows = (row.remedy for row in OTHERS if row.package == package and row.remedy)
+    rows = (row.remedy for row in OTHERS if package.startswith(row.package) and row.remedy)
     return next(rows, "undo that, then call peft_moe_compat.activate()")

@@ -10,12 +10,16 @@ def test_axolotl_with_the_plugin(tmp_path, stock):
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"instruction": "a b c d", "input": "", "output": f"e f {c}"} for c in "ghijklmn"]))
 
+    # It draws lora_A before it seeds torch, so that two runs differ: both go on from this.
+    run([BIN / "peft-moe-compat", "init", base, "fresh", "--rank", "4", "--target-modules", "q_proj"], tmp_path)
+
     def train(name, **environment):
         folder, config = tmp_path / name, tmp_path / f"{name}.yml"
         options = {
             "base_model": str(base),
             "plugins": ["peft_moe_compat.integrations.axolotl.PeftMoeCompatPlugin"],
             "adapter": "lora",
+            "lora_model_dir": str(tmp_path / "fresh"),
             "lora_r": 4,
             "lora_alpha": 8,
             "lora_dropout": 0.0,
