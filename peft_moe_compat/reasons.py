@@ -17,6 +17,7 @@ SENTENCES = {
     "forward_bound": "the forward of {0} is bound to this wrapper, in place of the class's; {1}",
     "hooked_before": "accelerate hooked this wrapper before peft_moe_compat was active, and calls the forward of then",
     "not_dispatching": "{0} does not dispatch through transformers' experts registry",
+    "class_forward_replaced": "the forward of {0} is that of {1}, in place of transformers'; {2}",
     "forward_replaced": "the forward of this {0} was replaced on the instance",
     "other_implementation": "experts implementation is {0!r}, not one of {1}",
     "foreign_implementation": "the experts implementation {0!r} is that of {1}; undo that, then call "

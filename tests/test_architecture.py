@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "others": set(),
     "layout": {"errors"},
     "adapters": {"errors", "releases", "families", "layout"},
-    "model": {"errors", "releases", "families", "reasons", "layout"},
+    "model": {"errors", "releases", "families", "reasons", "others", "layout"},
     "quantising": {"errors", "releases", "families", "reasons", "layout", "model"},
     "forward": {"errors", "families", "reasons", "layout", "model"},
     "patching": {

@@ -34,7 +34,7 @@ from ..model.wrappers import (
 )
 from ..releases import LayoutRule
 from .dropout import no_dropout
-from .reach import passed_by, warn_of
+from .reach import TAKEN_FROM_US, passed_by, warn_of
 from .reach import state as reach
 
 __all__ = ["KEYWORD", "experts_registry", "own_forward", "registered_forward", "wrapper_forward"]
@@ -149,7 +149,7 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
             reason = experts_reason(handover.experts, handover.is_transposed)
         experts = handover.experts
         if reason := reason or parameter_reason(self, experts):
-            if reason.code == "foreign_implementation":
+            if reason.code in TAKEN_FROM_US:
                 warn_of(reason)
             refuse_native(experts, reason)
             if any(dropout_of(self, name) for name in active_adapters(self)):

@@ -61,7 +61,7 @@ _came: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 _probed: tuple[Any, bool] = (None, False)  # the same of a forward and a tiny wrapper
 _said: set[Reason] = set()
 # What a wrapper says that could run in our forward, and for which somebody else's has taken the place.
-TAKEN_FROM_US = ("displaced", "forward_bound", "foreign_implementation")
+TAKEN_FROM_US = ("displaced", "forward_bound", "foreign_implementation", "class_forward_replaced")
 
 
 def owner_of(function: Any) -> str:

@@ -187,3 +187,18 @@ def test_a_compiled_graph_has_one_frame_with_somebody_in_front(model):
         for _ in range(2):
             torch.testing.assert_close(compiled(input_ids=IDS, use_cache=False).logits, expected)
     assert counter.frame_count == 1
+
+
+def test_an_experts_class_whose_forward_somebody_has_replaced_is_named_with_whose_it_is(model, monkeypatch):
+    """Unsloth's, imported after this library: PEFT's forward runs around it."""
+    cls = type(zoo.wrappers(model)[0].get_base_layer())
+    theirs = {"__name__": "unsloth_cached_moe", "torch": torch}
+    exec("def forward(self, hidden_states, *routing): return torch.zeros_like(hidden_states)", theirs)
+    monkeypatch.setattr(cls, "forward", theirs["forward"])
+    with pytest.warns(
+        CompatWarning, match=rf"the forward of {cls.__name__} is that of unsloth_cached_moe.*Unsloth trains"
+    ):
+        forward_of(model)
+    silently(forward_of, model)  # once
+    assert paths(model) == {"peft"}
+    assert "unsloth_cached_moe" in str(report(model).warnings)
