@@ -16,7 +16,7 @@ from fuzz.cases import Case
 from fuzz.families import FAMILIES
 from fuzz.guarded import guarded
 from fuzz.made import Adapter
-from fuzz.oracle import Meaning
+from fuzz.oracle import Meaning, in_one_place
 from fuzz.takes import ViolationError, refusable
 
 
@@ -31,8 +31,9 @@ def _weights(case: Case, meaning: Meaning) -> dict[str, Tensor]:
             stacks[layer, role] = meaning.experts.get((layer, role), none)
     # Whatever stands before the layers in the adapter, merging finds the base's.
     before = family.path.partition("layers.")[0]
-    places = {path: re.sub(r"^(.*?\.)??(?=layers\.[0-9])", before, path) for path in meaning.linears}
-    found = {f"{places[path]}.weight": update for path, update in meaning.linears.items()}
+    linears = in_one_place(meaning.linears)
+    places = {path: re.sub(r"^(.*?\.)??(?=layers\.[0-9])", before, path) for path in linears}
+    found = {f"{places[path]}.weight": update for path, update in linears.items()}
     if not family.fused_in_4:
         for (layer, role), stack in stacks.items():
             path = family.apart_path().format(layer)

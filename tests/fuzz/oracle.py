@@ -57,7 +57,7 @@ class Facts:
     targeted: bool = False
 
 
-def _in_one_place(linears: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_one_place(linears: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With what is beside the experts of Mixtral's relatives where transformers 5 has it."""
     return {path.replace(".block_sparse_moe.", ".mlp."): update for path, update in linears.items()}
 
@@ -75,7 +75,7 @@ class Meaning:
         """The first thing in which the other one differs by more than the tolerance, relatively; None if nothing."""
         for what, ours, theirs in (
             ("experts", self.experts, other.experts),
-            ("linear", _in_one_place(self.linears), _in_one_place(other.linears)),
+            ("linear", in_one_place(self.linears), in_one_place(other.linears)),
             ("tensor", self.rest, other.rest),
         ):
             for key in [*ours, *(key for key in theirs if key not in ours)]:
