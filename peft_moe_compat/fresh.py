@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,10 @@ from .adapters.base_model import load_base_model
 from .adapters.files import atomic_folder
 from .adapters.names import PREFIX
 from .adapters.safetensors_io import write_safetensors
-from .adapters.stamp import numbers_of
 from .errors import AdapterError
 from .model.targets import expert_parameters
 from .model.wrappers import is_param_wrapper, wrapper_chain
-from .patching.saving import stamp_of
-from .patching.targets import named_for_any_reader
+from .patching.saving import metadata_of, write_config
 from .proving import FOREIGN, model_without_weights
 
 __all__ = ["FreshAdapter", "write_fresh_adapter"]
@@ -90,12 +88,9 @@ def write_fresh_adapter(
     weights = {key: weight for path, layer in layers.items() for key, weight in _weights(path, layer)}
     config = wrapped.peft_config[_NAME]
     config.base_model_name_or_path = str(model)
-    stamp = stamp_of(wrapped, {key: tuple(weight.shape) for key, weight in weights.items()})
-    metadata = {} if stamp is None else replace(stamp, config=numbers_of(config.to_dict())).to_metadata()
+    metadata = metadata_of(wrapped, {key: tuple(weight.shape) for key, weight in weights.items()}, config.to_dict())
     with atomic_folder(Path(out), source=Path(model)) as folder:
-        with named_for_any_reader(wrapped):
-            config.inference_mode = True  # as PEFT saves it
-            config.save_pretrained(str(folder))
+        write_config(wrapped, _NAME, str(folder))
         plan = [(key, tuple(weight.shape), weight.dtype) for key, weight in weights.items()]
         write_safetensors(folder / _FILE, plan, _initialised(layers, seed), {"format": "pt"} | metadata)
     numbers = sum(weight.numel() for weight in weights.values())

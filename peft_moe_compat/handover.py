@@ -6,12 +6,11 @@ gathered where they are spread over processes. One plan (`adapters.plan`) serves
 
 from __future__ import annotations
 
-import copy
 import importlib
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ from .adapters.proof import by_rules
 from .adapters.readers import parse_target
 from .adapters.safetensors_io import TensorInfo
 from .adapters.source import CONFIG_NAME, AdapterSource, source_of
-from .adapters.stamp import numbers_of
 from .adapters.stated import Stated
 from .adapters.steps import Step, exactness
 from .adapters.tensors import AdapterTensors
 from .errors import AdapterError
 from .model.experts import bare
-from .patching.saving import stamp_of
-from .patching.targets import named_for_any_reader
+from .patching.saving import metadata_of, write_config
 from .proving import prove
 
 __all__ = ["AdapterStream", "adapter_tensors", "save_adapter"]
@@ -114,9 +111,8 @@ class AdapterStream:
     _dtype: torch.dtype | None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        with torch.no_grad():
-            for name, tensor in emitted(self._source, self._plan):
-                yield name, tensor.to(_dtype_of(tensor.dtype, self._dtype))
+        for name, tensor in emitted(self._source, self._plan):
+            yield name, tensor.to(_dtype_of(tensor.dtype, self._dtype))
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -172,7 +168,8 @@ def save_adapter(
 ) -> Conversion | None:
     """Writes the adapter of a live model in the form a reader takes; `out` appears complete or not at all.
 
-    Where weights are spread over processes every rank calls it, and the first writes.
+    In a group of processes every rank calls it, whether weights are spread over them or not, and the first writes.
+    Where the first fails in the middle, as on a full disk, the others wait until their collective operation times out.
 
     Args:
         model, to, adapter_name, allow_lossy: See `adapter_tensors`.
@@ -187,14 +184,32 @@ def save_adapter(
     source, stated = _live(model, adapter_name)
     target = parse_target(to)
     decision, plan = planned(source, stated, target, False, allow_lossy)
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
-        for _ in emitted(source, plan):
-            pass
-        return None
-    with atomic_folder(usable_path(out), source=None) as folder:
-        write_adapter(folder, source, plan)
+    with ExitStack() as stack:
+        folder = _made_by_the_first(stack, out)
+        if folder is None:
+            for _ in emitted(source, plan):
+                pass
+            return None
+        write_adapter(folder, source, plan, ahead=False)  # collective operations stay in the caller's thread
         proof = prove(folder, target, source.base) or by_rules(folder, target, source.base)
     return Conversion(Path(out), str(target), exactness(plan.steps), plan.steps, decision, proof)
+
+
+def _made_by_the_first(stack: ExitStack, out: str | Path) -> Path | None:
+    """The temporary folder for `out` on the first rank, None on others; what speaks against it is raised on all."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several:
+        return stack.enter_context(atomic_folder(usable_path(out), source=None))
+    folder, refused = None, [""]
+    if torch.distributed.get_rank() == 0:
+        try:
+            folder = stack.enter_context(atomic_folder(usable_path(out), source=None))
+        except AdapterError as error:
+            refused = [str(error)]
+    torch.distributed.broadcast_object_list(refused, src=0)
+    if refused[0]:
+        raise AdapterError(refused[0])
+    return folder
 
 
 def _live(model: Any, adapter_name: str | None) -> tuple[AdapterSource, Stated]:
@@ -203,8 +218,8 @@ def _live(model: Any, adapter_name: str | None) -> tuple[AdapterSource, Stated]:
     name = _adapter(model, adapter_name)
     held = _tensors_of(model, name)
     shapes = {key: _shape(tensor) for key, tensor in held.items()}
-    raw, stamp = _config_of(model, name), stamp_of(model, shapes)
-    metadata = {} if stamp is None else replace(stamp, config=numbers_of(raw)).to_metadata()
+    raw = _config_of(model, name)
+    metadata = metadata_of(model, shapes, raw)
     where = Path(f"adapter {name!r} of the model")
     infos = {key: TensorInfo(key, shapes[key], tensor.dtype, where, 0) for key, tensor in held.items()}
     stated = Stated(_base_of(model))
@@ -237,20 +252,16 @@ def _tensors_of(model: Any, name: str) -> dict[str, Tensor]:
     return {new: ours[keys[int(number)]] for new, number in saved.items()}
 
 
-def _config_of(model: Any, name: str) -> Mapping[str, Any]:
-    """adapter_config.json, as `save_pretrained` would write it."""
-    base = bare(model)
-    with named_for_any_reader(model), tempfile.TemporaryDirectory() as folder:
-        config = copy.copy(model.peft_config[name])
-        config.inference_mode = True
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = vars(base).get("name_or_path") or None
-        auto = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        config.save_pretrained(folder, auto_mapping_dict=auto if config.task_type is None else None)
+def _config_of(model: Any, name: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(model, name, folder)
         return read_json(Path(folder) / CONFIG_NAME)
 
 
-def _base_of(model: Any) -> BaseModel:
+def _base_of(model: Any) -> BaseModel | None:
     base: Any = bare(model)
-    config = base.config.to_dict()
-    return load_base_model({**config, "architectures": config.get("architectures") or [type(base).__name__]})
+    config: Any = getattr(base, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    raw = config.to_dict()
+    return load_base_model({**raw, "architectures": raw.get("architectures") or [type(base).__name__]})

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import layout
+from .errors import AdapterError, ParallelismError
+from .model.sharding import local_experts
 from .patching.matching import chains
 
 __all__ = ["ExpertReadings", "Reading"]
@@ -20,7 +23,8 @@ class Reading:
     Attributes:
         module: Its path.
         parameter: The parameter's name; None where tokens are counted, which is of the module.
-        tokens: Routed to each expert since the last reading; None of a parameter, and of a class that is not told.
+        tokens: Routed to each expert since the last reading; None of a parameter, before the first forward, and of a
+            class that is not called with the routing.
         gradients: Norm of each expert's gradient, lora_A and lora_B together; None where there is none at the moment.
         updates: Frobenius norm of each expert's update, `scaling * B @ A`; None of a module.
     """
@@ -38,18 +42,25 @@ class ExpertReadings:
     Tokens are counted on the device, from the routing that the experts are called with, and never fetched before they
     are asked for; a forward that gradient checkpointing repeats counts once. All else is computed when it is asked for.
     Under expert parallelism the numbers are of the experts that this rank holds, the tokens of all that it routes.
+    Under FSDP2 reading is a collective operation: every rank reads, and gets all.
 
     Make it before `torch.compile`. Gradients are read where they are: after the backward, before they are cleared.
 
     Args:
         model: With LoRA on experts.
         adapter_name: Of the adapter to read.
+
+    Raises:
+        AdapterError: No experts of the model have an adapter of that name.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
         self._adapter = adapter_name
         # PEFT counts one expert in a parameter that is no stack.
         self._chains = {path: chain for path, chain in chains(model).items() if chain[0].num_experts > 1}
+        names = sorted({name for chain in self._chains.values() for wrapper in chain for name in wrapper.lora_A})
+        if adapter_name not in names:
+            raise AdapterError(f"No experts of the model have an adapter {adapter_name!r}; they have {names}.")
         self._counts: dict[str, Tensor] = {}
         self._hooks = [
             chain[0].register_forward_pre_hook(self._counting(path, chain[0].num_experts), with_kwargs=True)
@@ -59,7 +70,8 @@ class ExpertReadings:
     def _counting(self, path: str, num_experts: int) -> Any:
         def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             index = next((x for x in (*args, *kwargs.values()) if _is_index(x)), None)
-            if index is None or torch._C._current_graph_task_id() != -1:  # in a backward: recomputed
+            # In a backward it is recomputed; a compiled graph is asked only once, and not then.
+            if index is None or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
                 return
             if path not in self._counts:
                 # One more for what is routed to the experts of other ranks.
@@ -73,9 +85,10 @@ class ExpertReadings:
         """A reading of every experts module, and one of each of its parameters; the tokens are counted anew then."""
         found = []
         for path, chain in self._chains.items():
-            counts = self._counts.pop(path, None)
-            tokens = None if counts is None else tuple(counts[:-1].tolist())
-            found.append(Reading(path, None, tokens))
+            counts = self._counts.get(path)
+            found.append(Reading(path, None, None if counts is None else tuple(counts[:-1].tolist())))
+            if counts is not None:
+                counts.zero_()
             found += [self._of(path, wrapper) for wrapper in reversed(chain) if self._adapter in wrapper.lora_A]
         return found
 
@@ -105,32 +118,39 @@ class ExpertReadings:
             hook.remove()
 
     def _of(self, path: str, wrapper: Any) -> Reading:
-        of_A, of_B = (_local(getattr(wrapper, factor)[self._adapter].weight) for factor in ("lora_A", "lora_B"))
-        rank, norms = wrapper.r[self._adapter], None
-        if of_A.grad is not None and of_B.grad is not None:
-            A, B = _by_expert(of_A.grad, of_B.grad, rank)
-            norms = tuple((A.square().sum((1, 2)) + B.square().sum((1, 2))).sqrt().tolist())
-        A, B = _by_expert(of_A, of_B, rank)
-        # ||B A||^2 is the sum of the products of their Gram matrices, whichever of the two holds the in-features.
-        squares = ((A @ A.mT) * (B.mT @ B)).sum((1, 2)).clamp(min=0)
+        held = local_experts(wrapper.get_base_layer(), wrapper.parameter_name)
+        num_experts = wrapper.num_experts if held is None else held[1] - held[0]
+
+        def by_expert(A: Tensor, B: Tensor) -> layout.ExpertLora:
+            """Sides exchanged where the layout is the reversed one, which no norm sees."""
+            A, B = (_here(tensor, held is not None).detach().float() for tensor in (A, B))
+            return layout.flat(A, B, num_experts, orientation="linear", scaling=1.0).canonical()
+
+        weights = [getattr(wrapper, factor)[self._adapter].weight for factor in ("lora_A", "lora_B")]
+        norms = None
+        if all(weight.grad is not None for weight in weights):
+            grads = by_expert(*(weight.grad for weight in weights))
+            norms = tuple((grads.A.square().sum((1, 2)) + grads.B.square().sum((1, 2))).sqrt().tolist())
+        lora = by_expert(*weights)
+        # ||B A||^2 is the sum of the products of their Gram matrices.
+        squares = ((lora.A @ lora.A.mT) * (lora.B.mT @ lora.B)).sum((1, 2)).clamp(min=0)
         updates = (squares.sqrt() * abs(wrapper.scaling[self._adapter])).tolist()
         return Reading(path, wrapper.parameter_name, gradients=norms, updates=tuple(updates))
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    """Of the experts that each token goes to, "T k"; numbers of tokens, which aria's older class is given, are "E"."""
+    return isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int64, torch.int32)
 
 
-def _local(weight: Tensor) -> Tensor:
-    """This rank's part of a DTensor, its gradient with it."""
-    if not hasattr(weight, "to_local"):
-        return weight
-    local: Tensor = weight.detach().to_local()  # type: ignore[attr-defined]
-    local.grad = None if weight.grad is None else weight.grad.to_local()  # type: ignore[attr-defined]
-    return local
-
-
-def _by_expert(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """ "(E r) p" and "q (r E)" in float32, as "E r p" and "E q r"."""
-    A, B = A.detach().float(), B.detach().float()
-    return A.view(-1, rank, A.shape[1]), B.view(B.shape[0], rank, -1).permute(2, 0, 1)
+def _here(tensor: Tensor, spread_by_expert: bool) -> Tensor:
+    """What this rank holds of experts that are spread over ranks, else the whole."""
+    if hasattr(tensor, "ds_id"):
+        raise ParallelismError(
+            "The LoRA is partitioned by ZeRO-3. Read within deepspeed.zero.GatheredParameters([p for p in "
+            "model.parameters() if p.requires_grad])."
+        )
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    found: Tensor = tensor.to_local() if spread_by_expert else tensor.full_tensor()  # type: ignore[attr-defined]
+    return found

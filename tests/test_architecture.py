@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"handover", "showing"},
     "proving": {"errors", "releases", "adapters"},
     "fresh": {"errors", "adapters", "model", "patching", "proving"},
-    "readings": {"patching"},
+    "readings": {"errors", "layout", "model", "patching"},
     "handover": {"errors", "adapters", "model", "patching", "proving"},
 }
 ROOMS["cli"] = {*ROOMS}

@@ -92,6 +92,17 @@ def test_every_round_has_the_weights_of_its_moment():
         assert not tensor.requires_grad
 
 
+def test_gradients_stay_on_while_streams_are_gone_through_and_when_one_is_left_half_way():
+    model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
+    started = iter(adapter_tensors(model))
+    next(started)
+    assert torch.is_grad_enabled()
+    for _ in zip(adapter_tensors(model), adapter_tensors(model), strict=True):
+        assert torch.is_grad_enabled()
+    del started
+    assert torch.is_grad_enabled()
+
+
 def test_in_another_dtype():
     model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
     plain = {name: tensor.clone() for name, tensor in adapter_tensors(model, "vllm")}

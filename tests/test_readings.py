@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import zoo
 
-from peft_moe_compat import ExpertReadings
+from peft_moe_compat import AdapterError, ExpertReadings
 
 FAMILY = zoo.FAMILIES[-1]
 
@@ -44,13 +44,48 @@ def test_tokens_are_those_of_the_routing(checkpointed):
     zoo.loss_and_gradients(model, ids)
     modules = [reading for reading in readings.read() if reading.parameter is None]
     assert [list(reading.tokens) for reading in modules] == expected
-    assert all(reading.tokens is None for reading in readings.read()), "counted anew"
+    assert all(not any(reading.tokens) for reading in readings.read() if reading.parameter is None), "counted anew"
     model(ids)
     model(ids)
     assert [list(r.tokens) for r in readings.read() if r.parameter is None] == [[2 * n for n in e] for e in expected]
     readings.remove()
     model(ids)
+    assert all(not any(reading.tokens) for reading in readings.read() if reading.parameter is None)
+
+
+def test_classes_that_are_not_called_with_the_routing_have_no_tokens():
+    """aria's older class is given numbers of tokens, "E"."""
+    model = zoo.peft_model(zoo.tiny_model(FAMILY))
+    readings = ExpertReadings(model)
+    wrapper = outermost(model)[0]
+    for hook in wrapper._forward_pre_hooks.values():
+        hook(wrapper, (torch.zeros(3, 32), torch.tensor([3, 0, 0, 0, 0, 0])), {})
     assert all(reading.tokens is None for reading in readings.read())
+
+
+def test_an_adapter_of_another_name_is_an_error():
+    with pytest.raises(AdapterError, match=r"an adapter 'policy'; they have \['default'\]"):
+        ExpertReadings(zoo.peft_model(zoo.tiny_model(FAMILY)), "policy")
+
+
+@zoo.needs_registry  # PEFT's own forward breaks graphs
+def test_counted_within_a_graph_too():
+    model, ids = zoo.peft_model(zoo.tiny_model(FAMILY)).eval(), zoo.token_ids()
+    expected = [torch.bincount(index.flatten(), minlength=6).tolist() for index in routed(model, ids)]
+    readings = ExpertReadings(model)
+    wrapper = outermost(model)[0]
+    compiled = torch.compile(wrapper, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        found = []
+        hook = wrapper.register_forward_pre_hook(lambda _, args, kwargs: found.append((args, kwargs)), with_kwargs=True)
+        model(ids)
+        hook.remove()
+        args, kwargs = found[0]
+        readings.read()
+        compiled(*args, **kwargs)
+        compiled(*args, **kwargs)
+    tokens = [reading.tokens for reading in readings.read() if reading.parameter is None]
+    assert list(tokens[0]) == [2 * n for n in expected[0]]
 
 
 def test_norms_are_those_of_pefts_own_delta_and_of_the_gradients():

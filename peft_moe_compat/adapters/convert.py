@@ -175,11 +175,16 @@ def emitted(source: AdapterSource, plan: Plan, progress: Progress | None = None)
             progress(done, total)
 
 
-def write_adapter(folder: Path, source: AdapterSource, plan: Plan, progress: Progress | None = None) -> None:
-    """The tensors and the config into a folder, a projection in memory at a time."""
+def write_adapter(
+    folder: Path, source: AdapterSource, plan: Plan, progress: Progress | None = None, *, ahead: bool = True
+) -> None:
+    """The tensors and the config into a folder, a projection in memory at a time.
+
+    `ahead`: the next one is made while the last one is written, in another thread.
+    """
     metadata = {"format": "pt"} | (plan.stamp.to_metadata() if plan.stamp else {})
-    tensors = _ahead(emitted(source, plan, progress))
-    write_safetensors(folder / SAFETENSORS, layout_of(source, plan), tensors, metadata)
+    tensors = emitted(source, plan, progress)
+    write_safetensors(folder / SAFETENSORS, layout_of(source, plan), _ahead(tensors) if ahead else tensors, metadata)
     # Fields in order, as PEFT has them; not what is in them, since PEFT takes the first pattern that matches.
     text = json.dumps(dict(sorted(plan.config.items())), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ a context variable for the length of the call.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from .matching import chains, live_path, orientation_of
 from .sharding import refuse_partitioned
 from .targets import named_for_any_reader
 
-__all__ = ["safe_save_file", "save_pretrained", "stamp_of"]
+__all__ = ["metadata_of", "safe_save_file", "save_pretrained", "write_config"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def safe_save_file(stock: Any) -> Any:
     """Whichever process writes an adapter file writes the stamp into it, at once."""
 
     @wraps(stock)
-    def stamped(tensors: Any, filename: Any, metadata: Any = None) -> Any:
+    def saving(tensors: Any, filename: Any, metadata: Any = None) -> Any:
         save = _saving.get()
         if save is not None and Path(filename).name.startswith("adapter_model"):
             model = save.model
@@ -90,14 +91,13 @@ def safe_save_file(stock: Any) -> Any:
                     "too) gives modules other names. Use model.gradient_checkpointing_enable() instead, which does not."
                 )
             refuse_partitioned(tensors)
-            stamp = stamp_of(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-            if stamp is not None:
-                # Whoever is killed before the config is written leaves weights that say so.
-                stamp = replace(stamp, config=numbers_of(model.peft_config[adapter].to_dict()))
-                metadata = {**(metadata or {}), **stamp.to_metadata()}
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            # Whoever is killed before the config is written leaves weights that say so.
+            stamped = metadata_of(model, shapes, model.peft_config[adapter].to_dict())
+            metadata = {**(metadata or {}), **stamped} if stamped else metadata
         return stock(tensors, filename, metadata=metadata)
 
-    return stamped
+    return saving
 
 
 def _lost(model: Any, tensors: Mapping[str, Tensor], adapter: str) -> list[str]:
@@ -111,6 +111,24 @@ def _lost(model: Any, tensors: Mapping[str, Tensor], adapter: str) -> list[str]:
         and "_checkpoint_wrapped_module" in path  # else whoever saves has chosen
         and f"{unwrapped(path)}.lora_A.weight" not in found
     ]
+
+
+def write_config(model: Any, adapter_name: str, folder: str) -> None:
+    """Writes the adapter_config.json that `save_pretrained` writes for an adapter of a live model."""
+    base = bare(model)
+    with named_for_any_reader(model):
+        config = copy.copy(model.peft_config[adapter_name])
+        config.inference_mode = True
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = vars(base).get("name_or_path") or None
+        auto = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        config.save_pretrained(folder, auto_mapping_dict=auto if config.task_type is None else None)
+
+
+def metadata_of(model: Any, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, str]:
+    """The entry for the metadata of a file of these tensors beside this config; empty where `stamp_of` has none."""
+    stamp = stamp_of(model, shapes)
+    return {} if stamp is None else replace(stamp, config=numbers_of(config)).to_metadata()
 
 
 def stamp_of(model: Any, of_tensors: Mapping[str, tuple[int, ...]]) -> Stamp | None:

@@ -130,6 +130,7 @@ def _on_two_ranks(folder: str):
     model.disable_input_require_grads()
     _train(model)
     model.save_pretrained(f"{folder}/trained-2", is_main_process=rank == 0)
+    found["updates"] = [reading.updates for reading in peft_moe_compat.ExpertReadings(model).read() if reading.updates]
     found["handed over"] = {name: tensor.clone() for name, tensor in peft_moe_compat.adapter_tensors(model, "sglang")}
     model.merge_adapter()
     found["merged"] = _logits(model)
@@ -260,6 +261,12 @@ def test_what_is_handed_over_is_what_is_converted(cell, tmp_path):
     expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for rank in ranks:
         zoo.assert_same(rank["handed over"], expected, 0)
+    whole = PeftModel.from_pretrained(_load(f"{folder}/base"), folder / "trained-2")
+    readings = peft_moe_compat.ExpertReadings(whole).read()
+    for (first, second), both in zip(
+        zip(*(rank["updates"] for rank in ranks), strict=True), [r.updates for r in readings if r.updates], strict=True
+    ):
+        assert (*first, *second) == pytest.approx(both, rel=1e-4)
 
 
 def test_merges(cell):

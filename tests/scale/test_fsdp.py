@@ -249,6 +249,10 @@ def _files(family: str, folder: Path) -> dict[str, Any]:
     by_peft = get_peft_model_state_dict(model, state_dict=state_dict) if state_dict else {}
     if dist.get_rank() == 0:
         model.save_pretrained(folder, state_dict=state_dict)
+    watch = peft_moe_compat.ExpertReadings(model)
+    model(input_ids=models.batches()[0]).logits.square().mean().backward()
+    readings = [reading for reading in watch.read() if reading.parameter]
+    model.zero_grad()
     handed = {to: {n: t.clone() for n, t in peft_moe_compat.adapter_tensors(model, to)} for to in ("peft", "vllm")}
     dist.barrier()
     loaded = PeftModel.from_pretrained(models.base_model(family), folder, is_trainable=True)
@@ -261,6 +265,7 @@ def _files(family: str, folder: Path) -> dict[str, Any]:
     return {
         "by PEFT": by_peft,
         "handed over": handed,
+        "readings": readings,
         "loaded": models.train(loaded, models.batches()),
         "loaded over": models.train(over, models.batches()),
     }
@@ -372,6 +377,19 @@ def test_what_is_handed_over_is_that_of_one_process(others, tmp_path, to, family
     peft_moe_compat.convert_adapter(tmp_path / "saved", tmp_path / "out", to=to, model=zoo.config_of(model))
     expected, _ = _read(tmp_path / "out")
     zoo.assert_same(others[1]["files", family]["handed over"][to], expected, 0)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_readings_are_those_of_one_process(others, family):
+    model = models.lora_model(family)
+    watch = peft_moe_compat.ExpertReadings(model)
+    model(input_ids=models.batches()[0]).logits.square().mean().backward()
+    expected = [reading for reading in watch.read() if reading.parameter]
+    found = others[1]["files", family]["readings"]
+    assert [(r.module, r.parameter) for r in found] == [(r.module, r.parameter) for r in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.updates == pytest.approx(theirs.updates, rel=1e-4)
+        assert ours.gradients == pytest.approx(theirs.gradients, rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
