@@ -68,7 +68,7 @@ def write_fresh_adapter(
         alpha: PEFT's `lora_alpha`; twice the rank by default.
         target_parameters: PEFT's; by default every routed expert weight.
         target_modules: PEFT's: linear layers beside them; none by default.
-        seed: Of torch's generator, which is left as it was.
+        seed: Of torch's generator of the CPU, which is left as it was.
 
     Raises:
         AdapterError: No such config, no such targets, or `out` exists.
@@ -148,7 +148,7 @@ def _initialised(layers: Mapping[str, Any], seed: int) -> Iterator[tuple[str, Te
     sizes = [max(getattr(layer, part)[_NAME].weight.numel() for layer in layers.values()) for part in _PARTS]
     pieces = [torch.empty(size) for size in sizes]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: the fork brings no other back
         for path, layer in layers.items():
             factors = [getattr(layer, part)[_NAME] for part in _PARTS]
             for linear, piece in zip(factors, pieces, strict=True):

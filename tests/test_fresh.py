@@ -49,6 +49,17 @@ def test_it_is_what_peft_saves(modules, base, tmp_path):
     assert written.layers == len(ours) / 2
 
 
+def test_no_generator_is_seeded_but_the_one_that_is_put_back(tmp_path, monkeypatch):
+    """`torch.manual_seed` seeds every device's."""
+    seeded = []
+    for device in (torch.cuda, torch.mps, torch.xpu):
+        monkeypatch.setattr(device, "manual_seed_all" if device is not torch.mps else "manual_seed", seeded.append)
+    zoo.tiny_model(zoo.FAMILIES[0]).save_pretrained(tmp_path / "base")
+    seeded.clear()
+    write_fresh_adapter(tmp_path / "base", tmp_path / "fresh", rank=2)
+    assert not seeded
+
+
 def test_stock_peft_and_the_guard_load_it_and_nothing_changes(base, tmp_path, stock):
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     ids = zoo.token_ids()

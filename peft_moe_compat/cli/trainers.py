@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,8 @@ def told(trainer: str, names: Sequence[str], model: str) -> str:
     """What to paste, of a trainer in `TRAINERS`; of "" the names, one a line."""
     if not trainer:
         return "\n".join(names)
-    spelled = {"python": repr(list(names)), "json": json.dumps(list(names)), "words": " ".join(names), "model": model}
-    return TRAINERS[trainer].text.format(**spelled)
+    spelled = {"python": repr(list(names)), "json": json.dumps(list(names)), "words": " ".join(names)}
+    return TRAINERS[trainer].text.format(**spelled, model=shlex.quote(model))
 
 
 def plugin(trainer: Annotated[str, typer.Argument(help="ms-swift.", show_default=False)]) -> None:

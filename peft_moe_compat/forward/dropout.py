@@ -14,7 +14,7 @@ __all__ = ["dropped", "kept"]
 def kept(rows: Tensor, p: float | Tensor, seed: int) -> Tensor:
     """What each element of rows "S in" is multiplied by: 0 with probability p ("S 1": its row's), else 1 / (1 - p)."""
     generator = torch.Generator(rows.device).manual_seed(seed)
-    mask = torch.empty_like(rows)
+    mask = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)  # not as rows is strided: gradients are not
     if isinstance(p, Tensor):
         share = (1 - p).to(rows.dtype)
         return mask.bernoulli_(share.expand(rows.shape), generator=generator).div_(share.masked_fill(share == 0, 1))

@@ -6,7 +6,8 @@ to join the ranks of each expert, and what ends on "svd" to decompose the update
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ def check_add_weighted_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _without_parameters(configs: Sequence[Any]) -> Any:
+def _without_parameters(configs: Sequence[Any]) -> Iterator[None]:
     before = [config.target_parameters for config in configs]
     try:
         for config in configs:
@@ -47,6 +48,22 @@ def _without_parameters(configs: Sequence[Any]) -> Any:
     finally:
         for config, targets in zip(configs, before, strict=True):
             config.target_parameters = targets
+
+
+@contextmanager
+def _parameters_of_all(configs: dict[str, Any], adapters: Sequence[str]) -> Iterator[None]:
+    """Of linear layers the new adapter has those of all. Of parameters it would have the first config's alone."""
+    known = [configs[name] for name in adapters if name in configs]
+    named = list(dict.fromkeys(name for config in known for name in config.target_parameters or ()))
+    if not named or len(known) < len(adapters):  # PEFT refuses names that it does not know
+        yield
+        return
+    configs[adapters[0]] = copy.copy(known[0])
+    configs[adapters[0]].target_parameters = named
+    try:
+        yield
+    finally:
+        configs[adapters[0]] = known[0]
 
 
 def add_weighted_adapter(stock: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +75,8 @@ def add_weighted_adapter(stock: Callable[..., None]) -> Callable[..., None]:
         *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
         there = adapter_name in self.peft_config
-        stock(self, adapters, weights, adapter_name, combination_type, *args, **kwargs)
+        with _parameters_of_all(self.peft_config, adapters):
+            stock(self, adapters, weights, adapter_name, combination_type, *args, **kwargs)
         for wrapper in () if there else self.model.modules():
             if not (is_param_wrapper(wrapper) and adapter_name in wrapper.lora_A and wrapper.num_experts > 1):
                 continue

@@ -68,6 +68,13 @@ def test_each_is_read_back_with_every_name(name, model):
     assert set(read) <= set(TRAINERS[name].options)
 
 
+def test_a_command_to_be_pasted_names_the_model_as_a_shell_reads_it(model, tmp_path):
+    folder = model[0].rename(tmp_path / "it's a $base")
+    lines = run("targets", folder, "--for", "llamafactory").stdout.splitlines()
+    line = next(line for line in lines if " init " in line)
+    assert shlex.split(line.removeprefix("#"))[:4] == ["peft-moe-compat", "init", str(folder), "FRESH"]
+
+
 def known_options(name):
     """Every option of an installed trainer."""
     if name == "peft":

@@ -104,6 +104,16 @@ def test_every_routed_row_has_a_mask_of_its_own(p, compiled):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("p", [0.5, torch.tensor([[0.2], [0.0], [0.9]] * 10)], ids=["one", "each row's"])
+def test_a_mask_is_of_its_seed_however_the_rows_are_strided(p):
+    rows = torch.rand(8, 30).T
+    assert torch.equal(dropout.kept(rows, p, 5), dropout.kept(rows.contiguous(), p, 5))
+    rows.requires_grad_()
+    out = dropout.dropped(rows, p)
+    gradient = torch.ones_like(out, memory_format=torch.contiguous_format)
+    assert torch.equal(torch.autograd.grad(out, rows, gradient)[0] * rows, out)
+
+
 def test_no_mask_is_kept_for_the_backward():
     experts = Experts(4, 32, 16, gated=True, transposed=False, biased=False).requires_grad_(False)
     loras = factors(experts, 4, 32, 16, (4, 4), 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from support import zoo
 
 import peft_moe_compat
@@ -46,6 +46,47 @@ def test_the_sum_is_exact(family, how, options, rslora):
     for wrapper in zoo.wrappers(model):
         one, two, found = deltas(wrapper, "one", "two", "sum")
         assert_near(found, 0.7 * one - 1.5 * two)
+
+
+@pytest.mark.parametrize("order", [["attention", "stacks", "both"], ["stacks", "attention"], ["attention", "stacks"]])
+@pytest.mark.parametrize(
+    ("how", "options"), [("cat", {}), ("svd", {"svd_rank": 9}), ("linear", {}), ("ties_svd", {"density": 1.0})], ids=str
+)
+def test_adapters_of_other_targets_are_all_in_the_sum(order, how, options, tmp_path):
+    """The oracle is the sum of the updates, and PEFT's own choice of linear layers: those of all adapters."""
+    base = zoo.tiny_model("qwen3_moe" if zoo.FUSED else zoo.FAMILIES[0])
+    parameters = peft_moe_compat.expert_parameters(base)
+    linear, none = {"target_modules": ["q_proj"]}, {"target_modules": []}
+    targets = {
+        "attention": linear,
+        "stacks": none | {"target_parameters": parameters},
+        "both": linear | {"target_parameters": parameters},
+    }
+    configs = {name: LoraConfig(r=3, lora_alpha=3, **targets[name]) for name in order}
+    model = get_peft_model(base, configs[order[0]], adapter_name=order[0]).eval()
+    for name in order[1:]:
+        model.add_adapter(name, configs[name])
+    zoo.randomise(model)
+    weights = [0.7, -1.5, 0.4][: len(order)]
+    before = {name: model.peft_config[name].to_dict() for name in order}
+    model.add_weighted_adapter(order, weights, "sum", combination_type=how, **options)
+    layers = [*zoo.wrappers(model), *(m for n, m in model.named_modules() if n.endswith("q_proj"))]
+    for layer in layers:
+        held = {name: weight for name, weight in zip(order, weights, strict=True) if name in layer.lora_A}
+        if how in ("cat", "svd"):
+            expected = sum(weight * layer.get_delta_weight(name).detach() for name, weight in held.items())
+            assert_near(layer.get_delta_weight("sum").detach(), expected)
+        assert layer.lora_B["sum"].weight.count_nonzero()
+    assert {name: model.peft_config[name].to_dict() for name in order} == before
+    assert sorted(model.peft_config["sum"].target_parameters) == sorted(parameters)
+    assert model.peft_config["sum"].target_modules == {"q_proj"}
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    ids = zoo.token_ids()
+    model.set_adapter("sum")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        loaded = PeftModel.from_pretrained(model.unload(), tmp_path / "sum").eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
 
 
 def test_one_alone_is_scaled():
