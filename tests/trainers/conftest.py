@@ -4,5 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-MODULES = {"axolotl": "axolotl", "swift": "swift", "llamafactory": "llamafactory", "liger": "liger_kernel"}
+MODULES = {
+    "trl": "trl",
+    "axolotl": "axolotl",
+    "swift": "swift",
+    "llamafactory": "llamafactory",
+    "liger": "liger_kernel",
+}
 collect_ignore = [f"test_{name}.py" for name, module in MODULES.items() if find_spec(module) is None]
