@@ -6,12 +6,12 @@ instead of the parameter's, and saves with the rank and alpha of before.
 
 from __future__ import annotations
 
-import inspect
 from functools import wraps
 from typing import Any
 
 from ..adapters.ranks import lora_numbers
 from ..model.wrappers import is_param_wrapper
+from .arguments import naming
 from .matching import live_path
 
 __all__ = ["hotswap_adapter_from_state_dict"]
@@ -19,11 +19,14 @@ __all__ = ["hotswap_adapter_from_state_dict"]
 
 def hotswap_adapter_from_state_dict(stock: Any) -> Any:
     """The function of that name, put right for models with LoRA on parameters."""
-    signature = inspect.signature(stock)
+    needed = "model", "state_dict", "adapter_name", "config"
+    named = naming(stock, *needed)
 
     @wraps(stock)
     def from_state_dict(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        given = named(args, kwargs)
+        if not given.keys() >= set(needed):
+            return stock(*args, **kwargs)  # which says what is missing
         model, tensors, name = given["model"], given["state_dict"], given["adapter_name"]
         model = getattr(model, "_orig_mod", model)
         wrappers = {p: m for p, m in model.named_modules() if is_param_wrapper(m) and name in m.lora_A}

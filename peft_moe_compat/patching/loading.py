@@ -10,7 +10,6 @@ any module; what is being loaded stands in a context variable for the length of 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from ..adapters.names import PREFIX
 from ..adapters.source import AdapterSource
 from ..errors import AdapterError, LayoutError
 from ..model.experts import bare
+from .arguments import naming
 from .arrival import check_fused, check_per_expert
 from .injecting import check_config, convert_command
 from .lost import check_names
@@ -86,28 +86,33 @@ def _load(model: Any, model_id: Any, adapter_name: str, hub: Mapping[str, Any]) 
 
 
 def from_pretrained(stock: Any) -> Any:
+    named = naming(getattr(stock, "__func__", stock), "cls", "model", "model_id", "adapter_name")
+
     @wraps(getattr(stock, "__func__", stock))
-    def replacement(
-        cls: Any, model: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
-    ) -> Any:
-        with _load(model, model_id, adapter_name, kwargs):
-            return stock.__get__(None, cls)(model, model_id, adapter_name, *args, **kwargs)
+    def replacement(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        given = named((cls, *args), kwargs)
+        if "model" not in given or "model_id" not in given:
+            return stock.__get__(None, cls)(*args, **kwargs)  # which says what is missing
+        with _load(given["model"], given["model_id"], given.get("adapter_name", "default"), kwargs):
+            return stock.__get__(None, cls)(*args, **kwargs)
 
     return classmethod(replacement)
 
 
-def load_adapter(stock: Any) -> Any:
-    """For `load_adapter` of PEFT and transformers and for `hotswap_adapter`: model, adapter and its name come first."""
-    signature = inspect.signature(stock)
-    model_name, id_name = list(signature.parameters)[:2]
+def load_adapter(model_name: str, id_name: str, stock: Any) -> Any:
+    """For `load_adapter` of PEFT and transformers and for `hotswap_adapter`.
+
+    Args:
+        model_name, id_name: What upstream calls the model and the adapter, which come first, before `adapter_name`.
+    """
+    named = naming(stock, model_name, id_name, "adapter_name")
 
     @wraps(stock)
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = named(args, kwargs)
         config = given.get("load_config")
         model_id = given.get(id_name) or getattr(config, "pretrained_model_name_or_path", None)
-        if model_id is None or given.get("adapter_state_dict") is not None:
+        if model_name not in given or model_id is None or given.get("adapter_state_dict") is not None:
             return stock(*args, **kwargs)  # tensors without a file: nobody can tell who wrote them
         hub = {**(getattr(config, "download_kwargs", None) or {}), **given, **(given.get("adapter_kwargs") or {})}
         with _load(given[model_name], model_id, given.get("adapter_name") or "default", hub) as load:
@@ -126,10 +131,12 @@ def load_adapter(stock: Any) -> Any:
 
 
 def load_peft_weights(stock: Any) -> Any:
+    upstream = naming(stock, "model_id", "device", "key_mapping")
+
     @wraps(stock)
-    def replacement(model_id: Any, device: Any = None, key_mapping: Any = None, **kwargs: Any) -> Any:
-        weights = stock(model_id, device=device, key_mapping=key_mapping, **kwargs)
-        load = _loading.get()
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        weights = stock(*args, **kwargs)
+        load, key_mapping = _loading.get(), upstream(args, kwargs).get("key_mapping")
         if load is None:
             return weights
         load.names[:] = weights
@@ -160,14 +167,14 @@ def load_weights_to_swap(stock: Any) -> Any:
     ours = load_peft_weights(stock)
 
     @wraps(stock)
-    def replacement(model_id: Any, device: Any = None, **kwargs: Any) -> Any:
+    def replacement(model_id: Any, *args: Any, **kwargs: Any) -> Any:
         if _loading.get() is None and PeftConfig.from_pretrained(model_id, **kwargs).to_dict().get("target_parameters"):
             raise AdapterError(
                 f"{model_id} has LoRA on parameters, and the hotswap_adapter that loads it was imported before "
                 "peft_moe_compat was active, so that nobody asks what the file holds. Call "
                 "peft.utils.hotswap.hotswap_adapter, or import the function after peft_moe_compat."
             )
-        return ours(model_id, device, **kwargs)
+        return ours(model_id, *args, **kwargs)
 
     return replacement
 

@@ -225,9 +225,11 @@ def replacements() -> list[Replacement]:
         WrapperCall(ParamWrapper, "__call__", "", watched_call, "ParamWrapper.__call__"),
         *_registry_entries(),
         _attribute(PeftModel, "from_pretrained", "peft.", loading.from_pretrained),
-        _attribute(PeftModel, "load_adapter", "peft.", loading.load_adapter),
-        _attribute(PeftAdapterMixin, "load_adapter", "transformers.", loading.load_adapter),
-        _attribute(swapping, "hotswap_adapter", "peft.", loading.load_adapter),
+        _attribute(PeftModel, "load_adapter", "peft.", partial(loading.load_adapter, "self", "model_id")),
+        _attribute(
+            PeftAdapterMixin, "load_adapter", "transformers.", partial(loading.load_adapter, "self", "peft_model_id")
+        ),
+        _attribute(swapping, "hotswap_adapter", "peft.", partial(loading.load_adapter, "model", "model_name_or_path")),
         _attribute(swapping, "hotswap_adapter_from_state_dict", "peft.", hotswap.hotswap_adapter_from_state_dict),
         # Where each of these takes the tensors from: PEFT, transformers before 5.0, hot-swapping, transformers 5.
         _attribute(peft_model, "load_peft_weights", "peft.", loading.load_peft_weights),

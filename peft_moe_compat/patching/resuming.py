@@ -7,7 +7,6 @@ them. Positions follow the names, so that the state of a file's tensor lies at t
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import zipfile
 from collections import Counter
@@ -27,6 +26,7 @@ from ..adapters.source import AdapterSource
 from ..adapters.tensors import BIN, SAFETENSORS
 from ..errors import AdapterError, CompatWarning, LayoutError
 from ..model.wrappers import is_param_wrapper
+from .arguments import naming
 from .matching import UnderstoodFile, Wrappers, convert, differences, factor_names, live_wrappers
 from .opening import understand
 
@@ -116,13 +116,13 @@ def _removed(checkpoint: Path) -> str:
 
 def train(stock: Any) -> Any:
     """For `Trainer.train`, which knows the checkpoint before a model is loaded, wrapped or partitioned."""
-    signature = inspect.signature(stock)
+    named = naming(stock, "self", "resume_from_checkpoint")
 
     @wraps(stock)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         from transformers.trainer_utils import get_last_checkpoint
 
-        given = signature.bind(*args, **kwargs).arguments
+        given = named(args, kwargs)
         trainer, checkpoint = given["self"], given.get("resume_from_checkpoint")
         if checkpoint is True:
             checkpoint = get_last_checkpoint(trainer.args.output_dir)
