@@ -30,7 +30,7 @@ class LayoutError(PeftMoeCompatError, ValueError):
 
 
 class PatchConflictError(PeftMoeCompatError, RuntimeError):
-    """Somebody else patched, or re-patched, a function this package needs to replace or to put back."""
+    """Somebody else patched, or re-patched, a function this package needs to replace."""
 
 
 class NoExpertParametersError(PeftMoeCompatError, ValueError):

@@ -30,11 +30,13 @@ def enable_peft_forward_hooks(stock: Callable[..., Any]) -> Callable[..., Any]:
                 "them. Call model.gradient_checkpointing_disable()."
             )
         hooks = stock(self, *args, **kwargs)
-        self.training = self.training and not lifted  # its own flag alone, which PEFT asks on entering
+        if lifted:
+            self.training = False  # its own flag alone, which PEFT asks on entering
         try:
             hooks.__enter__()
         finally:
-            self.training = self.training or lifted
+            if lifted:
+                self.training = True
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -38,9 +38,6 @@ __all__ = [
     "watched_call",
 ]
 
-# Whatever somebody else's forward answers a tiny wrapper with.
-_ANSWERS = (AttributeError, AssertionError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError)
-
 
 class _State:
     """Of the process.
@@ -56,8 +53,9 @@ class _State:
 
 state = _State()
 _watched: ContextVar[set[int] | None] = ContextVar("peft_moe_compat_watched", default=None)  # ids of who came
-# Wrapper -> the forward that its last watched call began with, and whether that came to ours.
-_came: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+# Wrapper -> the forward that its last watched call began with, and whether that came to ours. A forward that is bound
+# to its wrapper holds it, and is not held here.
+_came: WeakKeyDictionary[nn.Module, tuple[ref[Any], bool]] = WeakKeyDictionary()
 _probed: tuple[Any, bool] = (None, False)  # the same of a forward and a tiny wrapper
 _said: set[Reason] = set()
 # What a wrapper says that could run in our forward, and for which somebody else's has taken the place.
@@ -122,7 +120,8 @@ def _begins_with(wrapper: Any) -> Any:
 
 def _note(wrapper: Any, came: bool) -> None:
     """Keeps what a call showed, and warns of a wrapper that would have run in our forward and did not come to it."""
-    _came[wrapper] = (_begins_with(wrapper), came)
+    with suppress(TypeError):  # a callable without weak references, which is asked anew each time
+        _came[wrapper] = (ref(_begins_with(wrapper)), came)
     if not came and not wrapper.disable_adapters and not wrapper.merged and native_reason(wrapper) is None:
         reason = unreached(wrapper)
         if reason is not None:
@@ -151,15 +150,16 @@ def unreached(wrapper: Any) -> Reason | None:
     forward = _begins_with(wrapper)
     if forward is state.forward:
         return None
-    seen, came = _came.get(wrapper, (None, False))
-    if seen is forward and came:
+    began, came = _came.get(wrapper, (lambda: None, False))
+    seen = began() is forward
+    if seen and came:
         return None
     if "forward" in vars(wrapper):
         if hasattr(wrapper, "_old_forward"):
             return None
         owner = owner_of(forward)
         return because("forward_bound", owner, remedy(owner))
-    return _displaced_by(forward) if seen is forward else displaced(forward)
+    return _displaced_by(forward) if seen else displaced(forward)
 
 
 def displaced(forward: Any = None) -> Reason | None:
@@ -210,5 +210,6 @@ def comes_to_peft(forward: Any) -> bool:
 
 
 def _run(forward: Any, wrapper: Any, given: tuple[torch.Tensor, ...]) -> None:
-    with suppress(*_ANSWERS), torch.no_grad():  # it came as far as it came
+    # Somebody else's code, which no model needs here, may raise anything: it came as far as it came.
+    with suppress(Exception), torch.no_grad():
         forward(wrapper, *given)

@@ -119,3 +119,20 @@ def test_what_cannot_be_mixed_is_refused():
     model, ids = model_of(ONE, experts_implementation="eager")
     with pytest.raises(LayoutError, match="eager"):
         model(input_ids=ids, adapter_names=NAMES)
+
+
+@zoo.needs_registry
+@pytest.mark.parametrize("names", [None, NAMES])
+def test_a_model_that_nothing_is_lifted_of_is_not_written_to(names, monkeypatch):
+    model, ids = model_of(ONE)
+    model.train(names is None)
+    cls, written = type(model.base_model), []
+    setting = cls.__setattr__
+
+    def noting(self, name, value):
+        written.append(name)
+        setting(self, name, value)
+
+    monkeypatch.setattr(cls, "__setattr__", noting)
+    model(input_ids=ids, adapter_names=names)
+    assert written == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -174,6 +176,57 @@ def test_one_that_does_not_call_on_is_refused_whenever_ours_would_go_on_top(mode
     assert ParamWrapper.forward is replacing
     with pytest.raises(PatchConflictError, match="already patched by patching.test_reach"):
         peft_moe_compat.activate()
+
+
+def test_a_forward_may_answer_a_tiny_wrapper_with_any_error(model):
+    """Before ours and on top of it: activation and reports go on."""
+
+    class NothingOfPython(Exception):
+        pass
+
+    for error in (ValueError, ArithmeticError, OSError, NothingOfPython):
+
+        def raising(self, x, *args, error=error, **kwargs):
+            raise error("expected (batch, length, hidden)")
+
+        peft_moe_compat.activate()
+        ours, ParamWrapper.forward = ParamWrapper.forward, raising
+        assert not is_active()
+        with pytest.warns(CompatWarning, match="that of patching.test_reach"):
+            assert not report(model).active
+        with pytest.raises(PatchConflictError, match="already patched by patching.test_reach"):
+            peft_moe_compat.activate()
+        ParamWrapper.forward = ours
+        peft_moe_compat.deactivate()
+
+
+@pytest.mark.parametrize("bind", ["method", "hook", "unreferable"])
+def test_what_a_wrapper_did_does_not_keep_it_alive(bind):
+    """Liger binds a method to each, accelerate a partial."""
+
+    class Unreferable:
+        __slots__ = ("call",)
+
+        def __init__(self, call):
+            self.call = call
+
+        def __call__(self, *args, **kwargs):
+            return self.call(*args, **kwargs)
+
+    model = zoo.peft_model(zoo.tiny_model("qwen3_moe"))  # which no fixture keeps
+    for wrapper in zoo.wrappers(model):
+        if bind == "hook":
+            add_hook_to_module(wrapper, ModelHook())
+        else:
+            wrapper.forward = calling_on(type(wrapper).forward).__get__(wrapper)
+        if bind == "unreferable":
+            wrapper.forward = Unreferable(wrapper.forward)
+    kept = [weakref.ref(wrapper) for wrapper in zoo.wrappers(model)]
+    silently(forward_of, model)
+    del model, wrapper
+    gc.collect()
+    assert kept
+    assert not any(wrapper() for wrapper in kept)
 
 
 def test_a_compiled_graph_has_one_frame_with_somebody_in_front(model):

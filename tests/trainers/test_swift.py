@@ -4,6 +4,7 @@ import json
 
 import peft
 import pytest
+from support.saved_adapters import assert_equal, flipped, rewrite, save, written_otherwise
 
 import peft_moe_compat
 from trainers.running import BIN, STEPS, TARGETS, assert_trained_as_stock, make_model, run
@@ -34,7 +35,7 @@ def test_ms_swift_with_the_external_plugin(tmp_path, stock):
 
 
 @pytest.mark.parametrize("first", ["theirs", "ours"])
-def test_its_wrapper_around_the_loader_is_lived_with(first):
+def test_its_wrapper_around_the_loader_is_lived_with(first, tmp_path):
     peft_moe_compat.deactivate()
     if first == "ours":
         peft_moe_compat.activate()
@@ -43,5 +44,11 @@ def test_its_wrapper_around_the_loader_is_lived_with(first):
     assert hasattr(peft.PeftModel, "load_adapter_origin")
     peft_moe_compat.activate()
     assert peft_moe_compat.is_active()
+    expected, fresh = save(tmp_path)
+    rewrite(tmp_path, flipped, peft_version=written_otherwise())
+    model = peft.PeftModel.from_pretrained(fresh(), tmp_path, "ref")
+    assert_equal(model, expected, "ref")
+    model.load_adapter(tmp_path, "second")
+    assert_equal(model, expected, "second")
     peft_moe_compat.deactivate()
     assert vars(peft.PeftModel)["load_adapter"].__module__ == swift.tuners.peft.__name__
