@@ -15,6 +15,7 @@ import peft
 import pytest
 import yaml
 from support import zoo
+from support.switched_on import switch_on
 from typer.testing import CliRunner
 
 import peft_moe_compat
@@ -208,14 +209,9 @@ def test_the_trainer_itself_runs_on_what_is_pasted_and_the_report_says_so(name, 
     """
     known_options(name)  # which skips where it is not installed
     site = trainable / "site"
-    site.mkdir()
-    with monkeypatch.context() as patched:
-        patched.setattr("peft_moe_compat.cli.switch._folder", lambda: site)
-        assert run("enable").exit_code == 0
-    # As the start of Python does with every .pth file of a site-packages.
+    switch_on(site, monkeypatch)
     if name == "llamafactory":  # which imports it, has no use for it with text, and gets one for CUDA builds of torch
         (site / "torchaudio.py").touch()
-    (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})\n")
     told = {"PYTHONPATH": os.pathsep.join([str(site), *sys.path]), "PEFT_MOE_COMPAT_REPORT": "1", "COLUMNS": "300"}
     quiet = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     result = subprocess.run(

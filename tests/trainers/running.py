@@ -18,6 +18,18 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 BIN = Path(sys.executable).parent
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 STEPS = 3
+# transformers' TrainingArguments, for the trainers that take them by these names.
+TRAINING = {
+    "per_device_train_batch_size": 2,
+    "max_steps": STEPS,
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_steps": STEPS,
+    "seed": 1,
+    "report_to": "none",
+    "bf16": False,
+}
 
 
 def make_model(folder: Path) -> Path:

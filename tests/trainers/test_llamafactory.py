@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 
-from trainers.running import BIN, STEPS, assert_trained_as_stock, make_model, run
+from trainers.running import BIN, TRAINING, assert_trained_as_stock, make_model, run
 
 
 def test_llama_factory_in_an_environment_that_is_switched_on(tmp_path, stock):
@@ -29,15 +29,7 @@ def test_llama_factory_in_an_environment_that_is_switched_on(tmp_path, stock):
             "template": "default",
             "cutoff_len": 64,
             "output_dir": str(folder),
-            "per_device_train_batch_size": 2,
-            "max_steps": STEPS,
-            "learning_rate": 0.01,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_steps": STEPS,
-            "seed": 1,
-            "report_to": "none",
-            "bf16": False,
+            **TRAINING,
         }
         config.write_text(json.dumps(options))
         path = os.pathsep.join([str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")])

@@ -4,23 +4,17 @@ import json
 import os
 import sys
 
-from typer.testing import CliRunner
+from support.switched_on import switch_on
 
-from peft_moe_compat.cli import main as cli
-from trainers.running import STEPS, TARGETS, assert_trained_as_stock, make_model, run
+from trainers.running import TARGETS, TRAINING, assert_trained_as_stock, make_model, run
 
 
 def test_trl_s_command_in_an_environment_that_is_switched_on(tmp_path, stock, monkeypatch):
     """Switched on in a folder of its own, since the environment is that of the other tests too."""
     base, site, data = make_model(tmp_path / "base"), tmp_path / "site", tmp_path / "data"
-    for folder in (site, data):
-        folder.mkdir()
+    data.mkdir()
     (data / "train.json").write_text(json.dumps([{"text": f"a b c d e f {c}"} for c in "ghijklmn"]))
-    with monkeypatch.context() as patched:
-        patched.setattr("peft_moe_compat.cli.switch._folder", lambda: site)
-        assert CliRunner().invoke(cli.app, ["enable"]).exit_code == 0
-    # As the start of Python does with every .pth file of a site-packages.
-    (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})\n")
+    switch_on(site, monkeypatch)
 
     def train(name, **environment):
         folder, config = tmp_path / name, tmp_path / f"{name}.yaml"
@@ -34,16 +28,8 @@ def test_trl_s_command_in_an_environment_that_is_switched_on(tmp_path, stock, mo
             "lora_target_modules": ["q_proj", "v_proj"],  # of one alone TRL makes a pattern, which matches nothing
             "lora_target_parameters": TARGETS,
             "output_dir": str(folder),
-            "per_device_train_batch_size": 2,
-            "max_steps": STEPS,
-            "learning_rate": 0.01,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_steps": STEPS,
-            "seed": 1,
-            "report_to": "none",
             "use_cpu": True,
-            "bf16": False,
+            **TRAINING,
         }
         config.write_text(json.dumps(options))  # which is YAML too
         path = os.pathsep.join([str(site), *sys.path])
