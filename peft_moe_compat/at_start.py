@@ -11,9 +11,9 @@ TYPE_CHECKING = False  # typing would take longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["install", "installed"]
+__all__ = ["OFF", "install", "installed"]
 
-_OFF = ("0", "false", "no", "off")  # as `patching.activation.switched_off` has it
+OFF = ("0", "false", "no", "off")  # words for it in a variable of the environment
 
 
 class PeftMoeCompatFinder:
@@ -49,7 +49,7 @@ class PeftMoeCompatLoader:
 
 def activate() -> None:
     """Imports the package, which activates it; whatever goes wrong is logged, since PEFT works without."""
-    if os.environ.get("PEFT_MOE_COMPAT", "").lower() in _OFF:
+    if os.environ.get("PEFT_MOE_COMPAT", "").lower() in OFF:
         return
     try:
         __import__("peft_moe_compat")

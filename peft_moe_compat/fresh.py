@@ -17,6 +17,7 @@ from .adapters.base_model import load_base_model
 from .adapters.files import atomic_folder
 from .adapters.names import PREFIX
 from .adapters.safetensors_io import write_safetensors
+from .adapters.tensors import SAFETENSORS
 from .errors import AdapterError
 from .model.targets import expert_parameters
 from .model.wrappers import is_param_wrapper, wrapper_chain
@@ -25,7 +26,7 @@ from .proving import FOREIGN, model_without_weights
 
 __all__ = ["FreshAdapter", "write_fresh_adapter"]
 
-_NAME, _FILE = "default", "adapter_model.safetensors"
+_NAME = "default"
 _PARTS = ("lora_A", "lora_B")
 
 
@@ -92,7 +93,7 @@ def write_fresh_adapter(
     with atomic_folder(Path(out), source=Path(model)) as folder:
         write_config(wrapped, _NAME, str(folder))
         plan = [(key, tuple(weight.shape), weight.dtype) for key, weight in weights.items()]
-        write_safetensors(folder / _FILE, plan, _initialised(layers, seed), {"format": "pt"} | metadata)
+        write_safetensors(folder / SAFETENSORS, plan, _initialised(layers, seed), {"format": "pt"} | metadata)
     numbers = sum(weight.numel() for weight in weights.values())
     return FreshAdapter(Path(out), name, len(layers), numbers)
 

@@ -26,7 +26,7 @@ from .adapters.readers import parse_target
 from .adapters.safetensors_io import TensorInfo
 from .adapters.source import CONFIG_NAME, AdapterSource, source_of
 from .adapters.stated import Stated
-from .adapters.steps import Step, exactness
+from .adapters.steps import Step
 from .adapters.tensors import AdapterTensors
 from .errors import AdapterError
 from .model.experts import bare
@@ -93,18 +93,10 @@ class AdapterStream:
 
     Attributes:
         target: The reader, as `to` named it.
-        config: What adapter_config.json says beside these tensors.
-        metadata: What this library writes into the file's metadata; empty where there is nothing to say.
-        exactness: `"bits"`, `"round-off"` or `"lossy"`; see `Conversion`.
-        steps: What is done beyond laying out the same numbers anew; `str()` of one is a sentence.
         layout: (name, shape, dtype) of every tensor, in order.
     """
 
     target: str
-    config: dict[str, Any]
-    metadata: dict[str, str]
-    exactness: str
-    steps: tuple[Step, ...]
     layout: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     _source: AdapterSource
     _plan: Plan
@@ -116,6 +108,26 @@ class AdapterStream:
 
     def __len__(self) -> int:
         return len(self.layout)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What adapter_config.json says beside these tensors."""
+        return self._plan.config
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What this library writes into the file's metadata; empty where there is nothing to say."""
+        return self._plan.metadata
+
+    @property
+    def exactness(self) -> str:
+        """`"bits"`, `"round-off"` or `"lossy"`; see `Conversion`."""
+        return self._plan.exactness
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is done beyond laying out the same numbers anew; `str()` of one is a sentence."""
+        return self._plan.steps
 
     @property
     def nbytes(self) -> int:
@@ -153,9 +165,7 @@ def adapter_tensors(
     target = parse_target(to)
     _, plan = planned(source, stated, target, False, allow_lossy)
     layout = tuple((name, shape, _dtype_of(found, dtype)) for name, shape, found in layout_of(source, plan))
-    metadata = plan.stamp.to_metadata() if plan.stamp else {}
-    how = exactness(plan.steps)
-    return AdapterStream(str(target), plan.config, metadata, how, plan.steps, layout, source, plan, dtype)
+    return AdapterStream(str(target), layout, source, plan, dtype)
 
 
 def save_adapter(
@@ -192,7 +202,7 @@ def save_adapter(
             return None
         write_adapter(folder, source, plan, ahead=False)  # collective operations stay in the caller's thread
         proof = prove(folder, target, source.base) or by_rules(folder, target, source.base)
-    return Conversion(Path(out), str(target), exactness(plan.steps), plan.steps, decision, proof)
+    return Conversion(Path(out), str(target), plan.exactness, plan.steps, decision, proof)
 
 
 def _made_by_the_first(stack: ExitStack, out: str | Path) -> Path | None:

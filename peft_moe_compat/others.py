@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["OTHERS", "Other", "remedy"]
+__all__ = ["OTHERS", "Other", "owner_of", "remedy"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ OTHERS = (
     Other("unsloth", "unsloth", f"{_UNSLOTH}.", _UNSLOTH),
     Other("unsloth_zoo", "unsloth", f"{_UNSLOTH}.", _UNSLOTH),
 )
+
+
+def owner_of(function: Any) -> str:
+    """The module a function or class method was written in; `functools.wraps` does not hide it."""
+    function = getattr(function, "func", function)  # of a partial
+    function = getattr(function, "__func__", function)
+    code_globals = getattr(function, "__globals__", {})
+    return str(code_globals.get("__name__") or getattr(function, "__module__", None) or repr(function))
 
 
 def remedy(owner: str) -> str:

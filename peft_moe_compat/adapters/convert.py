@@ -24,7 +24,7 @@ from .renaming import parse_renames
 from .safetensors_io import write_safetensors
 from .source import CONFIG_NAME, AdapterSource, open_adapter
 from .stated import Stated
-from .steps import Step, exactness
+from .steps import Step
 from .tensors import SAFETENSORS, check_finite
 
 __all__ = ["Conversion", "Progress", "convert_adapter", "emitted", "layout_of", "planned", "write_adapter"]
@@ -128,7 +128,7 @@ def convert_adapter(
         proof = (prove(folder, target, source.base) if prove and asks else None) or by_rules(
             folder, target, source.base
         )
-    return Conversion(Path(out), str(target), exactness(plan.steps), plan.steps, decision, proof)
+    return Conversion(Path(out), str(target), plan.exactness, plan.steps, decision, proof)
 
 
 def planned(
@@ -140,7 +140,7 @@ def planned(
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
     decision.require(str(source.folder))
     plan = plan_conversion(refit(source, decision, target), fill_missing)
-    if exactness(plan.steps) == "lossy" and not allow_lossy:
+    if plan.exactness == "lossy" and not allow_lossy:
         raise LossyConversionError(
             f"{target} takes this adapter only with {plan.steps[-1]}. Pass --allow-lossy (allow_lossy=True) for that."
         )
@@ -182,9 +182,9 @@ def write_adapter(
 
     `ahead`: the next one is made while the last one is written, in another thread.
     """
-    metadata = {"format": "pt"} | (plan.stamp.to_metadata() if plan.stamp else {})
     tensors = emitted(source, plan, progress)
-    write_safetensors(folder / SAFETENSORS, layout_of(source, plan), _ahead(tensors) if ahead else tensors, metadata)
+    layout, metadata = layout_of(source, plan), {"format": "pt"} | plan.metadata
+    write_safetensors(folder / SAFETENSORS, layout, _ahead(tensors) if ahead else tensors, metadata)
     # Fields in order, as PEFT has them; not what is in them, since PEFT takes the first pattern that matches.
     text = json.dumps(dict(sorted(plan.config.items())), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from .readers import KEEP_THE_BASE, NotTakenError
 from .refit import Refit, module_parts
 from .source import AdapterSource
 from .stamp import ModuleStamp, Stamp, numbers_of
-from .steps import Step
+from .steps import Step, exactness
 
 __all__ = ["Plan", "others", "plan_conversion"]
 
@@ -38,6 +38,16 @@ class Plan:
     config: dict[str, Any]
     stamp: Stamp | None
     steps: tuple[Step, ...]
+
+    @property
+    def exactness(self) -> str:
+        """`"bits"`, `"round-off"` or `"lossy"`; see `Conversion`."""
+        return exactness(self.steps)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What this library writes into the file's metadata; empty where there is nothing to say."""
+        return {} if self.stamp is None else self.stamp.to_metadata()
 
 
 def plan_conversion(how: Refit, fill_missing: bool) -> Plan:

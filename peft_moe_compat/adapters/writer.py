@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
 from ..families import family
-from ..releases import AUTOMODEL_LAYOUTS, RULES, release_for
+from ..releases import AUTOMODEL_LAYOUTS, NEWEST_TESTED, NEWEST_TRANSFORMERS, RULES, release_for
 from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig
 from .base_model import BaseModel
 from .conclusions import Conclusion, Evidence, Settle
@@ -23,7 +23,7 @@ _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
 
 _UNSAID = Evidence("packing_unsaid")
 # PEFT and transformers whose pairs vLLM reads. Source: vllm 0.33, lora/model_manager.py, _stack_moe_lora_weights.
-_VLLM = "0.21.2", "5.24.0"
+_VLLM = str(NEWEST_TESTED), str(NEWEST_TRANSFORMERS)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ import inspect
 import os
 import site
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import typer
 from .. import __version__, at_start
 from ..errors import PeftMoeCompatError
 from ..patching.activation import switched_off
+from .failing import with_exit_code
 
 __all__ = ["register"]
 
@@ -31,21 +31,7 @@ _ON, _OFF, _STALE = 0, 1, 3  # exit codes of `status`; 2 is that of options that
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     for command in (enable, disable, status):
-        app.command()(_with_errors(command))
-
-
-def _with_errors(command: Callable[[], None]) -> Callable[[], None]:
-    """The command, with exit code 1 for this package's errors."""
-
-    @wraps(command)
-    def guarded() -> None:
-        try:
-            command()
-        except PeftMoeCompatError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
-
-    return guarded
+        app.command()(with_exit_code(1, command))
 
 
 def enable() -> None:

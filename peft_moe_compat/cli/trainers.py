@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import AdapterError, PeftMoeCompatError
+from ..errors import AdapterError
+from .failing import with_exit_code
 
 __all__ = ["TRAINERS", "Trainer", "register"]
 
@@ -81,7 +82,7 @@ _Model = Annotated[
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     for command in (targets, init, plugin):
-        app.command()(command)
+        app.command()(with_exit_code(2, command))
 
 
 def targets(
@@ -98,12 +99,9 @@ def targets(
     from ..model.targets import expert_parameters
     from ..proving import model_without_weights
 
-    try:
-        if trainer and trainer not in TRAINERS:
-            raise AdapterError(f"--for is {trainer!r}; one of {', '.join(TRAINERS)} was expected.")
-        names = expert_parameters(model_without_weights(load_base_model(model))[1])
-    except PeftMoeCompatError as error:
-        raise _failed(error) from None
+    if trainer and trainer not in TRAINERS:
+        raise AdapterError(f"--for is {trainer!r}; one of {', '.join(TRAINERS)} was expected.")
+    names = expert_parameters(model_without_weights(load_base_model(model))[1])
     typer.echo(told(trainer, names, model).rstrip())
 
 
@@ -118,7 +116,7 @@ def told(trainer: str, names: Sequence[str], model: str) -> str:
 def plugin(trainer: Annotated[str, typer.Argument(help="ms-swift.", show_default=False)]) -> None:
     """Prints the path of the file that a trainer imports by its path: ms-swift, as one of its external plugins."""
     if trainer != "ms-swift":
-        raise _failed(AdapterError(f"{trainer!r} has no file to import; ms-swift was expected."))
+        raise AdapterError(f"{trainer!r} has no file to import; ms-swift was expected.")
     typer.echo(str(Path(__file__).parent.parent / "integrations" / "swift.py"))
 
 
@@ -142,25 +140,17 @@ def init(
     """
     from ..fresh import write_fresh_adapter
 
-    try:
-        written = write_fresh_adapter(
-            model,
-            out,
-            rank=rank,
-            alpha=alpha,
-            target_parameters=_listed(target_parameters) or None,
-            target_modules=target_modules if target_modules == "all-linear" else _listed(target_modules),
-            seed=seed,
-        )
-    except PeftMoeCompatError as error:
-        raise _failed(error) from None
+    written = write_fresh_adapter(
+        model,
+        out,
+        rank=rank,
+        alpha=alpha,
+        target_parameters=_listed(target_parameters) or None,
+        target_modules=target_modules if target_modules == "all-linear" else _listed(target_modules),
+        seed=seed,
+    )
     typer.echo(f"{written.folder}: {written.numbers:,} numbers on {written.layers} layers of {written.model}")
 
 
 def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _failed(error: PeftMoeCompatError) -> typer.Exit:
-    typer.echo(f"error: {error}", err=True)
-    return typer.Exit(2)

@@ -18,7 +18,7 @@ from .. import layout
 from ..errors import LayoutError, PeftMoeCompatError
 from ..families import OWN_FORWARDS
 from ..layout import ExpertLora, FlatLora
-from ..others import remedy
+from ..others import owner_of, remedy
 from ..reasons import Reason, because
 from ..releases import LayoutRule
 from .experts import REGISTRIES, dispatching_registry, features, is_transposed, stored_shape, stored_transposed
@@ -240,7 +240,7 @@ def experts_reason(experts: Any, transposed: bool | None) -> Reason | None:
     own = hasattr(cls.forward, TAKES_LORA)
     registry = None if own else dispatching_registry(cls)
     if registry is None and not own:
-        owner = getattr(cls.forward, "__globals__", {}).get("__name__", "")
+        owner = owner_of(cls.forward)
         if cls.__module__.startswith("transformers.") and not owner.startswith("transformers."):
             return because("class_forward_replaced", cls.__name__, owner, remedy(owner))
         return because("not_dispatching", cls.__name__)

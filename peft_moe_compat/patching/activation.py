@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..at_start import installed
+from ..at_start import OFF, installed
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
 from ..families import OWN_FORWARDS
-from ..others import remedy
+from ..others import owner_of, remedy
 from ..reasons import Reason, because
 from ..releases import release_for
 
@@ -84,7 +84,6 @@ class Activation:
             UnsupportedPeftError: There is nothing.
             PatchConflictError: There is somebody else's forward, and it is not one that calls PEFT's own.
         """
-        from .reach import owner_of
         from .replacements import below
 
         if replacement.missing():
@@ -239,7 +238,7 @@ def _imported(module: Any) -> None:
 
 def switched_off() -> bool:
     """Whether `PEFT_MOE_COMPAT` in the environment keeps the import from activating."""
-    return os.environ.get("PEFT_MOE_COMPAT", "").lower() in ("0", "false", "no", "off")
+    return os.environ.get("PEFT_MOE_COMPAT", "").lower() in OFF
 
 
 def activate_on_import() -> None:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .reach import owner_of
+from ..others import owner_of
 
 __all__ = ["naming"]
 

@@ -22,7 +22,8 @@ from ..errors import ParallelismError
 from ..layout import ExpertLora
 from ..model.experts import stored_transposed
 from ..model.probe import installed_rule
-from ..model.wrappers import is_dtensor, is_param_wrapper, live_orientation, read_adapter
+from ..model.wrappers import is_dtensor, is_param_wrapper, read_adapter
+from .matching import orientation_of
 
 __all__ = ["add_weighted_adapter", "check_add_weighted_adapter", "svd_weighted_adapter"]
 
@@ -124,23 +125,19 @@ def svd_weighted_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
-def _transposed(wrapper: Any) -> bool:
-    return stored_transposed(wrapper.get_base_layer(), wrapper.parameter_name)
-
-
 def _read(wrapper: Any, adapter_name: str) -> ExpertLora:
     if is_dtensor(wrapper.lora_A[adapter_name].weight):
         raise ParallelismError(
             "add_weighted_adapter needs whole adapters, but these are spread over ranks with the experts. Combine them "
             "in a process that holds the whole model, and save the result."
         )
-    return read_adapter(wrapper, adapter_name, _transposed(wrapper), installed_rule(), None).canonical()
+    transposed = stored_transposed(wrapper.get_base_layer(), wrapper.parameter_name)
+    return read_adapter(wrapper, adapter_name, transposed, installed_rule(), None).canonical()
 
 
 def _flat(wrapper: Any, A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A "E r in" and B "E out r" as the wrapper holds an adapter of that rank, which may be more than r."""
     missing = rank - A.shape[1]
     whole = ExpertLora(pad(A, (0, 0, 0, missing)), pad(B, (0, missing)))
-    orientation = live_orientation(wrapper, _transposed(wrapper), installed_rule())
-    lora_A, lora_B = layout.to_flat(whole, orientation=orientation)
+    lora_A, lora_B = layout.to_flat(whole, orientation=orientation_of(wrapper))
     return lora_A.contiguous(), lora_B.contiguous()

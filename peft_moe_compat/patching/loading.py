@@ -27,6 +27,7 @@ from ..errors import AdapterError, LayoutError
 from ..model.experts import bare
 from .arguments import naming
 from .arrival import check_fused, check_per_expert
+from .context import holding
 from .injecting import check_config, convert_command
 from .lost import check_names
 from .matching import UnderstoodFile, convert, differences, live_namer, live_wrappers
@@ -78,11 +79,8 @@ def _load(model: Any, model_id: Any, adapter_name: str, hub: Mapping[str, Any]) 
         load = replace(outer, model=model)  # from_pretrained, which has come to its load_adapter
     else:
         load = _Load(model, str(model_id), adapter_name, understand(model, str(model_id), hub))
-    token = _loading.set(load)
-    try:
+    with holding(_loading, load):
         yield load
-    finally:
-        _loading.reset(token)
 
 
 def from_pretrained(stock: Any) -> Any:

@@ -26,6 +26,7 @@ from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError, Layo
 from ..families import PACKED_CLASSES
 from ..model.experts import bare, held_parameters
 from ..model.weights import unreadable_reason
+from .context import holding
 from .injecting import convert_command
 from .lost import difference
 from .matching import UnderstoodFile, counterparts, facts_of, live_path
@@ -62,11 +63,8 @@ def written_by(
         UnsupportedPeftError: `release` names none.
         AdapterError: `orientation` or `packing` is neither of the two.
     """
-    token = _said.set(Stated(None, release, orientation, packing, nesting))
-    try:
+    with holding(_said, Stated(None, release, orientation, packing, nesting)):
         yield
-    finally:
-        _said.reset(token)
 
 
 def said_of_files() -> Stated:

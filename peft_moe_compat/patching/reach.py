@@ -9,7 +9,7 @@ plainly ours. Where it is not, the call is watched, and ours says that it was re
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -20,8 +20,9 @@ from torch import nn
 from ..errors import CompatWarning
 from ..model.probe import tiny_wrapper
 from ..model.wrappers import native_reason
-from ..others import remedy
+from ..others import owner_of, remedy
 from ..reasons import Reason, because
+from .context import holding
 
 __all__ = [
     "TAKEN_FROM_US",
@@ -29,7 +30,6 @@ __all__ = [
     "comes_to_peft",
     "displaced",
     "forget",
-    "owner_of",
     "passed_by",
     "say_once",
     "state",
@@ -62,14 +62,6 @@ _said: set[Reason] = set()
 TAKEN_FROM_US = ("displaced", "forward_bound", "foreign_implementation", "class_forward_replaced")
 
 
-def owner_of(function: Any) -> str:
-    """The module a function or class method was written in; `functools.wraps` does not hide it."""
-    function = getattr(function, "func", function)  # of a partial
-    function = getattr(function, "__func__", function)
-    code_globals = getattr(function, "__globals__", {})
-    return str(code_globals.get("__name__") or getattr(function, "__module__", None) or repr(function))
-
-
 def begin(forward: Any) -> None:
     """The library is active from here on, with that forward."""
     global _probed
@@ -99,19 +91,18 @@ def watched_call(_: Any) -> Any:
         if plainly or state.forward is None or torch.compiler.is_compiling():
             return nn.Module.__call__(self, *args, **kwargs)
         came: set[int] = set()
-        token = _watching(came)
         try:
-            return nn.Module.__call__(self, *args, **kwargs)
+            with _watching(came):
+                return nn.Module.__call__(self, *args, **kwargs)
         finally:
-            _watched.reset(token)
             _note(self, id(self) in came)
 
     return __call__
 
 
-def _watching(came: set[int]) -> Any:
+def _watching(came: set[int]) -> AbstractContextManager[None]:
     state.asks = True
-    return _watched.set(came)
+    return holding(_watched, came)
 
 
 def _begins_with(wrapper: Any) -> Any:
@@ -183,11 +174,8 @@ def _displaced_by(forward: Any) -> Reason:
 def _comes_to_ours(forward: Any) -> bool:
     came: set[int] = set()
     wrapper, given = tiny_wrapper()
-    token = _watching(came)
-    try:
+    with _watching(came):
         _run(forward, wrapper, given)
-    finally:
-        _watched.reset(token)
     return id(wrapper) in came
 
 

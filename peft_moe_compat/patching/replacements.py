@@ -14,6 +14,7 @@ from ..families import OWN_FORWARDS
 from ..model.experts import REGISTRY_MODULE, dispatching_registry
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS, TAKES_LORA
+from ..others import owner_of
 from ..releases import installed_versions, known_issues
 from . import (
     adapter_names,
@@ -29,7 +30,7 @@ from . import (
     whole_state,
 )
 from .forward import experts_registry, own_forward, registered_forward, wrapper_forward
-from .reach import comes_to_peft, displaced, owner_of, watched_call
+from .reach import comes_to_peft, displaced, watched_call
 from .resuming import forget_converted
 
 __all__ = [

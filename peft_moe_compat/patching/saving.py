@@ -21,6 +21,7 @@ from ..adapters.stamp import ModuleStamp, Stamp, numbers_of
 from ..errors import AdapterError
 from ..model.experts import bare, features, is_transposed
 from ..model.wrappers import is_param_wrapper
+from .context import holding
 from .matching import chains, live_path, orientation_of
 from .sharding import refuse_partitioned
 from .targets import named_for_any_reader
@@ -60,12 +61,8 @@ def save_pretrained(stock: Any) -> Any:
                 "which PEFT does wrongly for those of experts: the saved updates would be others. Save the adapter as "
                 "it is, or with LoRA on linears alone."
             )
-        token = _saving.set(_Save(self, Path(save_directory)))
-        try:
-            with named_for_any_reader(self):
-                return stock(self, save_directory, *args, **kwargs)
-        finally:
-            _saving.reset(token)
+        with holding(_saving, _Save(self, Path(save_directory))), named_for_any_reader(self):
+            return stock(self, save_directory, *args, **kwargs)
 
     return saving
 

@@ -19,6 +19,7 @@ from ..adapters.safetensors_io import read_header
 from ..errors import AdapterError, AmbiguousAdapterError
 from ..model.experts import bare
 from ..model.wrappers import is_param_wrapper
+from .context import holding
 from .matching import chains, model_type_of, orientation_of
 from .opening import said_of_files
 
@@ -33,11 +34,8 @@ def save_state(stock: Any) -> Any:
 
     @wraps(stock)
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _saving.set(self._models)
-        try:
+        with holding(_saving, self._models):
             return stock(self, *args, **kwargs)
-        finally:
-            _saving.reset(token)
 
     return replacement
 
