@@ -21,6 +21,11 @@ def _damage(function: OnAdapter) -> OnAdapter:
     return function
 
 
+def _read(case: Case, field: str) -> str:
+    """The file says it, unless it is a rank and no model tells the experts: 4 of rank 4 are 8 of rank 2 as well."""
+    return "read" if case.model or field not in ("r", "rank_pattern") else "any"
+
+
 _ODD: tuple[Any, ...] = (None, 1, -1, 0, 1.5, "x", "", [], [1], [""], {}, {"a": None}, True, 10**400, 1e400, [[]], "4")
 _FIELDS = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_parameters", "target_modules", "use_dora"),
@@ -35,7 +40,7 @@ def field_odd(adapter: Adapter, case: Case, rng: random.Random) -> str:
     adapter.config[field] = value
     if field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
         plain = value is None or type(value) in (int, float, dict, bool)
-        return ("read" if case.model or field != "r" else "any") if plain else "same"
+        return _read(case, field) if plain else "same"
     if field == "target_parameters":
         return "read"
     # Without a word of the caller, version and marks are what tells orientation and packing.
@@ -47,7 +52,7 @@ def field_missing(adapter: Adapter, case: Case, rng: random.Random) -> str:
     field = rng.choice(sorted(adapter.config))
     del adapter.config[field]
     if field in ("use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"):
-        return "read"
+        return _read(case, field)
     return "same" if case.told or field not in ("peft_version", "auto_mapping", "lora_B_layout") else "any"
 
 
@@ -60,7 +65,7 @@ def number_changed(adapter: Adapter, case: Case, rng: random.Random) -> str:
     }
     field = rng.choice(list(numbers))
     adapter.config[field] = rng.choice(numbers[field])
-    return "read" if case.model or field != "r" else "any"
+    return _read(case, field)
 
 
 def _keys(adapter: Adapter) -> list[str]:
@@ -91,7 +96,7 @@ def patterns_odd(adapter: Adapter, case: Case, rng: random.Random) -> str:
     there = adapter.config.get(table)
     added = {rng.choice(ways): rng.choice((1, 2, 3, 7))}
     adapter.config[table] = {**added, **there} if isinstance(there, dict) else added
-    return "read" if case.model or table == "alpha_pattern" else "any"
+    return _read(case, table)
 
 
 @_damage
