@@ -88,8 +88,9 @@ def per_expert(part: Part, path: str, linear: str) -> Output:
     """A pair of matrices, "r in" and "out r", for every expert's linear."""
 
     def factors(lora: ExpertLora) -> Iterator[tuple[str, Tensor, Tensor]]:
+        A, B = lora.A.contiguous(), lora.B.contiguous()  # at once: a copy for every expert would take as many kernels
         for expert in range(lora.num_experts):
-            yield f"{path}.{expert}.{linear}", lora.A[expert], lora.B[expert]
+            yield f"{path}.{expert}.{linear}", A[expert], B[expert]
 
     keys = tuple(f"{path}.{expert}.{linear}" for expert in range(part.meta.num_experts))
     pattern = rf"\.[0-9]+\.{linear}"
