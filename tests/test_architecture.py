@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "reporting": {"errors", "releases", "families", "reasons", "layout", "model", "forward", "patching"},
     "showing": {"errors", "reporting"},
-    "integrations": {"handover", "showing"},
+    "integrations": {"errors", "patching", "handover", "showing"},
     "proving": {"errors", "releases", "adapters"},
     "fresh": {"errors", "adapters", "model", "patching", "proving"},
     "readings": {"errors", "layout", "model", "patching"},

@@ -1,13 +1,13 @@
-"""What stands in a context variable for the length of a call."""
+"""What stands in a context variable, or in the place of an attribute, for the length of a block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["holding"]
+__all__ = ["holding", "in_place"]
 
 T = TypeVar("T")
 
@@ -20,3 +20,14 @@ def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
+
+
+@contextmanager
+def in_place(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """The attribute is this within the block, and afterwards what it was before."""
+    stock = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, stock)

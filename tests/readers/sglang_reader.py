@@ -17,7 +17,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from peft_moe_compat import AdapterStream
 
 from .fetch import releases
 from .stubs import ModelFile, Package, Placeholder
@@ -213,16 +216,16 @@ def _model(file: ModelFile, architecture: str, hf_config: Any) -> nn.Module:
 
 
 def read(
-    adapter: Path | Sequence[tuple[Mapping[str, Any], Iterable[tuple[str, Tensor]]]],
+    adapter: Path | Iterable[AdapterStream],
     base_config: Mapping[str, Any],
     *,
     release: str = RELEASES[-1],
 ) -> dict[tuple[int, int, str], Tensor]:
     """(layer, expert, "gate" | "up" | "down") -> the update "out in" in float64 that SGLang adds.
 
-    As a server started with `--lora-paths` of this one adapter's folder; or one that is handed (config, tensors) of one
-    step after the other, by `load_lora_adapter_from_tensors` and `unload_lora_adapter`, the first telling what is
-    wrapped (`--max-lora-rank`, `--lora-target-modules`). Empty where the experts are not wrapped at all.
+    As a server started with `--lora-paths` of this one adapter's folder; or one that is handed a stream after the other
+    by `load_lora_adapter_from_tensors` and `unload_lora_adapter`, the first telling what is wrapped
+    (`--max-lora-rank`, `--lora-target-modules`). Empty where the experts are not wrapped at all.
 
     Raises:
         RuntimeError: With SGLang's message, if loading fails; whatever else SGLang raises when it fills its buffers.
@@ -239,7 +242,9 @@ def read(
         model = _model(_model_file(sources, architecture), architecture, hf_config)
         path = str(adapter.resolve()) if isinstance(adapter, Path) else "__tensor__"
         reference = SimpleNamespace(lora_id="a", lora_name="a", lora_path=path, pinned=False)
-        first = {} if isinstance(adapter, Path) else adapter[0][0]
+        steps = iter(()) if isinstance(adapter, Path) else iter(adapter)
+        first = next(steps, None)
+        said = first.config if first else {}
         manager = LoRAManager(
             base_model=model,
             base_hf_config=hf_config,
@@ -248,13 +253,13 @@ def read(
             dtype=torch.float64,
             server_args=_SETTINGS,
             lora_paths=[reference] if isinstance(adapter, Path) else [],
-            **({"max_lora_rank": first["r"], "target_modules": set(first["target_modules"])} if first else {}),
+            **({"max_lora_rank": said["r"], "target_modules": set(said["target_modules"])} if said else {}),
         )
-        for config, tensors in () if isinstance(adapter, Path) else adapter:
+        for stream in chain([first] if first else [], steps):
             if "a" in manager.loras:
                 _take(manager.unload_lora_adapter(reference))
-            held = {name: tensor.clone() for name, tensor in tensors}
-            _take(manager.load_lora_adapter_from_tensors(reference, held, dict(config)))
+            held = {name: tensor.clone() for name, tensor in stream}
+            _take(manager.load_lora_adapter_from_tensors(reference, held, stream.config))
         manager.fetch_new_loras({"a"})
         slot = manager.memory_pool.get_buffer_id("a")
         return _updates(model, slot, manager.max_lora_rank)

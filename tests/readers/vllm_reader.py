@@ -18,13 +18,16 @@ import ast
 import contextlib
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from peft_moe_compat import AdapterStream
+from peft_moe_compat.integrations.vllm import load_adapter
 
 from .fetch import releases
 from .stubs import ModelFile, Package, StubClass
@@ -128,6 +131,7 @@ def _package(sources: Path) -> Package:
             ("vllm.model_executor.layers.linear", "LinearBase"): _Linear,
             ("vllm.model_executor.custom_op", "maybe_get_oot_by_class"): lambda cls: cls,
             ("vllm.model_executor.custom_op", "PluggableLayer"): StubClass,
+            ("vllm.lora.request", "LoRARequest"): _request,
             ("vllm.lora.layers.utils", "_get_lora_device"): lambda layer: torch.device("cpu"),
             ("vllm.model_executor.models", "supports_multimodal"): lambda model: hasattr(model, "get_mm_mapping"),
             ("vllm.utils.gpu_sync_debug", "gpu_sync_allowed"): _NoSync,
@@ -258,7 +262,7 @@ def _model(source: _ModelSource, config: Mapping[str, Any], architecture: str, b
 
 
 def read(
-    adapter: Path | Sequence[tuple[Mapping[str, Any], Iterable[tuple[str, Tensor]]]],
+    adapter: Path | Iterable[AdapterStream],
     base_config: Mapping[str, Any],
     *,
     release: str = RELEASES[-1],
@@ -270,8 +274,8 @@ def read(
     """(layer, expert, "gate" | "up" | "down") -> the update "out in" in float64 that vLLM adds, where it adds any.
 
     Args:
-        adapter: Its folder; or (config, tensors) of one step after the other, each taking the place of the last, put
-            together as verl does it (`TensorLoRARequest`): `PEFTHelper.from_dict` and `LoRAModel.from_lora_tensors`.
+        adapter: Its folder; or streams, which `integrations.vllm.load_adapter` hands to the manager one after the
+            other, each in the place of the last.
         base_config: The base model's config.json; its `architectures[0]` picks vLLM's model class.
         release: Of vLLM, one of `RELEASES`.
         max_lora_rank: `--max-lora-rank`.
@@ -313,34 +317,17 @@ def read(
             vocab_size=32,
             max_position_embeddings=None,
         )
-        request = SimpleNamespace(
-            lora_path=str(adapter.resolve()) if isinstance(adapter, Path) else "",
-            lora_name="a",
-            lora_int_id=1,
-            is_3d_lora_weight=is_3d,
-            load_inplace=not isinstance(adapter, Path),
-            tensorizer_config_dict=None,
-        )
         if isinstance(adapter, Path):
-            worker.add_adapter(request)
-        for config, tensors in () if isinstance(adapter, Path) else adapter:
-            worker._load_adapter = functools.partial(_from_memory, worker, config, {n: t.clone() for n, t in tensors})
-            worker.add_adapter(request)
+            worker.add_adapter(_request("a", 1, str(adapter.resolve()), is_3d_lora_weight=is_3d))
+        for stream in () if isinstance(adapter, Path) else adapter:
+            load_adapter(worker, stream)
         return _updates(model, architecture)
 
 
-def _from_memory(worker: Any, config: Mapping[str, Any], tensors: dict[str, Tensor], request: Any) -> Any:
-    from vllm.lora.peft_helper import PEFTHelper
-
-    helper = PEFTHelper.from_dict(dict(config))
-    helper.validate_legal(worker.lora_config)
-    mapper = getattr(worker._adapter_manager.model, "hf_to_vllm_mapper", None)
-    mapper = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
-    lora = worker._lora_model_cls.from_lora_tensors(
-        request.lora_int_id, tensors, helper, device="cpu", dtype=worker.lora_config.lora_dtype, weights_mapper=mapper
-    )
-    lora.is_3d_lora_weight = request.is_3d_lora_weight
-    return lora
+def _request(lora_name: str, lora_int_id: int, lora_path: str, **options: bool) -> SimpleNamespace:
+    """Double of `LoRARequest`, which is a struct of msgspec's."""
+    defaults = {"load_inplace": False, "is_3d_lora_weight": False, "tensorizer_config_dict": None, **options}
+    return SimpleNamespace(lora_name=lora_name, lora_int_id=lora_int_id, lora_path=lora_path, **defaults)
 
 
 def _lora_model_class() -> type:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 MODULES = {
     "trl": "trl",
+    "trl_vllm": "trl",
     "axolotl": "axolotl",
     "swift": "swift",
     "llamafactory": "llamafactory",
