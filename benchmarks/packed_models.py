@@ -5,8 +5,8 @@
     python benchmarks/packed_models.py --model gpt-oss-120b --packed-only
 
 LoRA r = 16 on all experts and attention in bfloat16, gradient checkpointing, bitsandbytes' 8-bit AdamW, and a loss
-whose logits are made and forgotten 1024 tokens at a time, as Liger's and TRL's chunked losses do. Qwen3-30B-A3B in nf4
-with nested scales, gpt-oss in MXFP4. Then the same steps of the same model, its experts dequantised to bfloat16.
+whose logits are made and forgotten `--chunk` tokens at a time, as Liger's and TRL's chunked losses do. Qwen3-30B-A3B in
+nf4 with nested scales, gpt-oss in MXFP4. Then the same steps of the same model, its experts dequantised to bfloat16.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ parser.add_argument("--layers", type=int, help="fewer than the model has")
 parser.add_argument("--batch", type=int, default=4)
 parser.add_argument("--length", type=int, default=2048)
 parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--chunk", type=int, default=256, help="tokens whose logits there are at a time")
 parser.add_argument("--packed-only", action="store_true")
 parser.add_argument("--json")
 args = parser.parse_args()
@@ -112,7 +113,7 @@ def with_lora(model: nn.Module) -> nn.Module:
 
 
 def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The mean cross-entropy of the next token; logits 1024 tokens at a time."""
+    """The mean cross-entropy of the next token; logits of some tokens at a time."""
     base = model.get_base_model()
     hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
@@ -120,7 +121,7 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     def part(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(base.lm_head(rows).float(), labels, reduction="sum")
 
-    pieces = zip(hidden.split(1024), targets.split(1024), strict=True)
+    pieces = zip(hidden.split(args.chunk), targets.split(args.chunk), strict=True)
     return sum(checkpoint(part, *piece, use_reentrant=False) for piece in pieces) / len(targets)
 
 

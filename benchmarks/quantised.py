@@ -39,6 +39,7 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeForCausalLM
 
 import peft_moe_compat
+from peft_moe_compat.cli.layers import held_mib
 from peft_moe_compat.quantising.int8 import Int8Weight
 from peft_moe_compat.quantising.mxfp4 import hold_packed
 
@@ -349,15 +350,6 @@ def decodes(block: nn.ModuleDict, tokens: int, H: int, k: int) -> float:
     return statistics.median(times)
 
 
-def weights_gib(module: nn.Module) -> float:
-    """What the module holds, packed forms by their own size."""
-    total = 0
-    for tensor in [*module.parameters(), *module.buffers()]:
-        parts = [v for v in vars(tensor).values() if isinstance(v, torch.Tensor)] or [tensor]
-        total += sum(p.numel() * p.element_size() for p in parts)
-    return total / 2**30
-
-
 # (who, shape, tokens or "decode tokens") -> what the unquantised layer took
 UNQUANTISED: dict[tuple, float] = {}
 
@@ -367,7 +359,7 @@ def layer_case(stored: str, who: str, make, quantise, shape: list[int]) -> None:
     torch.manual_seed(0)
     experts, k = make(shape)
     experts = quantise(experts)
-    row = {"case": "layer", "format": stored, "who": who, "shape": shape, "weights_gib": weights_gib(experts)}
+    row = {"case": "layer", "format": stored, "who": who, "shape": shape, "weights_gib": held_mib(experts) / 1024}
     block = wrapped(experts)
     row["report"] = peft_moe_compat_report(block) if who == "ours" else ""
     row["errors"] = errors(block, block["experts"], H, k)
@@ -440,7 +432,7 @@ def model_case(stored: str, who: str, quantise) -> None:
         losses.append(loss.item())
         model.zero_grad()
 
-    row = {"case": "model", "format": stored, "who": who, "weights_gib": weights_gib(model)} | measure(step)
+    row = {"case": "model", "format": stored, "who": who, "weights_gib": held_mib(model) / 1024} | measure(step)
     row["first_loss"], row["spread"] = losses[0], max(losses) - min(losses)
     ROWS.append(row)
     show(row)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PeftMoeCompatError
 from ..quantising.mxfp4 import hold_packed
@@ -16,6 +19,7 @@ from ..quantising.packing import Packing, held_tensors, need_bitsandbytes, pack,
 __all__ = ["FORMATS", "Shape", "held_mib", "make_experts"]
 
 _STD = 0.02
+_TORCHAO = {"torchao-int8": "Int8WeightOnlyConfig", "torchao-float8": "Float8WeightOnlyConfig"}
 _PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
@@ -33,6 +37,15 @@ def _bitsandbytes(experts: nn.Module, stored: str) -> nn.Module:
     need_bitsandbytes()
     for name in _PROJECTIONS:
         pack(experts, name, experts.get_parameter(name).detach(), Packing(stored))
+    return experts
+
+
+def _torchao(experts: nn.Module, stored: str) -> nn.Module:
+    if importlib.util.find_spec("torchao") is None:
+        raise PeftMoeCompatError(f"--format {stored} needs torchao, which is not installed: pip install torchao.")
+    upstream = importlib.import_module("torchao.quantization")
+    config = getattr(upstream, _TORCHAO[stored])
+    upstream.quantize_(experts, upstream.FqnToConfig({name: config() for name in _PROJECTIONS}), filter_fn=None)
     return experts
 
 
@@ -72,6 +85,8 @@ FORMATS: dict[str, Callable[[nn.Module, str], nn.Module]] = {
     "int8": _bitsandbytes,
     "fp8": _fp8,
     "mxfp4": _mxfp4,
+    "torchao-int8": _torchao,
+    "torchao-float8": _torchao,
 }
 
 
@@ -112,9 +127,13 @@ def make_experts(shape: Shape, dtype: torch.dtype, device: str, kind: str, *, pa
     return FORMATS[kind](experts, kind).requires_grad_(False) if packed else experts
 
 
-def held_mib(experts: nn.Module) -> float:
-    """What the weights of the experts take, scales included."""
-    held: list[Tensor] = [*experts.parameters(), *experts.buffers()]
-    for _, module, name in packed_stacks(experts):
+def held_mib(model: nn.Module) -> float:
+    """What the weights take, scales included, be it of experts alone."""
+    held: list[Tensor] = [*model.parameters(), *model.buffers()]
+    for _, module, name in packed_stacks(model):
         held += held_tensors(module, name).values()
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values()) / 2**20
+    for tensor in [tensor for tensor in held if is_traceable_wrapper_subclass(tensor)]:
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        held += [getattr(tensor, name) for name in names]
+    plain = [tensor for tensor in held if not is_traceable_wrapper_subclass(tensor)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in plain}.values()) / 2**20

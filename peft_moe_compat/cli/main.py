@@ -92,7 +92,11 @@ def bench(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     backend: Annotated[str, typer.Option(help="auto, triton, torch or loop, of this package.")] = "auto",
     packed: Annotated[
-        str, typer.Option("--format", help="nf4, fp4, int8, fp8 or mxfp4: the experts packed so beside plain ones.")
+        str,
+        typer.Option(
+            "--format",
+            help="nf4, fp4, int8, fp8, mxfp4, torchao-int8 or torchao-float8: the experts packed so beside plain ones.",
+        ),
     ] = "",
     dropout: Annotated[float, typer.Option(help="lora_dropout: this package with it beside without.")] = 0.0,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-output"),

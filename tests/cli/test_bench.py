@@ -97,6 +97,8 @@ BYTES = {
     "int8": WEIGHTS + 4 * (128 + 128) * 4,
     "fp8": WEIGHTS * (1 + 4 / 64**2),
     "mxfp4": WEIGHTS * (1 / 2 + 1 / 32) + 4 * (128 + 128) * 4,  # and biases
+    "torchao-int8": WEIGHTS + 4 * (128 + 128) * 4,
+    "torchao-float8": WEIGHTS + 4 * (128 + 128) * 4,
 }
 
 
@@ -107,6 +109,8 @@ def test_packed_experts_are_measured_beside_plain_ones(stored, tmp_path):
         upstream = pytest.importorskip("transformers.integrations.finegrained_fp8", exc_type=ImportError)
         if not hasattr(upstream, "FP8Experts"):
             pytest.skip("transformers 5.0 has no FP8Experts")
+    elif stored.startswith("torchao"):
+        pytest.importorskip("torchao", reason="torchao is optional")
     elif stored != "mxfp4":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
     sizes = ("--shape", "4,2,128,64", "--rank", "2", "--device", "cpu", "--dtype", "float32", "--tokens", "3,9")
@@ -153,15 +157,17 @@ def test_a_step_that_leaves_lora_without_a_gradient_is_not_a_measurement():
 
 
 @needs_fused
-def test_a_missing_bitsandbytes_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "stored", "remedy"),
+    [("bitsandbytes", "nf4", "pip install 'bitsandbytes>=0.49'"), ("torchao", "torchao-int8", "pip install torchao")],
+)
+def test_a_missing_package_is_said_before_anything_is_measured(package, stored, remedy, tmp_path, monkeypatch):
     find = packing.importlib.util.find_spec
-    monkeypatch.setattr(
-        packing.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
-    )
+    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: None if name == package else find(name))
     monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("measured"))
-    result = run(*SMALL, "--format", "nf4", "--out", str(tmp_path))
+    result = run(*SMALL, "--format", stored, "--out", str(tmp_path))
     assert result.exit_code == 1
-    assert "pip install 'bitsandbytes>=0.49'" in result.output
+    assert remedy in result.output
 
 
 @pytest.mark.skipif(zoo.FUSED, reason="transformers 5 has fused Qwen3 experts")
