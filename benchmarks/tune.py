@@ -41,7 +41,8 @@ BFLOAT16 = torch.bfloat16
 ACTIVATIONS = [(64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 8, 2), (128, 8, 3)]
 GATHERS = [(64, 4, 4), (128, 4, 4), (128, 8, 3), (256, 8, 3)]
 GRADIENTS = [(64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3)]
-PRODUCTS = [((256, 8, 4), 1, 8), ((256, 8, 3), 1, 8), ((256, 8, 4), 1, 16), ((128, 4, 3), 2, 8)]
+PRODUCTS = [((256, 8, 4), 1, 8, True), ((256, 8, 3), 1, 8, True), ((256, 8, 4), 1, 16, True), ((128, 4, 3), 2, 8, True)]
+PRODUCTS += [((128, 8, 4), 1, 8, False)]  # that of cards without a copy engine
 RESULTS: dict[str, float | str] = {}
 
 
@@ -140,11 +141,12 @@ def products(shape: str, case: Case) -> None:
         flops = 2 * S * weight.shape[1] * weight.shape[2] / 1e9
         base = ms(f"{shape} {name} torch's grouped_mm", lambda a=a, w=weight: grouped_mm(a, w, offs=where.offs))
         print(f"    {flops / base:.0f} TFLOP/s")
-        for config, gemm.PER_SM, gemm.GROUP_TILES in PRODUCTS:
+        for config, gemm.PER_SM, gemm.GROUP_TILES, described in PRODUCTS:
             gemm.programs_of.cache_clear()
+            gemm.TILINGS[90] = gemm.Tiling(Config(*config), 64, described)
             function = lambda a=a, w=weight, f=factor: gemm.grouped_linear(a, w, where, low, f)  # noqa: E731
-            label = f"{shape} {name} x{gemm.PER_SM} g{gemm.GROUP_TILES}"
-            print(f"    {flops / ms(label, function, (gemm, 'PRODUCT', config)):.0f} TFLOP/s")
+            label = f"{shape} {name} x{gemm.PER_SM} g{gemm.GROUP_TILES} {config} {'tma' if described else 'addresses'}"
+            print(f"    {flops / ms(label, function):.0f} TFLOP/s")
 
 
 def trace(shape: str, case: Case) -> None:

@@ -242,16 +242,21 @@ def test_a_base_parameter_that_trains_gets_its_gradient(name):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("ranks", [(4, 8), (70, 33)], ids=str)
-def test_the_tiled_product(monkeypatch, transposed, ranks):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16 if INTERPRETED else torch.bfloat16, 4e-2)], ids=str
+)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_tiled_product(monkeypatch, transposed, ranks, dtype, tolerance, capability):
     """Its tiles are too large for the cases above, so here they are made small."""
+    tiling = gemm.TILINGS[capability]
     if INTERPRETED:
         monkeypatch.setattr(layer, "tile_sizes", lambda S, E: (16, 64))
-        monkeypatch.setattr(gemm, "PRODUCT", Config(32, 4, 2))
-        monkeypatch.setattr(gemm, "BLOCK_K", 32)
+        tiling = tiling._replace(config=Config(32, 4, 2), depth=32)
+    monkeypatch.setattr(gemm, "tiling_of", lambda x: tiling if INTERPRETED else tiling.of(x))
     torch.manual_seed(0)
     index = torch.randint(0, 3, (75 if INTERPRETED else 400, 2))
     flags = {"transposed": transposed, "biased": True}
-    check((3, 64, 128, index, flags, "default", "silu", ranks, 0), torch.float32, 2e-5)
+    check((3, 64, 128, index, flags, "default", "silu", ranks, 0), dtype, tolerance)
 
 
 @pytest.mark.parametrize("E", [1, 5, 130])

@@ -16,7 +16,7 @@ pytest.importorskip(
 )
 
 # Bytes of shared memory of a program: the least of any device of compute capability 8.x and 12.x, and Hopper's.
-SHARED = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED = {80: 99 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 def aot(*arguments):
@@ -54,8 +54,4 @@ def test_what_is_no_number_stays_that(kernels):
 def test_the_kernels_bound_by_memory_load_ahead(kernels):
     """All but what has no loop, and the backward that waits between loads and stores, for rows of odd width alone."""
     idle = {k["kernel"] for k in kernels if not k["loads ahead"] and "Codec" not in k["kernel"]}
-    assert idle == {
-        "backward, waiting",
-        "add, dropping",
-        "product",
-    }  # the product's loads are those of tensor descriptors
+    assert idle == {"backward, waiting", "add, dropping"}

@@ -50,7 +50,7 @@ FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALIGNED = {"I", "D", "N", "K", "stride_e", "stride_r"}
 
 
-CAPABILITIES = (80, 89, 90, 100, 120)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 CODECS = {
     "nf4": Codec(CODES, True),
     "nf4, nested": Codec(CODES, True, nested=256),
@@ -84,17 +84,18 @@ def usage(name, capability, dtype, R, found):
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    ahead = re.search("async_copy_global_to_local|async_tma_copy_global", found.asm["ttgir"])
     return {
         "loses NaN": re.search(r"(min|max)\.f32", found.asm["ptx"]) is not None,
         "kernel": name, "capability": capability, "dtype": dtype, "R": R, "registers": registers, "stack": stack,
-        "shared": found.metadata.shared, "loads ahead": "async_copy_global_to_local" in found.asm["ttgir"],
+        "shared": found.metadata.shared, "loads ahead": ahead is not None,
     }  # fmt: skip
 
 
 def bound_by_memory(capability, dtype, R):
     precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "R": R}
     forward, backward, gather, gradient = (
-        fitting(config, R, FLOATS[dtype], capability == 90)
+        fitting(config, R, FLOATS[dtype], capability in (90, 100))
         for config in (activation.FORWARD, activation.BACKWARD, rows.GATHER, gradients.GRADIENT)
     )
     gate = {"NAME": "silu", "GATED": True, "INTERLEAVED": False, "BLOCK": 32, "PARTS": 2, **precision}
@@ -117,15 +118,17 @@ def bound_by_memory(capability, dtype, R):
             yield f"backward, {name}", activation._backward, {"WAIT": False, **last, **other}, backward
 
 
-def product(R, along_k):
-    columns, depth = gemm.PRODUCT.columns, gemm.BLOCK_K
+def product(capability, R, along_k):
+    config, depth, described = gemm.TILINGS[max(least for least in gemm.TILINGS if least <= capability)]
     constants = {
-        "R": R, "BIAS": True, "ALONG_K": along_k, "BLOCK": 128, "BLOCK_N": columns, "BLOCK_K": depth,
-        "GROUP": gemm.GROUP_TILES, "EARLY": 32, "PRECISION": "tf32",
+        "R": R, "BIAS": True, "ALONG_K": along_k, "BLOCK": 128, "BLOCK_N": config.columns, "BLOCK_K": depth,
+        "GROUP": gemm.GROUP_TILES, "EARLY": 32, "PRECISION": "tf32", "DESCRIBED": described,
     }  # fmt: skip
-    tile = f"{columns}, {depth}" if along_k else f"{depth}, {columns}"
-    types = {"x": f"tensordesc<bf16[128, {depth}]>", "weight": f"tensordesc<bf16[{tile}]>", "limit": "i32"}
-    return compiled(gemm._product, 90, "bf16", constants, gemm.PRODUCT, **types)
+    types = {"limit": "i32"}
+    if described:
+        tile = f"{config.columns}, {depth}" if along_k else f"{depth}, {config.columns}"
+        types |= {"x": f"tensordesc<bf16[128, {depth}]>", "weight": f"tensordesc<bf16[{tile}]>"}
+    return compiled(gemm._product, capability, "bf16", constants, config, **types)
 
 
 def unpacking(capability, codec, rows_are_in):
@@ -207,9 +210,9 @@ def main():
         json.dump(launched(), sys.stdout)
         return
     found = []
-    for capability, (dtype, R) in itertools.product(
-        (80, 90), (("bf16", 16), ("bf16", 64), ("bf16", 256), ("fp32", 16))
-    ):
+    ranks = [(capability, "bf16", 16) for capability in CAPABILITIES]
+    ranks += itertools.product((80, 90), ("bf16",), (64, 256))
+    for capability, dtype, R in (*ranks, (80, "fp32", 16), (90, "fp32", 16)):
         for name, kernel, constants, config in bound_by_memory(capability, dtype, R):
             if "waiting" not in name or (capability, R, dtype) == (90, 16, "bf16"):
                 result = compiled(kernel, capability, dtype, constants, config)
@@ -218,8 +221,8 @@ def main():
         for name, kernel, constants, config, types in unpacking(capability, codec, rows_are_in):
             result = compiled(kernel, capability, "bf16", constants, config, fuse=False, **types)
             found.append(usage(name, capability, "bf16", 16, result))
-    for R, along_k in itertools.product((16, 32), (True, False)):
-        found.append(usage("product", 90, "bf16", R, product(R, along_k)))
+    for capability, R, along_k in itertools.product(CAPABILITIES, (16, 32), (True, False)):
+        found.append(usage("product", capability, "bf16", R, product(capability, R, along_k)))
     json.dump(found, sys.stdout)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ...layout import Factor
 
-__all__ = ["Config", "Factor", "cdiv", "dot_precision", "factor_tile", "fitting", "roomy", "tile_rows"]
+__all__ = ["Config", "Factor", "capability_of", "cdiv", "dot_precision", "factor_tile", "fitting", "roomy", "tile_rows"]
 
 
 class Config(NamedTuple):
@@ -23,6 +23,13 @@ class Config(NamedTuple):
     columns: int
     num_warps: int
     num_stages: int
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """Compute capability 9.0 as 90; as Hopper's in triton's interpreter, which runs what is tuned."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,24 +12,51 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..grouped_mm import grouped_mm
-from .common import Config, Factor, cdiv, dot_precision, factor_tile, roomy, tile_rows
+from .common import Config, Factor, capability_of, cdiv, dot_precision, factor_tile, tile_rows
 from .dropout import Drop, arguments, kept
 from .launch import kernel
 from .routing import Route
 
 __all__ = [
     "add_to",
-    "descriptor",
     "grouped_linear",
     "low_rank",
     "plus_low",
     "product_tile",
     "programs_of",
-    "tile_of",
+    "tiles_of",
+    "tiling_of",
     "turn",
 ]
 
-PRODUCT, BLOCK_K, PER_SM, GROUP_TILES = Config(256, 8, 4), 64, 1, 8
+PER_SM, GROUP_TILES = 1, 8
+
+
+class Tiling(NamedTuple):
+    """How the tiled product runs on a kind of device.
+
+    Attributes:
+        config: For rows of 16 bits.
+        depth: Steps along K, for rows of 16 bits.
+        described: Whether a copy engine loads the tiles, by tensor descriptors, or each thread its part, by addresses.
+    """
+
+    config: Config
+    depth: int
+    described: bool
+
+    def of(self, x: Tensor) -> Tiling:
+        return self if x.element_size() == 2 else Tiling(Config(64, 4, 2), 32, self.described)
+
+
+# By the compute capability from which on. Only Hopper's row was ever timed (benchmarks/tune.py).
+TILINGS = {
+    # No copy engine, and descriptors that stand for addresses are not loaded ahead. Products from registers: 256
+    # columns spill. 96 KiB of 99 (163 on an A100).
+    80: Tiling(Config(128, 8, 4), 64, described=False),
+    90: Tiling(Config(256, 8, 4), 64, described=True),  # 204 KiB of 227, as on compute capability 10.x
+    120: Tiling(Config(128, 8, 4), 64, described=True),  # 96 KiB of 99
+}
 
 
 @triton.jit
@@ -80,7 +107,8 @@ def product_tile(
     x, weight, y, low, bias, offs, expert, stack, first_s, first_n, N, K, stride_y,
     factor, rank, stride_e, stride_r, stride_d, scaling,
     R: tl.constexpr, BIAS: tl.constexpr, ALONG_K: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of y; `stack` is the expert's place in `weight`."""
     dtype = y.dtype.element_ty
@@ -92,11 +120,24 @@ def product_tile(
         u = tl.load(low_row + tl.arange(0, R)[None, :], mask=here[:, None], other=0.0)
         f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, R, dtype)
     total = tl.zeros([BLOCK, BLOCK_N], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        a = x.load([first_s, k])
+    if not DESCRIBED:
+        a_at = x + s.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+        b_at = weight + stack.to(tl.int64) * N * K
         if ALONG_K:
+            b_at += n.to(tl.int64)[None, :] * K + tl.arange(0, BLOCK_K)[:, None]
+        else:
+            b_at += tl.arange(0, BLOCK_K).to(tl.int64)[:, None] * N + n[None, :]
+    for k in range(0, K, BLOCK_K):
+        if not DESCRIBED:
+            a = tl.load(a_at, mask=here[:, None], other=0.0)
+            b = tl.load(b_at, mask=n[None, :] < N, other=0.0)
+            a_at += BLOCK_K
+            b_at += BLOCK_K if ALONG_K else BLOCK_K * N
+        elif ALONG_K:
+            a = x.load([first_s, k])
             b = weight.load([stack * N + first_n, k]).T
         else:
+            a = x.load([first_s, k])
             b = weight.load([stack * K + k, first_n])
         total = tl.dot(a, b, total, input_precision=PRECISION)
     if R and R <= EARLY:
@@ -127,9 +168,9 @@ def _product(
     factor, rank, stride_e, stride_r, stride_d, scaling,
     R: tl.constexpr, BIAS: tl.constexpr, ALONG_K: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of y, several a program. `weight` is "(E N) K" where ALONG_K, else "(E K) N"; x and it by descriptor."""
+    """Tiles of y, several a program. `weight` is "(E N) K" where ALONG_K, else "(E K) N"; both as of `tiles_of`."""
     across = tl.cdiv(N, BLOCK_N)
     count = tl.load(tiles + 2 * limit)
     for i in range(tl.program_id(0), count * across, tl.num_programs(0)):
@@ -138,7 +179,7 @@ def _product(
         product_tile(
             x, weight, y, low, bias, offs, expert, expert, first_s, column * BLOCK_N, N, K, N,
             factor, rank, stride_e, stride_r, stride_d, scaling,
-            R, BIAS, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION,
+            R, BIAS, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION, DESCRIBED,
         )  # fmt: skip
 
 
@@ -151,14 +192,14 @@ def low_rank(
     return low, y if bias is None else bias, factor, low.shape[1]
 
 
-def descriptor_fits(x: Tensor, weight: Tensor) -> bool:
+def tiles_fit(x: Tensor, weight: Tensor, depth: int) -> bool:
     """Whether the tiled product can read both: packed stacks on 16 bytes, and K in whole tiles."""
     E, K, N = weight.shape
     along_k = weight.stride(1) == 1
     packed = weight.stride() == ((K * N, 1, K) if along_k else (K * N, N, 1))
     unit = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == weight.data_ptr() % 16 == 0 and K % unit == N % unit == 0
-    return packed and aligned and K % BLOCK_K == 0 and E * max(K, N) < 2**31
+    return packed and aligned and K % depth == 0 and E * max(K, N) < 2**31
 
 
 def grouped_linear(
@@ -181,8 +222,9 @@ def grouped_linear(
     Returns:
         "S out"; rows past `offs[-1]` are undefined.
     """
-    if TILED and route.large.block >= 64 and descriptor_fits(x, weight) and (programs := programs_of(x.device)):
-        return _tiled(x, weight, route, low, factor, bias, programs)
+    tiling = tiling_of(x)
+    if tiling and route.large.block >= 64 and tiles_fit(x, weight, tiling.depth):
+        return _tiled(x, weight, route, low, factor, bias, tiling)
     return add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias)
 
 
@@ -206,21 +248,28 @@ TILED = True
 
 @functools.cache
 def programs_of(device: torch.device) -> int:
-    """How many programs of the tiled product a device runs at once; 0 where their tiles do not fit it."""
+    """How many programs of the tiled product a device runs at once."""
     if device.type != "cuda":
         return 4  # triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count * PER_SM if roomy(device) else 0
+    return torch.cuda.get_device_properties(device).multi_processor_count * PER_SM
 
 
-def tile_of(x: Tensor) -> tuple[Config, int]:
-    """(columns, warps and stages of the tiled product, its steps along K)."""
-    return (PRODUCT, BLOCK_K) if x.element_size() == 2 else (Config(64, 4, 2), 32)
+def tiling_of(x: Tensor) -> Tiling | None:
+    """How the tiled product runs for such rows on their device; None where it does not."""
+    rows = [least for least in TILINGS if least <= capability_of(x.device)]
+    return TILINGS[max(rows)].of(x) if TILED and rows else None
 
 
-def descriptor(stack: Tensor, along_k: bool, columns: int, depth: int) -> TensorDescriptor:
-    """Of contiguous "E N K" where `along_k`, else "E K N"."""
-    E, rows, across = stack.shape
-    return TensorDescriptor(stack, [E * rows, across], [across, 1], [columns, depth] if along_k else [depth, columns])
+def tiles_of(x: Tensor, stack: Tensor, along_k: bool, rows: int, tiling: Tiling) -> tuple[Any, Any]:
+    """x "S K" and a contiguous stack, "E N K" where `along_k`, else "E K N", as the product reads them."""
+    if not tiling.described:
+        return x, stack
+    (E, height, width), (columns, depth) = stack.shape, (tiling.config.columns, tiling.depth)
+    block = [columns, depth] if along_k else [depth, columns]
+    return (
+        TensorDescriptor(x, [*x.shape], [x.shape[1], 1], [rows, depth]),
+        TensorDescriptor(stack, [E * height, width], [width, 1], block),
+    )
 
 
 def _tiled(
@@ -230,19 +279,18 @@ def _tiled(
     low: Tensor | None,
     factor: Factor | None,
     bias: Tensor | None,
-    programs: int,
+    tiling: Tiling,
 ) -> Tensor:
-    (S, K), N = x.shape, weight.shape[2]
-    y = x.new_empty(S, N, dtype=weight.dtype)
+    K, N = weight.shape[1:]
+    y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, at, R = low_rank(y, low, factor, bias)
-    tiles, along_k = route.large, weight.stride(1) == 1
-    (columns, num_warps, num_stages), depth = tile_of(x)
+    tiles, along_k, (columns, num_warps, num_stages) = route.large, weight.stride(1) == 1, tiling.config
     _product(
-        (min(tiles.limit * cdiv(N, columns), programs), 1, 1),
-        TensorDescriptor(x, [S, K], [K, 1], [tiles.block, depth]),
-        descriptor(weight.mT if along_k else weight, along_k, columns, depth), y, u, b, route.offs, tiles.table,
-        tiles.limit, N, K, *at,
-        R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=depth,
-        GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), num_warps=num_warps, num_stages=num_stages,
+        (min(tiles.limit * cdiv(N, columns), programs_of(x.device)), 1, 1),
+        *tiles_of(x, weight.mT if along_k else weight, along_k, tiles.block, tiling),
+        y, u, b, route.offs, tiles.table, tiles.limit, N, K, *at,
+        R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=tiling.depth,
+        GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), DESCRIBED=tiling.described,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

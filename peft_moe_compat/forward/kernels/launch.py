@@ -28,8 +28,8 @@ class Kernel:
         self.fuse = fuse
         self._unspecialized = do_not_specialize
         self._compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-        # Which arguments are tensors, tensor descriptors, and integers that count; the same at every call.
-        self._places: tuple[list[int], list[int], list[int]] | None = None
+        # Which arguments are tensors, tensor descriptors, and integers that count: the first one's type tells.
+        self._places: dict[type, tuple[list[int], list[int], list[int]]] = {}
 
     def _find_places(self, arguments: tuple[Any, ...]) -> tuple[list[int], list[int], list[int]]:
         named = list(enumerate(zip(self.jit.arg_names, arguments, strict=False)))
@@ -41,9 +41,10 @@ class Kernel:
 
     def _key(self, arguments: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
         """All that triton compiles differently for: at least as fine as its own distinction."""
-        if self._places is None:
-            self._places = self._find_places(arguments)
-        tensors, descriptors, integers = self._places
+        places = self._places.get(type(arguments[0]))
+        if places is None:
+            places = self._places[type(arguments[0])] = self._find_places(arguments)
+        tensors, descriptors, integers = places
         key = [arguments[tensors[0]].get_device(), *meta.values()]
         key += [arguments[i] for i in integers]
         for i in tensors:

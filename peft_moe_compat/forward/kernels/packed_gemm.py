@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import torch
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...model.packed import CODES, FLOAT8, INT8, PackedWeight
 from ..grouped_mm import grouped_mm
 from . import gemm
-from .common import Config, Factor, cdiv, dot_precision, tile_rows
-from .gemm import add_to, descriptor, low_rank, plus_low, product_tile, programs_of, tile_of, turn
+from .common import Config, Factor, capability_of, cdiv, dot_precision, tile_rows
+from .gemm import add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
 from .interface import next_power
 from .launch import kernel
 from .routing import Route
@@ -34,7 +31,7 @@ def _product_of_some(
     factor, rank, stride_e, stride_r, stride_d, scaling,
     R: tl.constexpr, BIAS: tl.constexpr, ALONG_K: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EARLY: tl.constexpr, PRECISION: tl.constexpr, EXPERTS: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """`gemm._product` of those experts alone that `weight` holds; `y` and `bias` begin where its N columns do."""
     e = tl.arange(0, EXPERTS)
@@ -49,7 +46,7 @@ def _product_of_some(
         product_tile(
             x, weight, y, low, bias, offs, expert, expert - first_expert, first_s, column * BLOCK_N, N, K, stride_y,
             factor, rank, stride_e, stride_r, stride_d, scaling,
-            R, BIAS, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION,
+            R, BIAS, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION, DESCRIBED,
         )  # fmt: skip
 
 
@@ -98,13 +95,6 @@ def unpacking_of(kind: int, capability: int) -> tuple[Config, int]:
     return (config._replace(columns=32), depth) if kind == CODES and capability >= 100 else (config, depth)
 
 
-@functools.cache
-def _capability(device: torch.device) -> int:
-    """0 in triton's interpreter."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return 10 * major + minor
-
-
 def linear(
     x: Tensor,
     weight: Tensor | PackedWeight,
@@ -126,14 +116,13 @@ class _Part(NamedTuple):
     out: tuple[int, int]
 
 
-def _parts(weight: PackedWeight) -> list[_Part]:
-    """Pieces of at most `SCRATCH` bytes, as equal as can be."""
+def _parts(weight: PackedWeight, column: int) -> list[_Part]:
+    """Pieces of at most `SCRATCH` bytes, as equal as can be; out-features in whole tiles of so many columns."""
     E, K, N = weight.shape
     size = K * N * weight.dtype.itemsize
     if size <= SCRATCH:
         count = cdiv(E, SCRATCH // size)
         return [_Part((E * i // count, E * (i + 1) // count), (0, N)) for i in range(count)]
-    column = gemm.PRODUCT.columns
     width = max(1, SCRATCH // (K * column * weight.dtype.itemsize)) * column
     width = cdiv(cdiv(N, cdiv(N, width)), column) * column
     return [_Part((e, e + 1), (n, min(n + width, N))) for e in range(E) for n in range(0, N, width)]
@@ -148,25 +137,24 @@ def _packed_linear(
     _, K, N = weight.shape
     if route.large.block < 128:
         return _unpacked_in_product(x, weight, route, low, factor, bias)
-    programs = programs_of(x.device) if gemm.TILED else 0
-    if not programs or K % gemm.BLOCK_K or N % (16 // x.element_size()):
+    tiling = tiling_of(x)
+    if not tiling or K % tiling.depth or N % (16 // x.element_size()):
         whole = unpack(weight, route.offs, (0, E), (0, rows), (0, columns))
         return add_to(grouped_mm(x, whole if weight.rows_are_in else whole.mT, route.offs), route, low, factor, bias)
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, (factor_at, *others), R = low_rank(y, low, factor, bias)
-    tiles, along_k, ((block_n, num_warps, num_stages), depth) = route.large, not weight.rows_are_in, tile_of(x)
-    for experts, out in _parts(weight):
+    tiles, along_k, (block_n, num_warps, num_stages) = route.large, not weight.rows_are_in, tiling.config
+    for experts, out in _parts(weight, block_n):
         first, width = out[0], out[1] - out[0]
         stack = unpack(weight, route.offs, experts, *(out, (0, columns)) if along_k else ((0, rows), out))
         shifted = factor_at.storage_offset() + first * others[3] if R else 0
         _product_of_some(
-            (programs, 1, 1),
-            TensorDescriptor(x, [*x.shape], [K, 1], [tiles.block, depth]), descriptor(stack, along_k, block_n, depth),
+            (programs_of(x.device), 1, 1), *tiles_of(x, stack, along_k, tiles.block, tiling),
             y[:, first:], u, b if bias is None else bias[:, first:], route.offs, tiles.table, *experts, width, K, N,
             factor_at.as_strided((1,), (1,), shifted) if R else y, *others,
-            R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=block_n, BLOCK_K=depth,
-            GROUP=gemm.GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), EXPERTS=next_power(E, 16),
-            num_warps=num_warps, num_stages=num_stages,
+            R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=block_n, BLOCK_K=tiling.depth,
+            GROUP=gemm.GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), DESCRIBED=tiling.described,
+            EXPERTS=next_power(E, 16), num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         del stack  # its memory is the next one's
     return y
@@ -177,7 +165,7 @@ def _unpacked_in_product(
 ) -> Tensor:
     """The same for few rows, each weight decoded once for each tile of rows."""
     (_, K, N), tiles = weight.shape, route.small
-    (block_n, num_warps, num_stages), depth = unpacking_of(weight.codec.kind, _capability(x.device))
+    (block_n, num_warps, num_stages), depth = unpacking_of(weight.codec.kind, capability_of(x.device))
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, arguments, R = low_rank(y, low, factor, bias)
     _unpacking_product(
