@@ -30,6 +30,7 @@ from .adapters.steps import Step
 from .adapters.tensors import AdapterTensors
 from .errors import AdapterError
 from .model.experts import bare
+from .model.sharding import whole
 from .patching.saving import metadata_of, write_config
 from .proving import prove
 
@@ -66,10 +67,7 @@ def _gathered(tensors: Any) -> Iterator[None]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Without autograd, and of a DTensor all of it: a collective operation."""
-    found: Tensor = tensor.detach()
-    if hasattr(found, "full_tensor"):
-        found = found.full_tensor()
+    found = whole(tensor)
     if found.is_meta:
         raise AdapterError(
             "A tensor of the adapter is on the meta device: offloaded by accelerate, or never loaded. Keep the adapter "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import layout
 from .errors import AdapterError, ParallelismError
-from .model.sharding import local_experts
+from .model.sharding import local_experts, local_factors, whole
 from .patching.matching import chains
 
 __all__ = ["ExpertReadings", "Reading"]
@@ -150,7 +150,4 @@ def _here(tensor: Tensor, spread_by_expert: bool) -> Tensor:
             "The LoRA is partitioned by ZeRO-3. Read within deepspeed.zero.GatheredParameters([p for p in "
             "model.parameters() if p.requires_grad])."
         )
-    if not hasattr(tensor, "to_local"):
-        return tensor
-    found: Tensor = tensor.to_local() if spread_by_expert else tensor.full_tensor()  # type: ignore[attr-defined]
-    return found
+    return local_factors(tensor) if spread_by_expert else whole(tensor)

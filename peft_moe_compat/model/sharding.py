@@ -6,12 +6,16 @@ alike as soon as PEFT has made it: lora_A "(E r) p" along its rows, lora_B "q (r
 columns. The whole of such a tensor is PEFT's flat form of all experts, so PEFT gathers it into one file and takes each
 rank's part out of a file, whatever the number of ranks.
 
+Where several ranks have the same experts (transformers 5.24: `efsdp`), FSDP2 cuts their weights once more, along the
+first axis, and gathers them for every forward; the LoRA too.
+
 ZeRO-3 cuts every parameter into pieces and gathers it whenever a module's forward or backward reads it, also from
 another module, so nothing is to be done for that. What it and PEFT would get wrong is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +33,8 @@ __all__ = [
     "local_factors",
     "refuse_native",
     "refuse_quantised",
+    "still_sharded",
+    "whole",
 ]
 
 
@@ -50,12 +56,16 @@ def expert_mesh(experts: Any, name: str) -> Any:
     # A stack that FSDP shards is a DTensor as well; only expert parallelism counts its own experts.
     if not hasattr(weight, "placements") or getattr(experts, "num_experts", weight.shape[0]) == weight.shape[0]:
         return None
-    if len(weight.placements) > 1:
+    mesh = weight.device_mesh
+    if len(weight.placements) == 1:
+        return mesh
+    if "efsdp" not in (mesh.mesh_dim_names or ()):
         raise ParallelismError(
-            f"{type(experts).__name__}.{name} is sharded by expert and by FSDP ({weight.device_mesh}). LoRA on experts "
-            "needs expert parallelism within one batch: DistributedConfig(tp_size=N, ep_size=N), without fsdp_size."
+            f"{type(experts).__name__}.{name} is sharded by expert and by FSDP ({mesh}), and this transformers does "
+            "not exchange tokens between batches. Update transformers to 5.24 or later; or leave out fsdp_size: "
+            "DistributedConfig(tp_size=N, ep_size=N)."
         )
-    return weight.device_mesh
+    return mesh["ep"]
 
 
 def local_experts(experts: nn.Module, name: str) -> tuple[int, int] | None:
@@ -72,8 +82,16 @@ def local_experts(experts: nn.Module, name: str) -> tuple[int, int] | None:
     return start, start + count
 
 
-def local_factors(weight: Tensor) -> Tensor:
-    """This rank's part of a LoRA weight on experts that it holds some of. Gradients reach the weight.
+def still_sharded(weight: Any, spread: bool) -> bool:
+    """Whether FSDP has not gathered a LoRA weight: all of it, or with `spread` what is of this rank's experts."""
+    return hasattr(weight, "device_mesh") and (not spread or weight.device_mesh.ndim > 1)
+
+
+def local_factors(weight: Any) -> Tensor:
+    """This rank's part of a LoRA weight on experts that it holds some of.
+
+    Gradients reach the weight, but where FSDP has cut it once more: then the other ranks send theirs, a collective
+    operation.
 
     Raises:
         ParallelismError: The weight is not sharded.
@@ -83,8 +101,39 @@ def local_factors(weight: Tensor) -> Tensor:
             "The experts are spread over ranks, but their LoRA is not: PEFT made it while peft_moe_compat was not "
             "active. Import peft_moe_compat, or call peft_moe_compat.activate(), before the adapter is made or loaded."
         )
-    local: Tensor = weight.to_local()
-    return local
+    if not still_sharded(weight, True):
+        local: Tensor = weight.to_local()
+        return local
+    from torch.distributed.tensor import Shard
+
+    mesh, shape, axis = weight.device_mesh, list(weight.shape), weight.placements[-1].dim
+    shape[axis] //= mesh["ep"].size()
+    return _gathered(weight.detach().to_local(), mesh["efsdp"], Shard(0), shape)
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor that may be sharded, without autograd: a collective operation.
+
+    One mesh after the other, since torch before 2.13 cannot gather lora_B of experts from both at once.
+    """
+    tensor = tensor.detach()
+    if not hasattr(tensor, "full_tensor"):
+        found: Tensor = tensor
+    elif "efsdp" in (tensor.device_mesh.mesh_dim_names or ()):
+        found = _gathered(local_factors(tensor), tensor.device_mesh["ep"], tensor.placements[-1], tensor.shape)
+    else:
+        found = tensor.full_tensor()
+    return found
+
+
+def _gathered(part: Tensor, mesh: Any, placement: Any, shape: Sequence[int]) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    sharded = DTensor.from_local(part, mesh, [placement], run_check=False, shape=size, stride=stride)
+    found: Tensor = sharded.full_tensor()
+    return found
 
 
 def refuse_native(experts: Any, reason: Reason) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "expert_loras",
     "experts_of",
     "experts_reason",
+    "held_weight",
     "is_dtensor",
     "is_param_wrapper",
     "live_orientation",

@@ -21,14 +21,21 @@ from ..forward.undecorated import FORWARDS
 from ..layout import ExpertLora, FlatLora, MixedLora
 from ..model.experts import REGISTRIES, REGISTRY_MODULE, is_transposed
 from ..model.probe import installed_rule
-from ..model.sharding import check_zero3, exchanges_tokens, local_experts, refuse_native, refuse_quantised
+from ..model.sharding import (
+    check_zero3,
+    exchanges_tokens,
+    local_experts,
+    refuse_native,
+    refuse_quantised,
+    still_sharded,
+)
 from ..model.wrappers import (
     TAKES_LORA,
     active_adapters,
     dropout_of,
     experts_of,
     experts_reason,
-    is_dtensor,
+    held_weight,
     parameter_reason,
     read_adapter,
 )
@@ -74,13 +81,14 @@ class Handover:
         loras: dict[str, list[FlatLora]] = {}
         for wrapper, adapter_names, held in self.wrappers:
             for adapter_name in adapter_names if wrapper.parameter_name == name else ():
-                lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
-                if is_dtensor(lora.lora_A) or is_dtensor(lora.lora_B):
+                factors = (wrapper._modules[side]._modules[adapter_name] for side in ("lora_A", "lora_B"))
+                if any(still_sharded(held_weight(factor), held is not None) for factor in factors):
                     raise PeftMoeCompatError(
                         f"lora_A or lora_B of {name!r}, adapter {adapter_name!r}, is a DTensor in the forward: it is "
                         "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
                         "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
                     )
+                lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
                 loras.setdefault(adapter_name, []).append(lora)
         # Of several adapters, or of a parameter that PEFT up to 0.19 has wrapped twice: they add up, as when merged.
         if self.of_sample is not None:

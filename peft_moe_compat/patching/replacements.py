@@ -257,7 +257,7 @@ def replacements() -> list[Replacement]:
         *_of_kbit_training(peft),
         _attribute(accelerator, "load_accelerator_state", "accelerate.", whole_state.load_accelerator_state),
         *_of_conversions(),
-        *_of_sharded_experts(ParamWrapper),
+        *_of_sharded_experts(ParamWrapper, BaseTuner),
     ]
 
 
@@ -320,7 +320,7 @@ def _of_conversions() -> list[Replacement]:
     return found
 
 
-def _of_sharded_experts(ParamWrapper: Any) -> list[Replacement]:
+def _of_sharded_experts(ParamWrapper: Any, BaseTuner: Any) -> list[Replacement]:
     """For ZeRO-3, where PEFT reads the shape in a method of its own (0.19 on); for expert parallelism, where
     transformers keeps its shares of the experts as DTensors (5.17 on).
     """
@@ -330,6 +330,12 @@ def _of_sharded_experts(ParamWrapper: Any) -> list[Replacement]:
         found.append(_attribute(ParamWrapper, "_get_in_out_features", "peft.", sharding.get_in_out_features))
     if getattr(lora_model, "is_transformers_dtensor_tp", False):
         found.append(_attribute(ParamWrapper, "update_layer", "peft.", sharding.update_layer))
+        layers = importlib.import_module("peft.tuners.lora.layer")
+        plans = importlib.import_module("transformers.integrations.tensor_parallel")
+        name = "gather_state_dict_for_save"
+        found.append(_attribute(plans, name, "transformers.", sharding.gather_state_dict_for_save))
+        found.append(_attribute(layers, "_get_in_out_features", "peft.", sharding.linear_features))
+        found.append(_attribute(BaseTuner, "inject_adapter", "peft.", sharding.inject_adapter))
         found.append(_attribute(lora_model, "get_tp_plan_and_mesh", "peft.", sharding.get_tp_plan_and_mesh))
     return found
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ParallelismError
-from ..model.sharding import exchanges_tokens, expert_mesh
+from ..model.sharding import exchanges_tokens, expert_mesh, whole
+from ..model.wrappers import is_param_wrapper
 
-__all__ = ["get_in_out_features", "get_tp_plan_and_mesh", "refuse_partitioned", "update_layer"]
+__all__ = [
+    "gather_state_dict_for_save",
+    "get_in_out_features",
+    "get_tp_plan_and_mesh",
+    "inject_adapter",
+    "linear_features",
+    "refuse_partitioned",
+    "update_layer",
+]
 
 
 def shard_lora(wrapper: Any, adapter_name: str) -> None:
@@ -38,10 +48,25 @@ def shard_lora(wrapper: Any, adapter_name: str) -> None:
         weight = linear.weight
         if hasattr(weight, "placements"):
             continue
-        # Each rank keeps its part of its own tensor: nothing is sent.
+        _as_on_first_rank(weight)
+        # Each rank keeps its part of its own tensor.
         sharded = distribute_tensor(weight.detach(), mesh, [placement], src_data_rank=None)
         # By its key: under low_cpu_mem_usage PEFT has replaced how a parameter is registered.
         linear._parameters["weight"] = nn.Parameter(sharded, requires_grad=weight.requires_grad)
+
+
+def _as_on_first_rank(weight: Any, meshes: Any = None) -> None:
+    """Has all ranks draw the same initial values, however each is seeded: those of one process seeded as rank 0.
+
+    Of a tensor-parallel weight, all that have the same part of it.
+    """
+    if weight.is_meta:
+        return
+    if not hasattr(weight, "to_local"):
+        torch.distributed.broadcast(weight.detach(), 0)
+        return
+    for name in ("fsdp", "dp_replicate"):
+        torch.distributed.broadcast(weight.detach().to_local(), group=meshes.get_mesh(name).get_group(), group_src=0)
 
 
 def update_layer(stock: Callable[..., None]) -> Callable[..., None]:
@@ -53,6 +78,106 @@ def update_layer(stock: Callable[..., None]) -> Callable[..., None]:
         shard_lora(self, adapter_name)
 
     return update
+
+
+def inject_adapter(stock: Callable[..., None]) -> Callable[..., None]:
+    """`BaseTuner.inject_adapter`: an adapter with LoRA on experts is sharded too where the model came so from loading.
+
+    PEFT makes plain parameters, of which every rank would train its own.
+    """
+
+    @wraps(stock)
+    def injecting(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = getattr(getattr(model, "config", None), "distributed_config", None)
+        sharded = getattr(config, "dp_size", getattr(config, "fsdp_size", 1)) > 1
+        adapter, there = self.peft_config[adapter_name], any(map(is_param_wrapper, model.modules()))
+        if sharded and (there or getattr(adapter, "target_parameters", None)):
+            _check_fsdp(model, config, adapter, there)  # some of it fails in PEFT otherwise, without a remedy
+        stock(self, model, adapter_name, *args, **kwargs)
+        if config is None or not any(map(is_param_wrapper, model.modules())):
+            return
+        if getattr(config, "pp_size", 1) > 1:
+            raise ParallelismError(
+                "LoRA on experts does not train under pipeline parallelism. Leave out pp_size: "
+                "DistributedConfig(fsdp_size=M, ep_size=N)."
+            )
+        if sharded:
+            _check_fsdp(model, config, adapter, there)
+            fully_shard_lora(model, config)
+
+    return injecting
+
+
+def _check_fsdp(model: Any, config: Any, adapter: Any, another: bool) -> None:
+    """Raises `ParallelismError` for an adapter that FSDP2 could not take in."""
+    if not hasattr(config, "dp_size"):
+        raise ParallelismError(
+            "This transformers does not say how LoRA on experts has to be averaged where it shards a model by FSDP2 "
+            "while it loads it. Update transformers to 5.24 or later, or shard the model by torch's fully_shard."
+        )
+    if another:
+        what = "a second adapter"
+    elif adapter.modules_to_save or getattr(adapter, "trainable_token_indices", None):
+        what = "modules_to_save or trainable_token_indices"
+    elif model._get_fsdp_state()._is_root is not None:
+        what = "an adapter made after the model's first forward"
+    else:
+        return
+    raise ParallelismError(
+        f"transformers has sharded the model by FSDP2 while loading it, which can't take in {what}: every rank would "
+        "train its own. Make one LoRA, as soon as the model is loaded."
+    )
+
+
+def fully_shard_lora(model: Any, config: Any) -> None:
+    """Gives an adapter to FSDP2: LoRA on experts over the mesh of the experts, the other over that of its layers.
+
+    Of one module's linears (attention's, say) it is one group, gathered for that module's forward.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from transformers.distributed.fsdp import _get_fsdp_policy_kwargs
+
+    replicated = ("dp_replicate",) if config.dp_replicate_size > 1 else ()
+    policy = _get_fsdp_policy_kwargs(config)
+    groups: dict[nn.Module, list[nn.Module]] = {}
+    for layer, parent in _tuner_layers(model):
+        alone = _is_spread(layer) or isinstance(parent, FSDPModule) or not _is_called(parent)
+        groups.setdefault(layer if alone else parent, []).append(layer)
+    for module, layers in sorted(groups.items(), key=lambda group: len(list(group[0].modules()))):  # inner ones first
+        lora = [p for layer in layers for p in _lora_parameters(layer)]
+        spread = _is_spread(layers[0])
+        for parameter in lora:
+            if not spread:  # else they were, before they were sharded
+                _as_on_first_rank(parameter, model._mesh_manager)
+        mesh = model._mesh_manager.get_mesh((*replicated, "efsdp" if spread else "fsdp"))
+        ignored = set(module.parameters()) - set(lora)
+        unit: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored, **policy)
+        if spread:
+            # As transformers has it for the experts: their gradients hold the tokens of all batches.
+            unit.set_gradient_divide_factor(float(config.dp_size))
+            unit.set_force_sum_reduction_for_comms(config.efsdp_size > 1)
+
+
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
+    """PEFT's outermost layers and the modules they stand in, innermost of these first."""
+    for module in reversed(list(model.modules())):
+        if not hasattr(module, "get_base_layer"):
+            yield from ((child, module) for child in module.children() if hasattr(child, "get_base_layer"))
+
+
+def _is_spread(layer: Any) -> bool:
+    """Whether a layer is on experts of which other ranks have others."""
+    return is_param_wrapper(layer) and expert_mesh(layer.get_base_layer(), layer.parameter_name) is not None
+
+
+def _lora_parameters(layer: Any) -> list[nn.Parameter]:
+    base = set(layer.get_base_layer().parameters())
+    return [p for p in layer.parameters() if p not in base]
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether a module has a forward, as no list or dict of modules has."""
+    return type(module).forward is not nn.Module.forward
 
 
 def get_tp_plan_and_mesh(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,6 +204,27 @@ def get_tp_plan_and_mesh(stock: Callable[..., Any]) -> Callable[..., Any]:
     return tp_plan_and_mesh
 
 
+def linear_features(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's `_get_in_out_features` of a linear, of which it takes this rank's part wherever FSDP has a second mesh.
+
+    What FSDP cuts it gathers for the forward; what tensor parallelism does stays cut. PEFT 0.21.2 knows "fsdp" alone.
+    """
+
+    @wraps(stock)
+    def features(module: Any) -> Any:
+        weight: Any = getattr(module, "weight", None)
+        names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
+        if not isinstance(module, nn.Linear) or "fsdp" not in names:
+            return stock(module)
+        out_in = list(weight.shape)
+        for size, name, placement in zip(weight.device_mesh.shape, names, weight.placements, strict=True):
+            if name == "tp" and placement.is_shard():
+                out_in[placement.dim] //= size
+        return out_in[1], out_in[0]
+
+    return features
+
+
 def _submodule(model: nn.Module, path: str) -> Any:
     """The module at a path, looking through the wrappers that stand there; None where there is none."""
     module: Any = model
@@ -87,6 +233,21 @@ def _submodule(model: nn.Module, path: str) -> Any:
         if not isinstance(module, nn.Module):
             return None
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def gather_state_dict_for_save(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """What PEFT gathers a model's tensors by to save an adapter: without stacks of experts, which are in none."""
+
+    @wraps(stock)
+    def gather(state_dict: Mapping[str, Any], *args: Any) -> dict[str, Any]:
+        gathered: dict[str, Any] = {}
+        for name, tensor in state_dict.items():
+            if not isinstance(tensor, Tensor) or tensor.ndim < 3:
+                held = whole(tensor) if isinstance(tensor, Tensor) else tensor
+                gathered |= stock({name: held}, *args)
+        return gathered
+
+    return gather
 
 
 def refuse_partitioned(tensors: Mapping[str, Tensor]) -> None:

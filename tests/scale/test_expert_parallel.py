@@ -92,7 +92,6 @@ def _refusals(folder: str):
         return model(input_ids=IDS)
 
     attempt("tensor", lambda: make(tp_size=2))
-    attempt("fsdp", lambda: make(fsdp_size=2, ep_size=2))
     eager = make(tp_size=2, ep_size=2)
     eager.get_base_model().set_experts_implementation("eager")
     attempt("eager", lambda: forward(eager))
@@ -295,7 +294,6 @@ def test_refused_by_name(cell):
         found = rank["refusals"]
         for name, words in (
             ("tensor", "is tensor-parallel ('packed_colwise')"),
-            ("fsdp", "without fsdp_size"),
             ("eager", "experts implementation is 'eager'"),
         ):
             kind, message = found[name]
