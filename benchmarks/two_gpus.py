@@ -1,10 +1,12 @@
-"""Training steps of Qwen3-30B-A3B with random weights on several GPUs of one host: FSDP2 or expert parallelism.
+"""Training steps of Qwen3-30B-A3B with random weights on several GPUs of one host: FSDP2, expert parallelism, or both.
 
-    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --engine fsdp2|ep --method stock|ours [--json OUT]
-    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --engine fsdp2 --method ours --tiny        (gloo, on CPU)
+    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --engine fsdp2|ep|ep-fsdp2 --method frozen|stock|ours
+    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --engine ep-fsdp2 --method ours --tiny        (gloo, on CPU)
 
-LoRA r = 16 on the experts, gradient checkpointing, 4 x 2048 tokens a rank, AdamW. Prints the loss of each step, the
-median time of a step and the peak memory of rank 0. Stock PEFT cannot run under expert parallelism.
+LoRA r = 16 on the experts ("frozen": on attention alone, its gradients averaged as Trainer does), gradient
+checkpointing, 4 x 2048 tokens a rank, AdamW. Prints the loss of each step, the median time of a step and the peak
+memory of rank 0; with --trace, what one step more spends in communication, how much of that nothing overlaps, and its
+bytes. "ep-fsdp2" is transformers' own, 5.24. Stock PEFT cannot run where experts are spread.
 """
 
 from __future__ import annotations
@@ -16,11 +18,18 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--engine", choices=["fsdp2", "ep"], required=True)
-parser.add_argument("--method", choices=["stock", "ours"], required=True)
+parser.add_argument("--engine", choices=["fsdp2", "ep", "ep-fsdp2"], required=True)
+parser.add_argument("--method", choices=["frozen", "stock", "ours"], required=True)
+parser.add_argument("--attention", action="store_true", help="LoRA on attention beside that on experts")
+parser.add_argument("--ep-size", type=int, help="of ep-fsdp2; by default all ranks")
+parser.add_argument("--ep-implementation", default="all_to_all")
+parser.add_argument("--batch", type=int, default=4)
+parser.add_argument("--trace", action="store_true")
 parser.add_argument("--layers", type=int, default=48)
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--tiny", action="store_true")
@@ -60,8 +69,10 @@ def fill(model: torch.nn.Module) -> None:
 
 
 def with_lora(model: torch.nn.Module) -> torch.nn.Module:
-    targets = peft_moe_compat.expert_parameters(model)
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=[], target_parameters=targets))
+    frozen = args.method == "frozen"
+    targets = [] if frozen else peft_moe_compat.expert_parameters(model)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj"] if frozen or args.attention else []
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=linears, target_parameters=targets))
 
 
 def by_fsdp2(config: transformers.PretrainedConfig) -> torch.nn.Module:
@@ -97,6 +108,95 @@ def by_expert_parallelism(config: transformers.PretrainedConfig) -> torch.nn.Mod
     return with_lora(model)
 
 
+def by_transformers(config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """Expert parallelism and FSDP2 at once, as `from_pretrained` shards a model that has no checkpoint."""
+    from transformers.distributed import DistributedConfig
+
+    size = dist.get_world_size()
+    model = transformers.Qwen3MoeForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict={},
+        dtype=torch.bfloat16,
+        experts_implementation="grouped_mm",
+        distributed_config=DistributedConfig(
+            fsdp_size=size, ep_size=args.ep_size or size, ep_implementation=args.ep_implementation
+        ),
+    )
+    fill(model)
+    return with_lora(model)
+
+
+def plain_gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Those that no engine averages: of LoRA that stays plain beside a sharded model."""
+    return [p.grad for p in model.parameters() if p.grad is not None and not hasattr(p.grad, "to_local")]
+
+
+def average(gradients: list[torch.Tensor]) -> None:
+    flat = torch._utils._flatten_dense_tensors(gradients)
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, averaged in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+        gradient.copy_(averaged)
+
+
+def traced(step: Callable[[], object]) -> dict[str, object]:
+    """Of one step on this rank: ms in kernels of communication, and of these ms beside no other kernel; calls, MiB."""
+    with torch.profiler.profile() as profile:
+        step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    kernels = [e for e in events if e.get("cat") == "kernel"]
+    spans = {
+        who: merged([(e["ts"], e["ts"] + e["dur"]) for e in kernels if e["name"].startswith("nccl") == (who == "nccl")])
+        for who in ("nccl", "other")
+    }
+    total = {who: sum(end - start for start, end in found) for who, found in spans.items()}
+    both = sum(end - start for start, end in merged(spans["nccl"] + spans["other"]))
+    calls: dict[str, list[float]] = {}
+    for event in events:
+        said = event.get("args", {})
+        if event.get("cat") == "kernel" and "Collective name" in said:
+            found = calls.setdefault(said["Collective name"], [0, 0, 0])
+            found[0] += 1
+            found[1] += max(said["In msg nelems"], said["Out msg nelems"]) * BYTES.get(said["dtype"], 4) / 2**20
+            found[2] += event["dur"] / 1e3
+    return {
+        "communication ms": round(total["nccl"] / 1e3, 2),
+        "of these alone ms": round((both - total["other"]) / 1e3, 2),
+        "other kernels ms": round(total["other"] / 1e3, 2),
+        "calls, MiB, ms": {name: [round(value, 2) for value in found] for name, found in calls.items()},
+        "longest kernels ms": longest(kernels),
+    }
+
+
+BYTES = {"BFloat16": 2, "Half": 2, "Float": 4, "Long": 8, "Int": 4, "Byte": 1}
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The union of intervals."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
+def longest(kernels: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The fifteen kernels that took most: calls and ms."""
+    found: dict[str, list[float]] = {}
+    for event in kernels:
+        row = found.setdefault(event["name"][:90], [0, 0.0])
+        row[0] += 1
+        row[1] = round(row[1] + event["dur"] / 1e3, 3)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1])[:15])
+
+
 def main() -> None:
     dist.init_process_group("gloo" if args.tiny else "nccl")
     rank = dist.get_rank()
@@ -106,33 +206,54 @@ def main() -> None:
         peft_moe_compat.activate()
     config = transformers.AutoConfig.for_model("qwen3_moe", norm_topk_prob=True, **SIZES)
     config._experts_implementation = "grouped_mm"
-    model = {"fsdp2": by_fsdp2, "ep": by_expert_parallelism}[args.engine](config)
+    model = {"fsdp2": by_fsdp2, "ep": by_expert_parallelism, "ep-fsdp2": by_transformers}[args.engine](config)
+    whole_batches = args.engine != "ep"
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    # The ranks of one expert-parallel group see the same batch.
-    torch.manual_seed(rank if args.engine == "fsdp2" else 0)
-    ids = torch.randint(0, SIZES["vocab_size"], (4, 32 if args.tiny else 2048), device=DEVICE)
+    # One group for each mesh, which one fused step cannot span.
+    by_mesh: dict[Any, list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    optimizer = torch.optim.AdamW([{"params": found} for found in by_mesh.values()], lr=1e-4)
+    # The ranks of one tensor-parallel group see the same batch.
+    torch.manual_seed(rank if whole_batches else 0)
+    ids = torch.randint(0, SIZES["vocab_size"], (args.batch, 32 if args.tiny else 2048), device=DEVICE)
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if whole_batches and (plain := plain_gradients(model)):
+            average(plain)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
     losses, times = [], []
     for _ in range(args.steps):
         dist.barrier()
         start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(round(loss.item(), 5))
+        losses.append(round(step(), 5))
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
     found = {
         "engine": args.engine,
         "method": args.method,
+        "attention": args.attention or args.method == "frozen",
+        "layers": SIZES["num_hidden_layers"],
+        "tokens a rank": ids.numel(),
         "ranks": dist.get_world_size(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "losses": losses,
         "step s": round(statistics.median(times[1:]), 4),
+        "steps s": [round(taken, 4) for taken in times],
         "peak GiB": peak and round(peak, 2),
+        "trained million": round(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6, 2),
+        "paths": sorted({p.path for row in peft_moe_compat.report(model).rows for p in row.parameters}),
     }
+    if args.trace:
+        found["trace"] = traced(step)
     if rank == 0:
         print(found, flush=True)
         if args.json:
