@@ -99,7 +99,7 @@ class Family:
         own_forward: Class that transformers does not decorate -> which of forward/undecorated.py computes what its
             forward does. Source: that forward, 4.57.6 to 5.24.0.
         flat: Class that keeps its stacks as 2-D "(E I) H" matrices, which PEFT takes for one wide expert -> their
-            names. Source: the same.
+            names. Source: the same. The class around it reads them, and has an own forward too.
         packed: Class whose loading replaces its weights with packed MXFP4 objects, which PEFT cannot wrap -> their
             names. Source: transformers' `integrations/mxfp4.py`, 4.57.6 to 5.24.0.
         clamped: Classes whose `_apply_gate` is gpt-oss's clamped GLU of the module's `alpha` and `limit`. Source: it.
@@ -156,7 +156,8 @@ FAMILIES: dict[str, Family] = {
                            **{f"{norm}.mlp.{name}": f"{norm}.{hub}" for norm in _NORMS for name, hub in _AXK2}}),
     "bailing_hybrid": Family(on_hub={"self_attn.forget_gate.f_proj": "attention.f_proj",
                                      "self_attn.o_proj": "attention.dense", "self_attn": "attention"}),
-    "dbrx": Family(fused_in_4=True, flat={"DbrxExpertGLU": ("w1", "v1", "w2")}),
+    "dbrx": Family(fused_in_4=True, undeclared={"DbrxExpertGLU": False}, flat={"DbrxExpertGLU": ("w1", "v1", "w2")},
+                   own_forward={"DbrxExpertGLU": "matrices", "DbrxExperts": "around_matrices"}),
     "deepseek_v3": Family(unsloth_grouped=True),
     "deepseek_v4": Family(linears=_W123, on_hub=_DEEPSEEK_V4),
     "ernie4_5_moe": Family(unsloth_grouped=True),

@@ -27,6 +27,7 @@ __all__ = [
     "KnownIssue",
     "LayoutRule",
     "base_release",
+    "installed_issue",
     "installed_versions",
     "known_issues",
     "newer_than_tested",
@@ -139,6 +140,13 @@ KNOWN_ISSUES: tuple[KnownIssue, ...] = (
         SpecifierSet(">=5.12.1"),
         "PeftModel.from_pretrained fails on MoE models (unexpected keyword argument 'distributed_operation')",
         "install peft>=0.20",
+    ),
+    KnownIssue(
+        "dbrx_turned",
+        _ANY,
+        SpecifierSet(">=5,<5.15"),
+        "dbrx's experts are multiplied the wrong way round, so that no dbrx runs whose two widths differ",
+        "install transformers>=5.15 or <5 for dbrx",
     ),
     KnownIssue(
         "load_adapter_swaps",
@@ -300,6 +308,13 @@ def known_issues(peft: str, transformers: str) -> list[KnownIssue]:
             open_end = any(v > newest and {one.operator for one in known} == {">="} for v, known, newest in ranges)
             found.append(replace(issue, certain=not open_end))
     return found
+
+
+def installed_issue(code: str) -> KnownIssue | None:
+    """The fault of that code, if the installed pair has it."""
+    return next(
+        (issue for issue in known_issues(**installed_versions("peft", "transformers")) if issue.code == code), None
+    )
 
 
 def newer_than_tested(peft: str, transformers: str) -> dict[str, str]:

@@ -130,22 +130,6 @@ def test_unknown_stacks_are_listed_and_can_be_declared():
     assert expert_parameters(model) == ["block.weight"]
 
 
-def test_dbrx_is_refused_since_its_wrapped_forward_cannot_run():
-    import inspect
-
-    from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
-    from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
-
-    takes = inspect.signature(DbrxExpertGLU.__init__).parameters
-    config = DbrxFFNConfig(ffn_hidden_size=4, moe_num_experts=2, ffn_act_fn={"name": "silu"})
-    config.hidden_size = 8
-    known = vars(config) | {"config": config}
-    given = {name: known[name] for name in takes if name in known}
-    model = nn.ModuleDict({"experts": nn.ModuleDict({"mlp": DbrxExpertGLU(**given)})})
-    with pytest.raises(NoExpertParametersError, match="flat 2-D weights"):
-        expert_parameters(model)
-
-
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_the_report_of_a_whole_model(family):
     model = zoo.tiny_model(family)

@@ -18,7 +18,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from .. import families
-from ..errors import AdapterFileError
+from ..errors import AdapterError, AdapterFileError
 from .adapter_config import AdapterConfig
 from .bounds import MAX_MODULES, MAX_NAME
 from .files import show
@@ -50,6 +50,8 @@ _EXPERT = re.compile(r"^(?P<path>.+)\.(?P<expert>0|[1-9][0-9]{0,4})\.(?P<name>\w
 _LISTED = re.compile(r"^(?P<path>.+)\.(?P<name>\w+_projs)\.(?P<expert>0|[1-9][0-9]{0,4})$")
 # NeMo Automodel's own names, "E in r" and "E r out".
 _NATIVE = re.compile(r"^(?P<path>.+)\.lora_(?P<name>gate_and_up|down|up)_(?P<factor>[AB])$")
+# Parameters that are experts below each other in a matrix.
+_FLAT_NAMES = {name for names in families.FLAT_CLASSES.values() for name in names}
 _NATIVE_NAMES = {"gate_and_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}
 # What a pair has beside it, after `lora_`: DoRA's magnitudes, and biases.
 _BESIDE = re.compile(r"magnitude_vector(\.|$)|[AB](\.[^.]+)?\.bias$")
@@ -193,6 +195,13 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
             raise AdapterFileError(
                 f"{path!r} has LoRA at nesting levels {depths}; 0 to {len(depths) - 1} were expected. Is the file "
                 "complete?"
+            )
+    for path in by_path:
+        if ".experts." in path and _FLAT_NAMES.issuperset(config.target_parameters.parameters(path) or ("",)):
+            raise AdapterError(
+                f"{path!r} has LoRA on experts that lie below each other in matrices, as dbrx's do. Every PEFT release "
+                "lays it out alike, and no other reader has it, so there is nothing to inspect or convert. To merge "
+                "it, load it with PeftModel.from_pretrained and call merge_and_unload()."
             )
     pairs = {path: places for path, places in by_path.items() if not _is_matrix(path, places, config)}
     experts = {factor.name for places in pairs.values() for pair in places.values() for factor in pair}

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layout import ExpertLora
 from ..model.experts import is_transposed
 from ..model.weights import read
+from .grouped_mm import grouped_mm
 from .layer import Groups, LoraOf, experts_forward, group_ends, lora_term, project, weight_of
 
 __all__ = ["FORWARDS"]
@@ -59,7 +60,7 @@ def _with_identities(
     module: Any, expert_lora: LoraOf, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Ids from `num_routed_experts` on are of experts that give a token back; gate_up_proj has a place for them too."""
-    E, (T, k) = module.num_routed_experts, top_k_index.shape
+    E, k = module.num_routed_experts, top_k_index.shape[1]
     ids, order = torch.sort(top_k_index.reshape(-1))
     offs, identity = group_ends(ids, E), (ids >= E).unsqueeze(1)
     x = hidden_states[order // k]
@@ -68,9 +69,53 @@ def _with_identities(
     gate, up = up.masked_fill(identity, 0.0).chunk(2, dim=-1)
     down = _projected(module, expert_lora, "down_proj", module.act_fn(gate) * up, offs)
     rows = torch.where(identity, x, down) * top_k_weights.reshape(-1)[order].unsqueeze(1)
+    return _combined(rows, order, k).to(hidden_states.dtype)
+
+
+def _combined(rows: Tensor, order: Tensor, k: int) -> Tensor:
+    """Rows "S H", in the order they were sorted in: the sum of each token's, "T H"."""
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
-    return rows[back].view(T, k, rows.shape[1]).sum(dim=1).to(hidden_states.dtype)
+    return rows[back].view(-1, k, rows.shape[1]).sum(dim=1)
+
+
+def _matrices(
+    module: Any, expert_lora: LoraOf, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Experts below each other in three matrices "(E I) H": w1 and v1 before the activation, w2 behind it."""
+    E, k = module.moe_num_experts, top_k_index.shape[1]
+    ids, order = torch.sort(top_k_index.reshape(-1))
+    x, offs = hidden_states[order // k], group_ends(ids, E)
+    gate, up = (_of_matrix(module, expert_lora, name, x, offs) for name in ("w1", "v1"))
+    down = _of_matrix(module, expert_lora, "w2", module.activation_fn(gate) * up, offs)
+    return _combined(down * top_k_weights.reshape(-1)[order].unsqueeze(1), order, k).to(hidden_states.dtype)
+
+
+def _of_matrix(module: Any, expert_lora: LoraOf, name: str, rows: Tensor, offs: Tensor) -> Tensor:
+    """One projection of rows "S in", sorted by expert: "S out".
+
+    PEFT has one LoRA on the whole matrix: lora_A "r H" is every expert's, of lora_B "(E I) r" each has its rows.
+    """
+    E, transposed = module.moe_num_experts, name == "w2"  # "(E in) out", and the others "(E out) in"
+    whole, lora = expert_lora.get(name), None
+    if whole is not None:
+        whole.check(1, E * module.ffn_hidden_size, module.hidden_size, f"{type(module).__name__}.{name}")
+        found = whole.canonical()
+        shared, own = found.A.repeat(E, 1, 1), found.B.reshape(E, -1, found.rank)
+        A, B = (own.transpose(1, 2), shared.transpose(1, 2)) if transposed else (shared, own)
+        lora = ExpertLora(A, B, found.scaling, found.dropout)
+
+    def stacked(*of: Any) -> Tensor:
+        weight = read(*of)
+        return weight.view(E, -1, weight.shape[1])
+
+    weight: Tensor = weight_of(module, name, transposed, rows.shape[1], lora, rows, stacked)
+    y = grouped_mm(rows, weight, offs)
+    if lora is None:
+        return y
+    # Not rounded once more, as in `experts_forward`.
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    return wide + lora_term(rows, lora, weight.dtype, Groups(offs, offs, None), None)
 
 
 # As `families.OWN_FORWARDS` names them: module, LoRA, and what the class's own forward takes -> what it gives.
@@ -79,4 +124,5 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
     "with_identities": _with_identities,
     "every_token": _every_token,
     "one_projection": _one_projection,
+    "matrices": _matrices,
 }

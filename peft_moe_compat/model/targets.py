@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import NoExpertParametersError
 from ..families import FLAT_CLASSES, PACKED_CLASSES
+from ..releases import installed_issue
 from .experts import bare, routed_experts, strip_base_layer
 from .weights import unreadable_reason
 
@@ -85,12 +86,8 @@ def _refuse_unrunnable(name: str, module: nn.Module) -> None:
     if type(module).__name__ in PACKED_CLASSES:
         reason = unreadable_reason(module, "")
         raise NoExpertParametersError(f"{name} ({type(module).__name__}): {reason}.")
-    if type(module).__name__ in FLAT_CLASSES:
-        raise NoExpertParametersError(
-            f"{name} ({type(module).__name__}) keeps its experts as flat 2-D weights that the block around it reads "
-            "itself. PEFT can wrap them, but the forward then fails ('ParamWrapper' object has no attribute ...) in "
-            "every release. Target the attention layers of this model instead."
-        )
+    if type(module).__name__ in FLAT_CLASSES and (issue := installed_issue("dbrx_turned")):
+        raise NoExpertParametersError(f"{name}: {issue.symptom}: {issue.remedy}.")
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import layout
 from ..errors import LayoutError, PeftMoeCompatError
-from ..families import OWN_FORWARDS
+from ..families import FLAT_CLASSES, OWN_FORWARDS
 from ..layout import ExpertLora, FlatLora
 from ..others import owner_of, remedy
 from ..reasons import Reason, because
@@ -263,7 +263,7 @@ def experts_reason(experts: Any, transposed: bool | None) -> Reason | None:
 def parameter_reason(wrapper: Any, experts: Any) -> Reason | None:
     """The same of the parameter that a wrapper is for, once its experts can run the grouped-mm forward."""
     name = wrapper.parameter_name
-    if name not in ("gate_up_proj", "up_proj", "down_proj") and not _one_projection(experts, name):
+    if name not in ("gate_up_proj", "up_proj", "down_proj") and not _of_own_forward(experts, name):
         return because("no_projection", name)
     for linear in wrapper._modules["lora_A"]._modules.values():
         if held_weight(linear).dtype.itemsize < 2:
@@ -271,10 +271,12 @@ def parameter_reason(wrapper: Any, experts: Any) -> Reason | None:
     return unreadable_reason(experts, name)
 
 
-def _one_projection(experts: Any, name: str) -> bool:
-    """Whether a parameter is all that an experts class of one projection has."""
-    kinds = (OWN_FORWARDS.get(cls.__name__, ("", ""))[1] for cls in type(experts).__mro__)
-    return name == "weight" and "one_projection" in kinds
+def _of_own_forward(experts: Any, name: str) -> bool:
+    """Whether a parameter is all that an experts class of one projection has, or one of its matrices."""
+    classes = [cls.__name__ for cls in type(experts).__mro__]
+    if name == "weight":
+        return any(OWN_FORWARDS.get(cls, ("", ""))[1] == "one_projection" for cls in classes)
+    return any(name in FLAT_CLASSES.get(cls, ()) for cls in classes)
 
 
 def _only_hooked(experts: Any) -> bool:

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from ..model.wrappers import (
     experts_of,
     experts_reason,
     held_weight,
+    is_param_wrapper,
     parameter_reason,
     read_adapter,
 )
@@ -49,6 +51,8 @@ __all__ = ["KEYWORD", "experts_registry", "own_forward", "registered_forward", "
 KEYWORD = "expert_lora"
 # Other names the experts classes' own forwards use for their arguments (gpt_oss, openai_privacy_filter).
 _ARGUMENT_ALIASES = {"router_indices": "top_k_index", "routing_weights": "top_k_weights"}
+# What dbrx calls its routing, in transformers 5 and 4.
+_ROUTING = ("top_k_index", "top_experts"), ("top_k_weights", "top_weights")
 
 # What the registered experts function looks for where the exchange of tokens takes no keyword arguments. Set for one
 # call within one thread; a recomputation sets it again.
@@ -238,6 +242,8 @@ def registered_forward(stock: Any) -> Any:
 
 def own_forward(kind: str) -> Callable[[Any], Any]:
     """For the forward of a class that transformers does not decorate, and that consumes the factors then."""
+    if kind == "around_matrices":
+        return _around_matrices
     run = FORWARDS[kind]
 
     def make(stock: Any) -> Any:
@@ -245,7 +251,9 @@ def own_forward(kind: str) -> Callable[[Any], Any]:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             handover = kwargs.pop(KEYWORD, None)
             if handover is None:
-                return stock(self, *args, **kwargs)
+                # Matrices are routed to by `_around_matrices` alone, whether a LoRA is at work or not.
+                routed = kind == "matrices" and "top_k_index" in kwargs
+                return run(self, {}, *args, **kwargs) if routed else stock(self, *args, **kwargs)
             if handover.of_sample is not None:
                 raise LayoutError(f"adapter_names does not reach {type(self).__name__}, whose forward is its own.")
             handover.arrived = True
@@ -255,3 +263,21 @@ def own_forward(kind: str) -> Callable[[Any], Any]:
         return forward
 
     return make
+
+
+def _around_matrices(stock: Any) -> Any:
+    """For the forward of the class that reads the matrices of `self.mlp`, which a wrapper around that does not have."""
+    names = list(signature(stock).parameters)
+    index, weights = (next(n for n in names if n in known) for known in _ROUTING)
+
+    @wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if reach.forward is None or not is_param_wrapper(self.mlp):
+            return stock(self, *args, **kwargs)
+        given = dict(zip(names, (self, *args), strict=False)) | kwargs
+        x = given[names[1]]
+        routed = {"top_k_index": given[index], "top_k_weights": given[weights]}
+        return self.mlp(x.reshape(-1, x.shape[-1]), **routed).view(x.shape)
+
+    setattr(forward, TAKES_LORA, True)
+    return forward

@@ -23,7 +23,7 @@ from ..adapters.source import CONFIG_NAME, AdapterSource, open_adapter
 from ..adapters.stated import Stated
 from ..adapters.tensors import BIN, INDEX, SAFETENSORS
 from ..errors import AdapterError, AdapterFileError, AmbiguousAdapterError, LayoutError
-from ..families import PACKED_CLASSES
+from ..families import FLAT_CLASSES, PACKED_CLASSES
 from ..model.experts import bare, held_parameters
 from ..model.weights import unreadable_reason
 from .context import holding
@@ -88,6 +88,8 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
     config = read_json(folder / CONFIG_NAME)
     if config.get("peft_type", "LORA") != "LORA":
         return None
+    if any(type(module).__name__ in FLAT_CLASSES for module in model.modules()):
+        return None  # matrices, which every release lays out alike
     facts = facts_of(model, parse_config(config).target_parameters)
     fused = bool(config.get("target_parameters") or facts.stacks)
     if not (fused or _has_experts(model)):

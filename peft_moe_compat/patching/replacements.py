@@ -15,7 +15,7 @@ from ..model.experts import REGISTRY_MODULE, dispatching_registry
 from ..model.weights import FP8_MODULE
 from ..model.wrappers import TAKEN_IMPLEMENTATIONS, TAKES_LORA
 from ..others import owner_of
-from ..releases import installed_versions, known_issues
+from ..releases import installed_issue
 from . import (
     adapter_names,
     combining,
@@ -279,7 +279,7 @@ def _registry_entries() -> list[RegistryEntry]:
 
 def _of_combinations(LoraModel: Any) -> list[Replacement]:
     """Where a model can have several adapters on parameters."""
-    if "second_adapter" in {issue.code for issue in known_issues(**installed_versions("peft", "transformers"))}:
+    if installed_issue("second_adapter"):
         return []
     return [
         _attribute(LoraModel, name, "peft.", make)
@@ -343,9 +343,11 @@ def _of_sharded_experts(ParamWrapper: Any, BaseTuner: Any) -> list[Replacement]:
 def replacements_in_model(module: Any) -> list[Replacement]:
     """In a module of transformers with experts that it does not decorate, which activation does not import either.
 
-    Without those that a later release decorates, and those that have been seen to.
+    Without those that a later release decorates, those that have been seen to, and what this release computes wrongly.
     """
     found: list[Replacement] = []
+    if module.__name__.endswith(".modeling_dbrx") and installed_issue("dbrx_turned"):
+        return []
     for name, (home, kind) in OWN_FORWARDS.items():
         cls = vars(module).get(name) if home == module.__name__ else None
         if cls is not None and not hasattr(cls.forward, TAKES_LORA) and dispatching_registry(cls) is None:
