@@ -44,7 +44,6 @@ SENTENCES = {
     "own_forward": "{0} has a forward of its own",
     "norm_follows": "a norm follows the experts",
     "quantised": "{0} is stored as {1}",
-    "quantised_compiled": "{0} is stored as {1}, which a compiled graph decodes by torch",
     "computed": "{0} is computed at each access",
     "trained": "{0} is trained too",
     "dtype": "the weights are {0}",

@@ -151,10 +151,7 @@ def fused_reason(module: Any, device: torch.device) -> Reason | None:
 def _frozen(module: Any, name: str) -> Tensor | PackedWeight | Reason:
     """A parameter as the kernels read it, or why they cannot."""
     if stored := stored_format(module, name):
-        decoded = packed(module, name, torch.bfloat16)
-        if decoded is None:
-            return because("quantised", name, stored)
-        return because("quantised_compiled", name, stored) if torch.compiler.is_compiling() else decoded
+        return packed(module, name, torch.bfloat16) or because("quantised", name, stored)
     weight: Tensor | None = module._parameters.get(name)
     if weight is None:
         return because("computed", name)

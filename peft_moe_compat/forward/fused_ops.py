@@ -12,30 +12,57 @@ import torch
 from torch import Tensor
 
 from ..layout import Factor
+from ..model.packed import Codec, PackedWeight
 from .kernels.interface import HeldProjection, Nonlinearity, on_device, padded_rank
 from .kernels.layer import Passed, Projection, backward_pass, forward_pass, fused_experts, routing
 
 __all__ = ["experts"]
 
 
-# What all three take: the base; the tensors of the factors, and what else is in each; the fields of `Nonlinearity`.
+# What all three take: the base, of packed stacks their bytes; the tensors of the factors, and what else is in each; the
+# other tensors of packed stacks, and what else is in those; the fields of `Nonlinearity`.
+_OTHERS = PackedWeight._fields[5:]
 _TENSORS = (
     "Tensor hidden, Tensor index, Tensor weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
-    "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B"
+    "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B, "
+) + ", ".join(f"Tensor? {of}_{name}" for of in ("up", "down") for name in _OTHERS)
+_SCALARS = (
+    "SymInt[] places, float[] scalings, int[] up_form, int[] down_form, float[] forms, ScalarType dtype, "
+    "str name, bool gated, bool interleaved, float alpha, float limit"
 )
-_SCALARS = "SymInt[] places, float[] scalings, str name, bool gated, bool interleaved, float alpha, float limit"
-_NUM_TENSORS = 11
+_FACTORS, _PACKED, _NO_OTHERS = slice(7, 11), 11, (None,) * len(_OTHERS)
+_NUM_TENSORS = _PACKED + 2 * len(_OTHERS)
+
+
+def _form(weight: Tensor | PackedWeight) -> tuple[list[int], float]:
+    """What is no tensor of a packed stack, its dtype aside; nothing of a plain one."""
+    if not isinstance(weight, PackedWeight):
+        return [], 1.0
+    *fields, factor = weight.codec
+    return [int(number) for number in (*fields, *weight.stored, weight.rows_are_in)], factor
+
+
+def _weight(data: Tensor, others: tuple[Any, ...], form: list[int], factor: float, dtype: torch.dtype) -> Any:
+    """The inverse of `_form`, with the tensors."""
+    if not form:
+        return data
+    fields, (E, rows, columns, rows_are_in) = form[:-4], form[-4:]
+    codec = Codec._make((*fields, factor))
+    return PackedWeight(codec, dtype, (E, rows, columns), bool(rows_are_in), data, *others)
 
 
 def _parts(inputs: tuple[Any, ...]) -> tuple[Nonlinearity, Tensor, Tensor, Tensor, Any, Any]:
     """The nonlinearity, hidden, index, weights, and `Projection` up and down."""
-    hidden, index, weights = inputs[:3]
-    places, scalings, *nonlinearity = inputs[_NUM_TENSORS:]
-    factors = [
+    hidden, index, weights, of_up, up_bias, of_down, down_bias = inputs[:7]
+    places, scalings, up_form, down_form, forms, dtype, *nonlinearity = inputs[_NUM_TENSORS:]
+    factors: list[Any] = [
         None if tensor is None else Factor(tensor, *places[4 * i : 4 * i + 4], scalings[i])  # type: ignore[call-arg]
-        for i, tensor in enumerate(inputs[7:_NUM_TENSORS])
+        for i, tensor in enumerate(inputs[_FACTORS])
     ]
-    up, down = Projection(*inputs[3:5], *factors[:2]), Projection(*inputs[5:7], *factors[2:])
+    between = _PACKED + len(_OTHERS)
+    up_stack = _weight(of_up, inputs[_PACKED:between], up_form, forms[0], dtype)
+    down_stack = _weight(of_down, inputs[between:_NUM_TENSORS], down_form, forms[1], dtype)
+    up, down = Projection(up_stack, up_bias, *factors[:2]), Projection(down_stack, down_bias, *factors[2:])
     return Nonlinearity(*nonlinearity), hidden.contiguous(), index, weights.contiguous(), up, down
 
 
@@ -70,12 +97,14 @@ def _training(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @_training.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, up, S, places = inputs[0], inputs[3], inputs[1].numel(), inputs[_NUM_TENSORS]
+    _, hidden, index, _, up, down = _parts(inputs)
+    S, dtype = index.numel(), up.weight.dtype
     low_up, low_down = (
-        up.new_empty(0) if inputs[7 + i] is None else up.new_empty(S, padded_rank(places[4 * i])) for i in (0, 2)
+        hidden.new_empty(0) if of.A is None else hidden.new_empty(S, padded_rank(of.A.rank), dtype=dtype)
+        for of in (up, down)
     )
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    return out, up.new_empty(S, up.shape[2]), low_up, low_down
+    out = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    return out, hidden.new_empty(S, up.weight.shape[2], dtype=dtype), low_up, low_down
 
 
 @torch.library.custom_op(
@@ -97,7 +126,7 @@ def _backward(dout: Tensor, passed_up: Tensor, low_up: Tensor, low_down: Tensor,
 
 @_backward.register_fake
 def _(_dout: Tensor, _up: Tensor, _low_up: Tensor, _low_down: Tensor, *inputs: Any) -> list[Tensor]:
-    of = [inputs[0], inputs[2], *(factor for factor in inputs[7:_NUM_TENSORS] if factor is not None)]
+    of = [inputs[0], inputs[2], *(factor for factor in inputs[_FACTORS] if factor is not None)]
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in of]
 
 
@@ -110,8 +139,9 @@ def _differentiate(ctx: Any, dout: Tensor, *_: object) -> tuple[Any, ...]:
     *inputs, passed_up, low_up, low_down = ctx.saved_tensors
     dhidden, dweights, *found = _backward(dout, passed_up, low_up, low_down, *inputs, *ctx.scalars)
     of_factors = iter(found)
-    factors = [None if factor is None else next(of_factors) for factor in inputs[7:]]
-    return dhidden, None, dweights, None, None, None, None, *factors, *[None] * len(ctx.scalars)
+    factors = [None if factor is None else next(of_factors) for factor in inputs[_FACTORS]]
+    others = [None] * (_NUM_TENSORS - _PACKED + len(ctx.scalars))
+    return dhidden, None, dweights, None, None, None, None, *factors, *others
 
 
 _training.register_autograd(_differentiate, setup_context=_setup)
@@ -127,7 +157,14 @@ def experts(nonlinearity: Nonlinearity, routed: tuple[Tensor, ...], up: HeldProj
     tensors = [None if factor is None else factor.tensor for factor in factors]
     places = [size for factor in factors for size in ((0, 0, 0, 0) if factor is None else factor[1:5])]
     scalings = [1.0 if factor is None else factor.scaling for factor in factors]
-    arguments = (*routed, *up[:2], *down[:2], *tensors, places, scalings, *nonlinearity)
+    stacks, biases = (up[0], down[0]), (up[1], down[1])
+    bases = [each.data if isinstance(each, PackedWeight) else each for each in stacks]
+    others = [tensor for each in stacks for tensor in (each[5:] if isinstance(each, PackedWeight) else _NO_OTHERS)]
+    (up_form, of_up), (down_form, of_down) = _form(stacks[0]), _form(stacks[1])
+    forms = up_form, down_form, [of_up, of_down], stacks[0].dtype
+    arguments = (
+        *routed, bases[0], biases[0], bases[1], biases[1], *tensors, *others, places, scalings, *forms, *nonlinearity,
+    )  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (routed[0], routed[2], *tensors)):
         out: Tensor = _training(*arguments)[0]
         return out

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.experts_loop import Experts, compare, loop
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 
 import peft_moe_compat
@@ -325,6 +326,63 @@ def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
     assert launched["trial"] == launched["layer"]
     assert [0 < error < fused._TRIAL_ERROR / 2 for error in errors] == [True]
     assert trial.Kind(*next(iter(fused._tried[hidden.device]))).up[-1] is not None
+
+
+@pytest.mark.parametrize(
+    "stored", ["nf4, nested", "int8 rows, transposed", "torchao int8", "torchao float8", "mxfp4", "fp8"]
+)
+def test_one_graph_trains_as_eager_does(stored):
+    """The packed tensors go into the graph's operators as they are: nothing is dequantised beside them."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    quantise, transposed = FORMATS[stored]
+    experts, loras = build(4, 64, 32, transposed, quantise)
+    graphs = []
+
+    def forward(hidden, index, routing):
+        return experts_forward(experts, loras, hidden, index, routing)
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    compiled = torch.compile(forward, backend=aot_autograd(fw_compiler=backend), fullgraph=True, dynamic=True)
+    factors = [tensor for lora in loras.values() for tensor in lora[:2]]
+    for T in (40, 17):
+        hidden = torch.randn(T, 64, device=DEVICE).to(DTYPE).requires_grad_()
+        routing = torch.rand(T, 2, device=DEVICE).to(DTYPE).requires_grad_()
+        index = torch.randint(0, 5, (T, 2), device=DEVICE)
+        gradient = torch.randn_like(hidden)
+        results = []
+        for run in (compiled, forward):
+            out = run(hidden, index, routing)
+            results.append([out, *torch.autograd.grad(out, [hidden, routing, *factors], gradient)])
+        assert all(map(torch.equal, *results))
+    assert len(graphs) == 2  # forward and backward, once for both
+    with torch.no_grad():  # few rows, and more
+        for T in (3, 30):
+            routed = hidden[:T].detach(), torch.randint(0, 4, (T, 2), device=DEVICE)[: len(hidden[:T])], routing[:T]
+            compare(compiled(*routed), forward(*routed), 1e-6)
+    operators = {name for graph in graphs for name in graph if "peft_moe_compat" in name}
+    assert operators == {
+        f"peft_moe_compat.experts_{name}.default" for name in ("training", "training_backward", "inference")
+    }
+    torch._dynamo.reset()
+
+
+def test_a_graph_is_tried_before_it_runs(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(fused, "_tried", {})
+    monkeypatch.setattr(fused, "_TRIED_ON", (DEVICE.type,))
+    experts, loras = build(2, 64, 64, False, bnb4("nf4"))
+    compiled = torch.compile(lambda *routed: experts_forward(experts, loras, *routed), backend="eager", fullgraph=True)
+    hidden, index = torch.randn(4, 64, device=DEVICE).to(DTYPE), torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
+    with torch.no_grad():
+        compiled(hidden, index, torch.ones(4, 1, device=DEVICE).to(DTYPE))
+    kinds = {trial.Kind(*kind) for of_device in fused._tried.values() for kind in of_device}
+    assert {kind.tiles for kind in kinds} == {None, (16, 16), (64, 64), (64, 128)}
+    assert all(kind.up[-1] is not None for kind in kinds)
+    torch._dynamo.reset()
 
 
 def test_what_the_kernels_do_not_decode_keeps_the_plain_path():

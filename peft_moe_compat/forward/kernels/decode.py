@@ -20,7 +20,7 @@ from .interface import Nonlinearity, next_power, padded_rank
 from .launch import kernel
 from .unpack import codec_of, packed_arguments, span_of, weight_tile
 
-__all__ = ["MOST_ROWS", "few_rows", "most_rows"]
+__all__ = ["MOST_PACKED_ROWS", "MOST_ROWS", "few_rows", "most_rows"]
 
 MOST_ROWS, MOST_PACKED_ROWS = 128, 16
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from ...layout import ExpertLora, FlatLora, flat, to_flat
 from ...model.packed import Codec, PackedWeight, encoded
 from .common import Factor
-from .decode import MOST_ROWS, few_rows, most_rows
+from .decode import MOST_PACKED_ROWS, MOST_ROWS, few_rows, most_rows
 from .gemm import add_to
 from .interface import HeldProjection, Nonlinearity
 from .layer import Projection, any_trains, backward_pass, forward_pass, tile_sizes
@@ -146,7 +146,7 @@ def kind_of(
 def rows_of_every_kind(E: int, k: int) -> list[int]:
     """Numbers of rows, one at least for every size of tiles: for a graph, which does not know its own."""
     E, k = constant(E), constant(k)
-    return [k, E, 16 * E, MOST_ROWS + 1, 64 * E]
+    return [k, MOST_PACKED_ROWS + 1, MOST_ROWS + 1, E, 16 * E, 64 * E]
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
