@@ -7,10 +7,9 @@ gathered where they are spread over processes. One plan (`adapters.plan`) serves
 from __future__ import annotations
 
 import importlib
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +18,31 @@ from torch import Tensor, nn
 
 from .adapters.base_model import BaseModel, load_base_model
 from .adapters.convert import Conversion, emitted, layout_of, planned, write_adapter
-from .adapters.files import atomic_folder, read_json, usable_path
+from .adapters.files import atomic_folder, usable_path
 from .adapters.plan import Plan
 from .adapters.proof import by_rules
 from .adapters.readers import parse_target
 from .adapters.safetensors_io import TensorInfo
-from .adapters.source import CONFIG_NAME, AdapterSource, source_of
+from .adapters.source import AdapterSource, source_of
 from .adapters.stated import Stated
 from .adapters.steps import Step
-from .adapters.tensors import AdapterTensors
+from .adapters.tensors import HeldTensors
 from .errors import AdapterError
 from .model.experts import bare
 from .model.sharding import whole
-from .patching.saving import metadata_of, write_config
+from .patching.saving import config_of, metadata_of
 from .proving import prove
 
 __all__ = ["AdapterStream", "adapter_tensors", "save_adapter"]
 
 
 @dataclass
-class _LiveTensors(AdapterTensors):
+class _LiveTensors(HeldTensors):
     """The adapter's tensors in a model: parameters, whole ones or this process's pieces."""
-
-    held: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def reading(self, names: Any) -> Iterator[dict[str, Tensor]]:
-        wanted = {name: self.held[name] for name in dict.fromkeys(names)}
+        wanted = self._read(list(dict.fromkeys(names)))
         with _gathered(wanted.values()):
             tensors = {name: _whole(tensor) for name, tensor in wanted.items()}
             try:
@@ -226,7 +223,7 @@ def _live(model: Any, adapter_name: str | None) -> tuple[AdapterSource, Stated]:
     name = _adapter(model, adapter_name)
     held = _tensors_of(model, name)
     shapes = {key: _shape(tensor) for key, tensor in held.items()}
-    raw = _config_of(model, name)
+    raw = config_of(model, name)
     metadata = metadata_of(model, shapes, raw)
     where = Path(f"adapter {name!r} of the model")
     infos = {key: TensorInfo(key, shapes[key], tensor.dtype, where, 0) for key, tensor in held.items()}
@@ -258,12 +255,6 @@ def _tensors_of(model: Any, name: str) -> dict[str, Tensor]:
     shown = {key: torch.tensor(number) for number, key in enumerate(keys)}
     saved = get_peft_model_state_dict(model, state_dict=shown, adapter_name=name)
     return {new: ours[keys[int(number)]] for new, number in saved.items()}
-
-
-def _config_of(model: Any, name: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        write_config(model, name, folder)
-        return read_json(Path(folder) / CONFIG_NAME)
 
 
 def _base_of(model: Any) -> BaseModel | None:

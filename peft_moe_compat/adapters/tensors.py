@@ -8,7 +8,7 @@ a SIGBUS.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -26,6 +26,7 @@ __all__ = [
     "INDEX",
     "SAFETENSORS",
     "AdapterTensors",
+    "HeldTensors",
     "check_finite",
     "open_safetensors",
     "open_shards",
@@ -90,6 +91,16 @@ class AdapterTensors:
                         )
                     found[info.name] = data.view(info.dtype).reshape(info.shape)
         return {name: found[name] for name in names}
+
+
+@dataclass
+class HeldTensors(AdapterTensors):
+    """Tensors in memory, by name: what they lie in is the caller's."""
+
+    held: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: self.held[name] for name in names}
 
 
 def open_tensors(folder: Path) -> AdapterTensors:

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from ..adapters.names import PREFIX
 from ..adapters.source import AdapterSource
+from ..adapters.tensors import HeldTensors
 from ..errors import AdapterError, LayoutError
 from ..model.experts import bare
 from .arguments import naming
 from .arrival import check_fused, check_per_expert
 from .context import holding
+from .given import STATE_DICT, understand_tensors
 from .injecting import check_config, convert_command
 from .lost import check_names
 from .matching import UnderstoodFile, convert, differences, live_namer, live_wrappers
@@ -36,9 +38,11 @@ from .resuming import remember_converted
 from .targets import convert_config
 
 __all__ = [
+    "as_held",
     "convert_names",
     "convert_peft_config",
     "from_pretrained",
+    "is_loading",
     "load_adapter",
     "load_peft_weights",
     "load_pretrained_model",
@@ -110,8 +114,16 @@ def load_adapter(model_name: str, id_name: str, stock: Any) -> Any:
         given = named(args, kwargs)
         config = given.get("load_config")
         model_id = given.get(id_name) or getattr(config, "pretrained_model_name_or_path", None)
-        if model_name not in given or model_id is None or given.get("adapter_state_dict") is not None:
-            return stock(*args, **kwargs)  # tensors without a file: nobody can tell who wrote them
+        tensors, peft_config = given.get("adapter_state_dict"), given.get("peft_config")
+        if model_name in given and tensors and peft_config is not None:
+            name, file = given.get("adapter_name") or "default", understand_tensors(given["self"], peft_config, tensors)
+            with holding(_loading, None if file is None else _Load(given["self"], STATE_DICT, name, file)):
+                result = stock(*args, **kwargs)
+            if file is not None:
+                check_fused(file, given["self"], name)
+            return result
+        if model_name not in given or model_id is None:
+            return stock(*args, **kwargs)  # which says what is missing
         hub = {**(getattr(config, "download_kwargs", None) or {}), **given, **(given.get("adapter_kwargs") or {})}
         with _load(given[model_name], model_id, given.get("adapter_name") or "default", hub) as load:
             result = stock(*args, **kwargs)
@@ -147,7 +159,7 @@ def load_peft_weights(stock: Any) -> Any:
                 f"{sorted(set(names.values()) ^ weights.keys())[:4]}. Did the adapter change meanwhile, or does a "
                 "key_mapping give two tensors one name?"
             )
-        held = _as_held(load, load.file, lambda: {name: weights[renamed] for name, renamed in names.items()})
+        held = _held(load, load.file, lambda: {name: weights[renamed] for name, renamed in names.items()})
         if held is not None:
             weights = {_renamed(name, key_mapping): tensor for name, tensor in held.items()}
         named = live_namer(load.model)
@@ -203,7 +215,7 @@ def load_pretrained_model(stock: Any) -> Any:
                 with tensors.reading(tensors.infos) as found:
                     return dict(found)
 
-            held, named = _as_held(load, load.file, read), live_namer(load.model)
+            held, named = _held(load, load.file, read), live_namer(load.model)
             if held is not None or any(named(name) != name for name in tensors.infos):
                 held = dict(read()) if held is None else held
                 kwargs["state_dict"] = {named(name): tensor for name, tensor in held.items()}
@@ -259,34 +271,47 @@ def prepare_model(stock: Any) -> Any:
     return replacement
 
 
-def _as_held(load: _Load, file: UnderstoodFile, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+def _held(load: _Load, file: UnderstoodFile, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    return as_held(load.model, load.adapter_name, file, read, load.model_id)
+
+
+def as_held(
+    model: Any, adapter_name: str, file: UnderstoodFile, read: Callable[[], Mapping[str, Tensor]], what: str
+) -> dict[str, Tensor] | None:
     """The adapter's tensors as the live wrappers hold them, by the file's names; None where they are that already.
 
     Args:
-        load: Into a model that has its wrappers by now.
+        model, adapter_name: What has its wrappers by now.
         file: What is loaded.
         read: Gives the tensors as they are in the file, by name.
+        what: The file, for the log.
 
     Raises:
         LayoutError: See `live_wrappers`.
     """
     import peft
 
-    found = [(m, w, differences(m, w, file.decision)) for m, w in live_wrappers(file, load.model, load.adapter_name)]
+    found = [(m, w, differences(m, w, file.decision)) for m, w in live_wrappers(file, model, adapter_name)]
     found = [(module, wrappers, said) for module, wrappers, said in found if said]
     if not found:
         return None
     held = dict(read())
     for module, wrappers, _ in found:
         convert(file, module, wrappers, held)
-    config = load.model.peft_config[load.adapter_name]
+    config = model.peft_config[adapter_name]
     if hasattr(config, "peft_version"):
         config.peft_version = peft.__version__  # what it is from now on, also when it is saved again
     logger.info(
         "%s: the expert LoRA of %d modules was converted in memory for PEFT %s, since %s. The file is unchanged.",
-        load.model_id,
+        what,
         len(found),
         peft.__version__,
         ", and ".join(sorted(set().union(*(said for _, _, said in found)))),
     )
     return held
+
+
+def is_loading() -> bool:
+    """Whether a file is being loaded, whose tensors were seen to before they come to a state dict."""
+    load = _loading.get()
+    return load is not None and (load.source is None or not isinstance(load.source.tensors, HeldTensors))

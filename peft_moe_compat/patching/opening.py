@@ -31,7 +31,7 @@ from .injecting import convert_command
 from .lost import difference
 from .matching import UnderstoodFile, counterparts, facts_of, live_path
 
-__all__ = ["said_of_files", "understand", "written_by"]
+__all__ = ["fitted", "said_of_files", "understand", "written_by"]
 
 logger = logging.getLogger("peft_moe_compat")
 
@@ -122,13 +122,22 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
         _refuse_other_names(model_id, source, facts, model)
         return source
     _refuse_other_targets(model_id, source, paths, model)
-    modules = tuple(module for module in source.modules if module.path in paths)
-    # The model's sizes under the file's own paths.
-    stacks = {(path, p): size for path, live in paths.items() for (at, p), size in facts.stacks.items() if at == live}
-    source = replace(source, modules=modules, base=replace(facts, stacks=stacks))
+    source = fitted(source, paths, facts)
     decision = decide(source, stated)
     _require(model_id, decision)
     return UnderstoodFile(source, paths, decision)
+
+
+def fitted(source: AdapterSource, paths: Mapping[str, str], facts: BaseModel) -> AdapterSource:
+    """An adapter's experts modules that the model has, with the model's sizes under the adapter's own paths.
+
+    Args:
+        paths: Path of an experts module in the adapter -> in the model.
+        facts: Of the model.
+    """
+    modules = tuple(module for module in source.modules if module.path in paths)
+    stacks = {(path, p): size for path, live in paths.items() for (at, p), size in facts.stacks.items() if at == live}
+    return replace(source, modules=modules, base=replace(facts, stacks=stacks))
 
 
 def _has_experts(model: Any) -> bool:

@@ -27,6 +27,7 @@ from . import (
     resuming,
     saving,
     sharding,
+    state_dicts,
     whole_state,
 )
 from .forward import experts_registry, own_forward, registered_forward, wrapper_forward
@@ -254,6 +255,8 @@ def replacements() -> list[Replacement]:
             "safetensors.",
             whole_state.safe_save_file,
         ),
+        *_of_state_dicts(peft),
+        *_of_fsdp_files(),
         *_of_kbit_training(peft),
         _attribute(accelerator, "load_accelerator_state", "accelerate.", whole_state.load_accelerator_state),
         *_of_conversions(),
@@ -289,6 +292,25 @@ def _of_combinations(LoraModel: Any) -> list[Replacement]:
             ("_svd_generalized_task_arithmetic_weighted_adapter", combining.svd_weighted_adapter),
         )
     ]
+
+
+def _of_state_dicts(peft: Any) -> list[Replacement]:
+    """PEFT's own two functions, under every name by which others import them."""
+    return [
+        _attribute(module, name, "peft.", getattr(state_dicts, name))
+        for name in ("get_peft_model_state_dict", "set_peft_model_state_dict")
+        for module in (peft, peft.utils, peft.utils.save_and_load)
+    ]
+
+
+def _of_fsdp_files() -> list[Replacement]:
+    """What accelerate's `save_fsdp_model` and `load_fsdp_model` call, which others hold by name."""
+    utils = importlib.import_module("accelerate.utils.fsdp_utils")
+    made = {
+        "_get_model_state_dict": whole_state.get_model_state_dict,
+        "_set_model_state_dict": whole_state.set_model_state_dict,
+    }
+    return [_attribute(utils, name, "accelerate.", make) for name, make in made.items() if hasattr(utils, name)]
 
 
 def _of_kbit_training(peft: Any) -> list[Replacement]:

@@ -7,6 +7,7 @@ a context variable for the length of the call.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.adapter_config import CONFIG_NAME
+from ..adapters.files import read_json
 from ..adapters.names import PREFIX, unwrapped
 from ..adapters.stamp import ModuleStamp, Stamp, numbers_of
 from ..errors import AdapterError
@@ -26,7 +29,7 @@ from .matching import chains, live_path, orientation_of
 from .sharding import refuse_partitioned
 from .targets import named_for_any_reader
 
-__all__ = ["metadata_of", "safe_save_file", "save_pretrained", "write_config"]
+__all__ = ["config_of", "metadata_of", "safe_save_file", "save_pretrained", "stamp_of", "write_config"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,13 @@ def _lost(model: Any, tensors: Mapping[str, Tensor], adapter: str) -> list[str]:
         and "_checkpoint_wrapped_module" in path  # else whoever saves has chosen
         and f"{unwrapped(path)}.lora_A.weight" not in found
     ]
+
+
+def config_of(model: Any, adapter_name: str) -> dict[str, Any]:
+    """What `write_config` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(model, adapter_name, folder)
+        return read_json(Path(folder) / CONFIG_NAME)
 
 
 def write_config(model: Any, adapter_name: str, folder: str) -> None:
