@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout
 from ..errors import LayoutError, ParallelismError, PeftMoeCompatError
-from ..forward.layer import Mixed, experts_forward
+from ..forward.layer import experts_forward
 from ..forward.undecorated import FORWARDS
-from ..layout import ExpertLora, FlatLora, MixedLora
 from ..model.experts import REGISTRIES, REGISTRY_MODULE, is_transposed
 from ..model.probe import installed_rule
 from ..model.sharding import (
@@ -28,7 +26,6 @@ from ..model.sharding import (
     local_experts,
     refuse_native,
     refuse_quantised,
-    still_sharded,
 )
 from ..model.wrappers import (
     TAKES_LORA,
@@ -36,13 +33,12 @@ from ..model.wrappers import (
     dropout_of,
     experts_of,
     experts_reason,
-    held_weight,
     is_param_wrapper,
     parameter_reason,
-    read_adapter,
 )
 from ..releases import LayoutRule
 from .dropout import no_dropout
+from .handed_down import ROUTED, Handover, forward_of_samples
 from .reach import TAKEN_FROM_US, passed_by, warn_of
 from .reach import state as reach
 
@@ -57,69 +53,6 @@ _ROUTING = ("top_k_index", "top_experts"), ("top_k_weights", "top_weights")
 # What the registered experts function looks for where the exchange of tokens takes no keyword arguments. Set for one
 # call within one thread; a recomputation sets it again.
 _carried: ContextVar[Any] = ContextVar("peft_moe_compat_carried", default=None)
-
-
-class Handover:
-    """What wrappers hand down to the experts module: where to read their updates, and whether that arrived.
-
-    Beside it what the outermost wrapper has found of the module, for the others.
-
-    No container, so that hooks which map over a call's arguments pass it on as it is.
-    """
-
-    def __init__(self, experts: Any, rule: LayoutRule) -> None:
-        self.experts, self.rule = experts, rule
-        self.is_transposed = is_transposed(experts)
-        self.exchanges = exchanges_tokens(experts)
-        self.wrappers: list[tuple[Any, list[str], tuple[int, int] | None]] = []
-        self.of_sample: list[str] | None = None  # the adapter of each, where they differ
-        self.arrived = False
-
-    def get(self, name: str) -> ExpertLora | FlatLora | MixedLora | None:
-        """The update of a parameter, read when it is asked for: a device has something to do by then.
-
-        Raises:
-            LayoutError: See `read_adapter`.
-            PeftMoeCompatError: A factor is sharded, and nothing has gathered it for this forward.
-        """
-        loras: dict[str, list[FlatLora]] = {}
-        for wrapper, adapter_names, held in self.wrappers:
-            for adapter_name in adapter_names if wrapper.parameter_name == name else ():
-                factors = (wrapper._modules[side]._modules[adapter_name] for side in ("lora_A", "lora_B"))
-                if any(still_sharded(held_weight(factor), held is not None) for factor in factors):
-                    raise PeftMoeCompatError(
-                        f"lora_A or lora_B of {name!r}, adapter {adapter_name!r}, is a DTensor in the forward: it is "
-                        "read without calling the module that holds it, so its own fully_shard never gathers it. Give "
-                        "fully_shard the wrapped experts module or its decoder layer, and not lora_A or lora_B."
-                    )
-                lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
-                loras.setdefault(adapter_name, []).append(lora)
-        # Of several adapters, or of a parameter that PEFT up to 0.19 has wrapped twice: they add up, as when merged.
-        if self.of_sample is not None:
-            each = [[lora.canonical() for lora in loras.get(name, ())] for name in dict.fromkeys(self.of_sample)]
-            return layout.mix([layout.concat(found) if found else None for found in each])
-        found = [lora for of_adapter in loras.values() for lora in of_adapter]
-        if len(found) < 2:
-            return found[0] if found else None
-        return layout.concat([lora.canonical() for lora in found])
-
-    def mixed(self, hidden_states: Tensor) -> Mixed | None:
-        """Which adapter each of the tokens "T H" takes, those of one sample side by side; None where all take the same.
-
-        Raises:
-            LayoutError: The samples cannot have as many tokens each.
-        """
-        if self.of_sample is None:
-            return None
-        tokens, samples = hidden_states.shape[0], len(self.of_sample)
-        if tokens % samples:
-            raise LayoutError(
-                f"adapter_names has {samples} names, but {type(self.experts).__name__} gets {tokens} tokens, which "
-                f"{samples} samples cannot share evenly. One name for each sample of the batch was expected."
-            )
-        ids = {name: i for i, name in enumerate(dict.fromkeys(self.of_sample))}
-        of_sample = torch.tensor([ids[name] for name in self.of_sample], device=hidden_states.device)
-        return Mixed(len(ids), of_sample.repeat_interleave(tokens // samples))
 
 
 def experts_registry(module: str = REGISTRY_MODULE) -> Any:
@@ -224,17 +157,21 @@ def registered_forward(stock: Any) -> Any:
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        exchanges, mixed = exchanges_tokens(self), None
+        exchanges, names = exchanges_tokens(self), None
         handover = _carried.get() if exchanges else kwargs.pop(KEYWORD, None)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
         if handover is not None:
             handover.arrived = True
-            mixed = handover.mixed(args[0] if args else kwargs["hidden_states"])
-        elif exchanges or not _narrower(self, args[0] if args else kwargs["hidden_states"]):
+            names = handover.check_samples(hidden_states.shape[0])
+        elif exchanges or not _narrower(self, hidden_states):
             return stock(self, *args, **kwargs)
         else:
             handover = {}
         named = {_ARGUMENT_ALIASES.get(key, key): value for key, value in kwargs.items()}
-        return experts_forward(self, handover, *args, mixed=mixed, **named)  # type: ignore[misc]
+        if names is None:
+            return experts_forward(self, handover, *args, **named)
+        given = dict(zip(ROUTED, args, strict=False)) | named
+        return forward_of_samples(self, handover, names, *(given[name] for name in ROUTED))
 
     setattr(forward, TAKES_LORA, True)
     return forward

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support import zoo
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_moe_compat import LayoutError
 from peft_moe_compat.forward import dropout
+from peft_moe_compat.patching import handed_down
 
 FAMILIES = pytest.mark.parametrize("family", zoo.FAMILIES)
 ONE = zoo.FAMILIES[0]
@@ -26,7 +28,8 @@ def model_of(family, **config):
 
 
 def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+    found = {name: p.grad.clone() for name, p in named if p.grad is not None}
     model.zero_grad()
     return {name: gradient for name, gradient in found.items() if gradient.count_nonzero()}
 
@@ -65,16 +68,45 @@ def test_each_sample_has_its_own_adapter(family, stock):
 
 
 @zoo.needs_registry
-def test_training_takes_them_too_but_with_checkpointing():
+@FAMILIES
+@pytest.mark.parametrize("names", [NAMES, sorted(NAMES), ["second"] * len(NAMES)], ids=["mixed", "sorted", "one"])
+def test_each_adapter_may_have_a_pass_of_its_own(family, names, stock, monkeypatch):
+    """As the fused kernels, which are none faster on a CPU, have it."""
+    passes = []
+    monkeypatch.setattr(handed_down, "runs_fused", lambda *_: True)
+    monkeypatch.setattr(handed_down, "_TOKENS_OF_A_PASS", 7)
+    once = handed_down.experts_forward
+    monkeypatch.setattr(handed_down, "experts_forward", lambda *args: (passes.append(len(args)), once(*args))[1])
+    model, ids = model_of(family)
+    zoo.assert_same(together(model, ids, names), stock(alone, model, ids, names), 1e-4)
+    layers = len({id(wrapper.get_base_layer()) for wrapper in zoo.wrappers(model)})
+    assert passes == [5] * layers * len(set(names))
+    monkeypatch.setattr(handed_down, "_TOKENS_OF_A_PASS", 7 * len(names))
+    passes.clear()
+    together(model, ids, names)
+    assert passes == [5 if len(set(names)) == 1 else 6] * layers
+
+
+@zoo.needs_registry
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant", "torch's wrapper"])
+def test_training_takes_them_too(checkpointing):
     model, ids = model_of(ONE, use_cache=False)
     expected = together(model, ids, NAMES)
     model.train()
+    if "reentrant" in checkpointing:
+        how = {"use_reentrant": checkpointing == "reentrant"}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        model.enable_input_require_grads()
+    elif "wrapper" in checkpointing:
+        layers = model.get_base_model().model.layers
+        layers[0].mlp = checkpoint_wrapper(layers[0].mlp)
+    held = [vars(module).copy() for module in model.modules()]
     zoo.assert_same(together(model, ids, NAMES), expected, 1e-5)
-    assert model.base_model.training
-    model.gradient_checkpointing_enable()
-    with pytest.raises(LayoutError, match="gradient checkpointing"):
-        model(input_ids=ids, adapter_names=NAMES)
-    assert model.base_model.training
+    first = model(input_ids=ids, adapter_names=NAMES).logits
+    model(input_ids=ids, adapter_names=NAMES[::-1])  # before the first is computed again
+    sum(weighed(each).sum() for each in first).backward()
+    zoo.assert_same({"logits": first.detach()} | gradients(model), expected, 1e-5)
+    assert all(before == vars(module) for before, module in zip(held, model.modules(), strict=True))
 
 
 @zoo.needs_registry
