@@ -112,27 +112,33 @@ def local_factors(weight: Any) -> Tensor:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of a tensor that may be sharded, without autograd: a collective operation.
-
-    One mesh after the other, since torch before 2.13 cannot gather lora_B of experts from both at once.
-    """
-    tensor = tensor.detach()
+    """All of a tensor that may be sharded, without autograd: a collective operation."""
+    found: Tensor = tensor.detach()
     if not hasattr(tensor, "full_tensor"):
-        found: Tensor = tensor
-    elif "efsdp" in (tensor.device_mesh.mesh_dim_names or ()):
-        found = _gathered(local_factors(tensor), tensor.device_mesh["ep"], tensor.placements[-1], tensor.shape)
+        return found
+    mesh, placement = tensor.device_mesh, tensor.placements[-1]
+    if "efsdp" in (mesh.mesh_dim_names or ()):
+        found = _gathered(local_factors(tensor), mesh["ep"], placement, tensor.shape)
+    elif mesh.ndim == 1 and hasattr(placement, "split_factor"):
+        found = _gathered(tensor.detach().to_local(), mesh, placement, tensor.shape)
     else:
-        found = tensor.full_tensor()
+        found = tensor.detach().full_tensor()
     return found
 
 
 def _gathered(part: Tensor, mesh: Any, placement: Any, shape: Sequence[int]) -> Tensor:
-    from torch.distributed.tensor import DTensor
+    """All of what the ranks of a one-dimensional mesh hold. torch 2.11 cannot do it for lora_B of experts."""
+    from torch.distributed.tensor import DTensor, Shard
 
-    size = torch.Size(shape)
-    stride = torch.empty(size, device="meta").stride()
-    sharded = DTensor.from_local(part, mesh, [placement], run_check=False, shape=size, stride=stride)
+    axis = placement.dim
+    stride = torch.empty(shape, device="meta").stride()
+    sharded = DTensor.from_local(part, mesh, [Shard(axis)], run_check=False, shape=torch.Size(shape), stride=stride)
     found: Tensor = sharded.full_tensor()
+    if groups := getattr(placement, "split_factor", 0):
+        # "q (n r e)", rank by rank, -> "q (r n e)"
+        q, columns = shape[:axis], shape[axis + 1 :]
+        by_rank = found.reshape(*q, mesh.size(), groups, -1, *columns)
+        found = by_rank.transpose(axis, axis + 1).reshape(shape)
     return found
 
 

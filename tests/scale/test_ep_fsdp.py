@@ -15,21 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support import zoo
 
-import peft_moe_compat
 from peft_moe_compat import ParallelismError
 from peft_moe_compat.model.sharding import whole
 
 from . import models
 from .ranks import run
+from .sharded_models import CONFIG, SIZES, TOLERANCE, E, load, stock
 
-E, R = 8, 3
-TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
-CONFIG = {"r": R, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], "target_parameters": TARGETS}
-# Whole experts, and whole attention heads, on four ranks.
-SIZES = {
-    "qwen3_moe": {"num_experts": E, "num_key_value_heads": 4},
-    "gpt_oss": {"num_local_experts": E, "num_key_value_heads": 4},
-}
 # Number of ranks -> what they form. An expert belongs to fsdp * tp / ep ranks of each replica.
 LAYOUTS = {
     2: [{"fsdp_size": 2, "ep_size": 2}, {"fsdp_size": 2}],
@@ -45,21 +37,10 @@ LAYOUTS = {
     ],
 }
 EVERY = [(ranks, layout) for ranks, layouts in LAYOUTS.items() for layout in layouts]
-# Of float32 sums taken in another order, against the largest entry, over three steps.
-TOLERANCE = 2e-5
 
 
 def _name(layout) -> str:
     return ", ".join(f"{key.removesuffix('_size')} {value}" for key, value in layout.items())
-
-
-def _load(folder, layout=None, **options):
-    if layout:
-        from transformers.distributed import DistributedConfig
-
-        options["distributed_config"] = DistributedConfig(**layout)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm", **options)
-    return model.train()
 
 
 def _train(model, layout):
@@ -71,7 +52,7 @@ def _train(model, layout):
 
 
 def _trained(folder, layout):
-    model = PeftModel.from_pretrained(_load(f"{folder}/base", layout), f"{folder}/adapter", is_trainable=True)
+    model = PeftModel.from_pretrained(load(f"{folder}/base", layout), f"{folder}/adapter", is_trainable=True)
     model.save_pretrained(f"{folder}/saved {_name(layout)}", is_main_process=dist.get_rank() == 0)
     found = _train(model, layout)
     model.save_pretrained(f"{folder}/trained {_name(layout)}", is_main_process=dist.get_rank() == 0)
@@ -80,7 +61,7 @@ def _trained(folder, layout):
 
 def _made(folder, layout):
     """Initial values of an adapter made by ranks of which each is seeded otherwise, and what this one holds of it."""
-    base = _load(f"{folder}/base", layout)
+    base = load(f"{folder}/base", layout)
     torch.manual_seed(dist.get_rank())
     model = get_peft_model(base, LoraConfig(**CONFIG | {"target_modules": []}))
     lora = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -89,7 +70,7 @@ def _made(folder, layout):
 
 
 def _checkpointed(folder, layout):
-    base = _load(f"{folder}/base", layout)
+    base = load(f"{folder}/base", layout)
     model = PeftModel.from_pretrained(base, f"{folder}/adapter", is_trainable=True, low_cpu_mem_usage=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -98,7 +79,7 @@ def _checkpointed(folder, layout):
 
 def _idle(folder, layout):
     """Gradients where the routers take the same two experts for every token."""
-    model = PeftModel.from_pretrained(_load(f"{folder}/idle", layout), f"{folder}/adapter", is_trainable=True)
+    model = PeftModel.from_pretrained(load(f"{folder}/idle", layout), f"{folder}/adapter", is_trainable=True)
     return _train(model, layout)
 
 
@@ -111,16 +92,16 @@ def _refusals(folder):
             function()
         found[name] = str(error.value)
 
-    def load():
-        return _load(f"{folder}/base", LAYOUTS[2][0])
+    def loaded():
+        return load(f"{folder}/base", LAYOUTS[2][0])
 
-    model = get_peft_model(load(), LoraConfig(**CONFIG))
+    model = get_peft_model(loaded(), LoraConfig(**CONFIG))
     attempt("second", lambda: model.add_adapter("other", LoraConfig(**CONFIG)))
-    attempt("whole modules", lambda: get_peft_model(load(), LoraConfig(**CONFIG, modules_to_save=["lm_head"])))
-    after = load()
+    attempt("whole modules", lambda: get_peft_model(loaded(), LoraConfig(**CONFIG, modules_to_save=["lm_head"])))
+    after = loaded()
     after(input_ids=models.batches()[0])
     attempt("late", lambda: get_peft_model(after, LoraConfig(**CONFIG)))
-    older = load()
+    older = loaded()
     older.config.distributed_config = SimpleNamespace(fsdp_size=2)
     attempt("older", lambda: get_peft_model(older, LoraConfig(**CONFIG)))
     piped = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/base")
@@ -143,12 +124,12 @@ def _on_ranks(folder, layouts):
 
 
 def _by_stock(folder):
-    model = PeftModel.from_pretrained(_load(f"{folder}/base"), folder / "adapter", is_trainable=True)
+    model = PeftModel.from_pretrained(load(f"{folder}/base"), folder / "adapter", is_trainable=True)
     found = {"trained": models.train(model, models.batches())}
     model.save_pretrained(folder / "trained by stock")
-    idle = PeftModel.from_pretrained(_load(f"{folder}/idle"), folder / "adapter", is_trainable=True)
+    idle = PeftModel.from_pretrained(load(f"{folder}/idle"), folder / "adapter", is_trainable=True)
     found["idle"] = models.train(idle, models.batches())
-    base = _load(f"{folder}/base")
+    base = load(f"{folder}/base")
     torch.manual_seed(0)
     made = get_peft_model(base, LoraConfig(**CONFIG | {"target_modules": []}))
     found["initial"] = {name: p.detach() for name, p in made.named_parameters() if "lora_A" in name}
@@ -166,45 +147,42 @@ def cell(request, tmp_path_factory):
         if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
             parameter.data.zero_()
     model.save_pretrained(folder / "idle")
-    peft_moe_compat.deactivate()
-    try:
-        model = get_peft_model(_load(f"{folder}/base"), LoraConfig(**CONFIG))
+    with stock():
+        model = get_peft_model(load(f"{folder}/base"), LoraConfig(**CONFIG))
         zoo.randomise(model)
         model.save_pretrained(folder / "adapter")
-        stock = _by_stock(folder)
-    finally:
-        peft_moe_compat.activate()
+        expected = _by_stock(folder)
     found = {}
     for count, layouts in LAYOUTS.items():
         ranks = run(count, _on_ranks, str(folder), layouts, timeout=600)
         found |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
-    return folder, stock, found
+    return folder, expected, found
 
 
 @pytest.mark.parametrize("layout", [_name(layout) for _, layout in EVERY])
 def test_training_equals_one_process_on_the_whole_batch(cell, layout):
-    _, stock, found = cell
-    assert sum(name.startswith("0.") for name in stock["trained"]) == 1 + 2 * 2 * (2 + 2)
+    _, expected, found = cell
+    assert sum(name.startswith("0.") for name in expected["trained"]) == 1 + 2 * 2 * (2 + 2)
     for rank in found[layout]:
-        zoo.assert_same(rank["trained"], stock["trained"], TOLERANCE)
-        zoo.assert_same(rank["checkpointed"], stock["trained"], TOLERANCE)
+        zoo.assert_same(rank["trained"], expected["trained"], TOLERANCE)
+        zoo.assert_same(rank["checkpointed"], expected["trained"], TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", [_name(layout) for _, layout in EVERY])
 def test_ranks_whose_experts_have_no_tokens(cell, layout):
-    _, stock, found = cell
-    gradient = stock["idle"]["0.base_model.model.model.layers.0.mlp.experts.lora_A.default.weight"]
+    _, expected, found = cell
+    gradient = expected["idle"]["0.base_model.model.model.layers.0.mlp.experts.lora_A.default.weight"]
     assert (gradient.view(E, -1).abs().amax(1) > 0).sum() == 2
     for rank in found[layout]:
-        zoo.assert_same(rank["idle"], stock["idle"], TOLERANCE)
+        zoo.assert_same(rank["idle"], expected["idle"], TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", [_name(layout) for _, layout in EVERY])
 def test_an_adapter_starts_as_in_one_process_and_is_shared_by_all_ranks(cell, layout):
-    _, stock, found = cell
+    _, expected, found = cell
     for rank in found[layout]:
-        zoo.assert_same(rank["initial"], stock["initial"], 0)
-    sizes = {name: tensor.numel() for name, tensor in stock["initial"].items()}
+        zoo.assert_same(rank["initial"], expected["initial"], 0)
+    sizes = {name: tensor.numel() for name, tensor in expected["initial"].items()}
     replicas = 2 if "dp_replicate" in layout else 1
     for name, size in sizes.items():
         assert sum(torch.Size(rank["held"][name]).numel() for rank in found[layout]) == replicas * size
