@@ -98,7 +98,8 @@ def _trial_reason(device: torch.device, kind: tuple[Any, ...], rows: int) -> Rea
 def _trial(device: torch.device, kind: tuple[Any, ...], rows: int) -> float:
     from .kernels.trial import worst_error  # with triton
 
-    with on_device(device):
+    # What it draws for a dropout is not the caller's: a checkpointed forward is repeated without a trial.
+    with on_device(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
         return worst_error(device, kind, rows)
 
 
