@@ -18,6 +18,7 @@ from .launch import kernel
 from .routing import Route
 
 __all__ = [
+    "Tiling",
     "add_to",
     "grouped_linear",
     "low_rank",

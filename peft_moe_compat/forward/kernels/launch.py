@@ -10,7 +10,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["LAUNCH_ERRORS", "Kernel", "kernel"]
+__all__ = ["LAUNCH_ERRORS", "Kernel", "Repeated", "kernel"]
 
 # What triton raises where a kernel cannot be compiled for a device or does not fit it.
 LAUNCH_ERRORS = CompilationError, OutOfResources, PTXASError
@@ -54,6 +54,10 @@ class Kernel:
             key += arguments[i].base.dtype, *arguments[i].block_shape
         return tuple(key)
 
+    def found(self, arguments: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, tuple[Any, ...]] | None:
+        """(compiled, constants) of a launch that has been; None in triton's interpreter."""
+        return self._compiled.get(self._key(arguments, meta)) if self._compiled else None
+
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
         """Launches over `grid` on the current device, which holds the tensors.
 
@@ -71,6 +75,22 @@ class Kernel:
         if compiled is not None:  # None from triton's interpreter
             constants = tuple(meta[name] for name in self.jit.arg_names[len(arguments) :])
             self._compiled[key] = compiled, constants
+
+
+class Repeated:
+    """Launches of a kernel whose arguments differ in nothing that triton compiles for: found once, for all of them."""
+
+    def __init__(self, kernel: Kernel, grid: tuple[int, ...], **meta: Any) -> None:
+        self._kernel, self._grid, self._meta = kernel, grid, meta
+        self._found: tuple[Any, tuple[Any, ...]] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._found is not None:
+            compiled, constants = self._found
+            compiled[self._grid](*arguments, *constants)
+            return
+        self._kernel(self._grid, *arguments, **self._meta)
+        self._found = self._kernel.found(arguments, self._meta)
 
 
 def kernel(*do_not_specialize: str, fuse: bool = True) -> Any:

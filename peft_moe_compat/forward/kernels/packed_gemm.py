@@ -11,11 +11,11 @@ from ...model.packed import CODES, FLOAT8, INT8, PackedWeight
 from ..grouped_mm import grouped_mm
 from . import gemm
 from .common import Config, Factor, capability_of, cdiv, dot_precision, tile_rows
-from .gemm import add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
+from .gemm import Tiling, add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
 from .interface import next_power
-from .launch import kernel
+from .launch import Repeated, kernel
 from .routing import Route
-from .unpack import codec_of, packed_arguments, span_of, unpack, weight_tile
+from .unpack import Unpacking, codec_of, packed_arguments, span_of, unpack, weight_tile
 
 __all__ = ["linear", "unpacking_of"]
 
@@ -141,22 +141,47 @@ def _packed_linear(
     if not tiling or K % tiling.depth or N % (16 // x.element_size()):
         whole = unpack(weight, route.offs, (0, E), (0, rows), (0, columns))
         return add_to(grouped_mm(x, whole if weight.rows_are_in else whole.mT, route.offs), route, low, factor, bias)
+    return _ahead(x, weight, route, low, factor, bias, tiling)
+
+
+def _ahead(
+    x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None,
+    tiling: Tiling,
+) -> Tensor:  # fmt: skip
+    """Decoded part by part, each multiplied before the next takes its memory.
+
+    What parts of one shape have in common is made once: the processor waits for nothing here, but two launches for each
+    part are more work for it than the device has with a small one.
+    """
+    (E, rows, columns), (_, K, N) = weight.stored, weight.shape
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, (factor_at, *others), R = low_rank(y, low, factor, bias)
     tiles, along_k, (block_n, num_warps, num_stages) = route.large, not weight.rows_are_in, tiling.config
-    for experts, out in _parts(weight, block_n):
-        first, width = out[0], out[1] - out[0]
-        stack = unpack(weight, route.offs, experts, *(out, (0, columns)) if along_k else ((0, rows), out))
-        shifted = factor_at.storage_offset() + first * others[3] if R else 0
-        _product_of_some(
-            (programs_of(x.device), 1, 1), *tiles_of(x, stack, along_k, tiles.block, tiling),
-            y[:, first:], u, b if bias is None else bias[:, first:], route.offs, tiles.table, *experts, width, K, N,
-            factor_at.as_strided((1,), (1,), shifted) if R else y, *others,
-            R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=block_n, BLOCK_K=tiling.depth,
-            GROUP=gemm.GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), DESCRIBED=tiling.described,
-            EXPERTS=next_power(E, 16), num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
-        del stack  # its memory is the next one's
+    parts = _parts(weight, block_n)
+    scratch = x.new_empty(max((e - first_e) * (n - first_n) for (first_e, e), (first_n, n) in parts) * K, dtype=y.dtype)
+    constants = {
+        "R": R, "BIAS": bias is not None, "ALONG_K": along_k, "BLOCK": tiles.block, "BLOCK_N": block_n,
+        "BLOCK_K": tiling.depth, "GROUP": gemm.GROUP_TILES, "EARLY": 32, "PRECISION": dot_precision(y.dtype),
+        "DESCRIBED": tiling.described, "EXPERTS": next_power(E, 16), "num_warps": num_warps, "num_stages": num_stages,
+    }  # fmt: skip
+    made = {}  # by shape
+    for (first_expert, end_expert), (first, end) in parts:
+        count, width = end_expert - first_expert, end - first
+        if (count, width) not in made:
+            shape = (count, width, columns) if along_k else (count, rows, width)
+            stack = scratch[: count * width * K].view(shape)
+            product = Repeated(_product_of_some, (programs_of(x.device), 1, 1), **constants)
+            operands = tiles_of(x, stack, along_k, tiles.block, tiling)
+            made[count, width] = Unpacking(weight, route.offs, stack), product, operands
+        unpacking, product, operands = made[count, width]
+        unpacking(first_expert, *(first, 0) if along_k else (0, first))
+        at = y, b, factor_at
+        if first:
+            shifted = factor_at.as_strided((1,), (1,), factor_at.storage_offset() + first * others[3]) if R else y
+            at = y[:, first:], b if bias is None else bias[:, first:], shifted
+        product(
+            *operands, at[0], u, at[1], route.offs, tiles.table, first_expert, end_expert, width, K, N, at[2], *others
+        )
     return y
 
 

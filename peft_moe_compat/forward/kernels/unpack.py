@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...model.packed import CODES, PackedWeight
 from .common import cdiv
-from .launch import kernel
+from .launch import Repeated, kernel
 
-__all__ = ["codec_of", "packed_arguments", "span_of", "unpack", "weight_tile"]
+__all__ = ["Unpacking", "codec_of", "packed_arguments", "span_of", "unpack", "weight_tile"]
 
 UNPACKED = 4096  # bytes that a program decodes
 
@@ -169,6 +169,22 @@ def span_of(weight: PackedWeight, columns: int) -> int:
     return min(common & -common, 64)
 
 
+class Unpacking:
+    """Decodes rectangles of some experts, as stored, into `out` "experts rows columns"; see `unpack`."""
+
+    def __init__(self, weight: PackedWeight, offs: Tensor, out: Tensor) -> None:
+        count, height, width = out.shape
+        span, bytes_ = span_of(weight, width), height * width // (2 if weight.codec.kind == CODES else 1)
+        self._out, self._offs, self._packed = out, offs, packed_arguments(weight)
+        self._launch = Repeated(
+            _unpack, (cdiv(bytes_, UNPACKED), count, 1),
+            CODEC=codec_of(weight), ROWS=height, COLUMNS=width, SPAN=span, SPANS=UNPACKED // span, num_warps=4,
+        )  # fmt: skip
+
+    def __call__(self, first_expert: int, first_row: int, first_column: int) -> None:
+        self._launch(self._out, self._offs, first_expert, first_row, first_column, *self._packed)
+
+
 def unpack(
     weight: PackedWeight, offs: Tensor, experts: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
 ) -> Tensor:
@@ -180,9 +196,5 @@ def unpack(
     """
     count, height, width = (end - first for first, end in (experts, rows, columns))
     out = torch.empty(count, height, width, dtype=weight.dtype, device=weight.device)
-    span, bytes_ = span_of(weight, width), height * width // (2 if weight.codec.kind == CODES else 1)
-    _unpack(
-        (cdiv(bytes_, UNPACKED), count, 1), out, offs, experts[0], rows[0], columns[0], *packed_arguments(weight),
-        CODEC=codec_of(weight), ROWS=height, COLUMNS=width, SPAN=span, SPANS=UNPACKED // span, num_warps=4,
-    )  # fmt: skip
+    Unpacking(weight, offs, out)(experts[0], rows[0], columns[0])
     return out
