@@ -21,6 +21,7 @@ from .model.sharding import exchanges_tokens
 from .model.weights import format_of, stored_format, unreadable_reason
 from .model.wrappers import active_adapters, dropout_of, is_param_wrapper, native_reason
 from .patching.activation import is_active, not_active_reason
+from .patching.displaced import displaced_functions, sentence
 from .patching.reach import TAKEN_FROM_US, say_once, unreached
 from .reasons import Reason, because
 from .releases import installed_versions, newer_than_tested
@@ -242,6 +243,10 @@ def report(model: nn.Module) -> Report:
     gone = [reason for row in rows for p in row.parameters for reason in p.reasons if reason.code in TAKEN_FROM_US]
     for reason in dict.fromkeys(gone):
         found.append(f"{gone.count(reason)} expert parameters do not run in peft_moe_compat's forward: {reason}.")
+        if say_once(reason):
+            warnings.warn(found[-1], CompatWarning, stacklevel=2)
+    for reason in displaced_functions():
+        found.append(sentence(reason))
         if say_once(reason):
             warnings.warn(found[-1], CompatWarning, stacklevel=2)
     untested = newer_than_tested(**installed_versions("peft", "transformers"))

@@ -161,6 +161,7 @@ def test_ours_is_imported_early_but_where_something_heavy_must_wait():
         ("forward.fused", "forward.kernels.layer"),
         ("forward.fused", "forward.kernels.trial"),
         ("patching.activation", "model.probe"),  # torch, at activation
+        ("patching.activation", "patching.displaced"),
         ("patching.activation", "patching.reach"),
         ("patching.activation", "patching.replacements"),
         ("patching.activation", "releases"),  # a type alone

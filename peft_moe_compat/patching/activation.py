@@ -54,7 +54,7 @@ class Activation:
         What somebody has put on top of ours in the meantime stays, and ours below it only calls what was there.
         """
         global _current
-        from . import reach
+        from . import displaced, reach
         from .replacements import forget_converted
 
         with _lock:
@@ -63,6 +63,7 @@ class Activation:
             for placed in self._placed:
                 placed.take_back()
             reach.forget()
+            displaced.follow([])
             forget_converted()
             _current = None
 
@@ -101,13 +102,14 @@ class Activation:
             )
 
     def _place(self, found: Iterable[Replacement]) -> None:
-        from . import reach
+        from . import displaced, reach
 
         made = [replacement.made() for replacement in found]
         # Nothing has been touched up to here, so a refusal leaves no half-made activation.
         for placed in made:
             placed.replacement.put(placed.ours)
         self._placed += made
+        displaced.follow(self._placed)
         reach.begin(next(placed.ours for placed in self._placed if placed.replacement.what == "ParamWrapper.forward"))
 
     def _renew(self) -> None:

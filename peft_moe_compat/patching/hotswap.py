@@ -12,6 +12,7 @@ from typing import Any
 from ..adapters.ranks import lora_numbers
 from ..model.wrappers import is_param_wrapper
 from .arguments import naming
+from .displaced import notice
 from .matching import live_path
 
 __all__ = ["hotswap_adapter_from_state_dict"]
@@ -24,6 +25,7 @@ def hotswap_adapter_from_state_dict(stock: Any) -> Any:
 
     @wraps(stock)
     def from_state_dict(*args: Any, **kwargs: Any) -> Any:
+        notice()
         given = named(args, kwargs)
         if not given.keys() >= set(needed):
             return stock(*args, **kwargs)  # which says what is missing

@@ -29,6 +29,7 @@ from ..model.experts import bare
 from .arguments import naming
 from .arrival import check_fused, check_per_expert
 from .context import holding
+from .displaced import notice
 from .given import STATE_DICT, understand_tensors
 from .injecting import check_config, convert_command
 from .lost import check_names
@@ -145,6 +146,7 @@ def load_peft_weights(stock: Any) -> Any:
 
     @wraps(stock)
     def replacement(*args: Any, **kwargs: Any) -> Any:
+        notice()
         weights = stock(*args, **kwargs)
         load, key_mapping = _loading.get(), upstream(args, kwargs).get("key_mapping")
         if load is None:
@@ -262,6 +264,7 @@ def prepare_model(stock: Any) -> Any:
 
     @wraps(stock)
     def replacement(self: Any, peft_config: Any, model: Any) -> Any:
+        notice()
         result = stock(self, peft_config, model)
         load = _loading.get()
         if load is not None and bare(model) is bare(load.model):

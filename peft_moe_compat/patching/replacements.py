@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..families import OWN_FORWARDS
 from ..model.experts import REGISTRY_MODULE, dispatching_registry
@@ -57,6 +57,7 @@ class Replacement:
         what: For messages.
     """
 
+    runs_forward: ClassVar[bool] = False  # what `reach` sees to
     owner: Any
     name: str
     home: str
@@ -101,6 +102,8 @@ class Replacement:
 
 class ForwardReplacement(Replacement):
     """Of what runs at every forward: ours asks by itself whether the library is active."""
+
+    runs_forward = True
 
     def _ours(self, placed: Placed) -> Any:
         return self.make(placed.stock)

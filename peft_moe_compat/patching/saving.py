@@ -25,6 +25,7 @@ from ..errors import AdapterError
 from ..model.experts import bare, features, is_transposed
 from ..model.wrappers import is_param_wrapper
 from .context import holding
+from .displaced import notice
 from .matching import chains, live_path, orientation_of
 from .sharding import refuse_partitioned
 from .targets import named_for_any_reader
@@ -75,6 +76,7 @@ def safe_save_file(stock: Any) -> Any:
 
     @wraps(stock)
     def saving(tensors: Any, filename: Any, metadata: Any = None) -> Any:
+        notice()
         save = _saving.get()
         if save is not None and Path(filename).name.startswith("adapter_model"):
             model = save.model
