@@ -17,7 +17,8 @@ __all__ = ["load_adapter"]
 def load_adapter(lora_manager: Any, stream: AdapterStream, name: str = "peft_moe_compat", lora_int_id: int = 1) -> Any:
     """Has vLLM load an adapter from memory, in the place of the one that it had under this id.
 
-    Its own `add_adapter` does it, from a folder that has the config alone.
+    Its own `add_adapter` does it, from a folder that has the config alone. Each rank of a server that is tensor or
+    expert parallel calls it with all of the adapter, and takes its part.
 
     Args:
         lora_manager: Of the worker: `model_runner.lora_manager`.
@@ -53,11 +54,17 @@ def _from_local_checkpoint(lora_model: Any, stream: AdapterStream) -> Any:
         device: str,
         dtype: Any,
         tensorizer_config_dict: Any = None,  # noqa: ARG001  # until 0.30
-        moe_ep_spec: Any = None,  # noqa: ARG001  # what to leave in the file; the manager takes its part of all
+        moe_ep_spec: Any = None,
         **options: Any,
     ) -> Any:
-        # Copied, since vLLM scales lora_B in place.
-        tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in stream}
+        from vllm.lora.lora_model import _is_remote_expert_key
+
+        # Copied, since vLLM scales lora_B in place; without experts that other ranks of the server hold.
+        tensors = {
+            name: tensor.to(device, dtype, copy=True)
+            for name, tensor in stream
+            if moe_ep_spec is None or not _is_remote_expert_key(name, moe_ep_spec)
+        }
         return lora_model.from_lora_tensors(
             tensors=tensors, peft_helper=peft_helper, device=device, dtype=dtype, **options
         )

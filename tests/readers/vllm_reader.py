@@ -59,19 +59,34 @@ _REAL = (
 )
 
 
+# "tensor" or "expert", the rank, and how many there are.
+Share = tuple[str, int, int]
+
+
 class _Runner(nn.Module):
     """Double of `MoERunner`: sizes, and what `FusedMoEWithLoRA.__init__` asks for."""
 
-    def __init__(self, num_experts: int, hidden: int, intermediate: int, gated: bool, mapping: list[Any]) -> None:
+    def __init__(
+        self, num_experts: int, hidden: int, intermediate: int, gated: bool, mapping: list[Any], share: Share
+    ) -> None:
         super().__init__()
-        parallel = SimpleNamespace(tp_size=1, tp_rank=0, ep_rank=0, use_ep=False)
+        how, rank, size = share
+        tensor, expert = (size, 1) if how == "tensor" else (1, size)
+        parallel = SimpleNamespace(
+            tp_size=tensor,
+            tp_rank=rank if how == "tensor" else 0,
+            ep_rank=rank if how == "expert" else 0,
+            use_ep=how == "expert",
+            all2all_backend="allgather_reducescatter",
+            is_sequence_parallel=False,
+        )
         self.moe_config = SimpleNamespace(
             moe_parallel_config=parallel,
             hidden_dim=hidden,
-            num_local_experts=num_experts,
+            num_local_experts=num_experts // expert,
             num_experts=num_experts,
-            intermediate_size_per_partition=intermediate,
-            intermediate_size_per_partition_unpadded=intermediate,
+            intermediate_size_per_partition=intermediate // tensor,
+            intermediate_size_per_partition_unpadded=intermediate // tensor,
             experts_per_token=1,
             is_act_and_mul=gated,
         )
@@ -229,7 +244,9 @@ class _Tree(nn.Module):
         owner.add_module(leaf, module)
 
 
-def _model(source: _ModelSource, config: Mapping[str, Any], architecture: str, build_mapping: Any) -> nn.Module:
+def _model(
+    source: _ModelSource, config: Mapping[str, Any], architecture: str, build_mapping: Any, share: Share
+) -> nn.Module:
     """Double of the model: vLLM's module names, the real class attributes."""
     text = {**config, **(config.get("text_config") or {})}
     counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -254,7 +271,7 @@ def _model(source: _ModelSource, config: Mapping[str, Any], architecture: str, b
     prefix = "language_model.model" if source.multimodal else "model"
     kinds = text.get("layers_block_type") or ["moe"] * int(text["num_hidden_layers"])
     for layer in (i for i, kind in enumerate(kinds) if kind == "moe"):
-        runner = _Runner(num_experts, int(text["hidden_size"]), intermediate, gated, mapping)
+        runner = _Runner(num_experts, int(text["hidden_size"]), intermediate, gated, mapping, share)
         model.put(f"{prefix}.layers.{layer}.{source.experts}", runner)
         for linear in ("qkv_proj", "o_proj"):
             model.put(f"{prefix}.layers.{layer}.self_attn.{linear}", _Linear())
@@ -270,6 +287,7 @@ def read(
     mixed_format: bool = False,
     is_3d: bool = False,
     shared: bool = False,
+    share: Share = ("tensor", 0, 1),
 ) -> dict[tuple[int, int, str], Tensor]:
     """(layer, expert, "gate" | "up" | "down") -> the update "out in" in float64 that vLLM adds, where it adds any.
 
@@ -282,6 +300,7 @@ def read(
         mixed_format: `--enable-mixed-moe-lora-format`.
         is_3d: `is_3d_lora_weight` of the request; read under `mixed_format` only.
         shared: `--enable-moe-shared-loras`.
+        share: Whose buffers are read: "tensor" or "expert" parallel, the rank, and of how many.
 
     Raises:
         Whatever vLLM raises when it refuses the adapter.
@@ -306,8 +325,10 @@ def read(
         from vllm.model_executor.models.utils import WeightsMapper
 
         source = _ModelSource(sources, architecture, WeightsMapper)
-        model = _model(source, base_config, architecture, RoutedExperts.build_expert_params_mapping)
-        vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(enable_expert_parallel=False), model_config=None)
+        model = _model(source, base_config, architecture, RoutedExperts.build_expert_params_mapping, share)
+        vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(enable_expert_parallel=share[0] == "expert"), model_config=None
+        )
         manager = LRUCacheLoRAModelManager(model, 1, 8, 32, lora_config, torch.device("cpu"), vllm_config)
         worker = object.__new__(LRUCacheWorkerLoRAManager)
         worker.__dict__.update(
