@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,16 +59,20 @@ def _from_local_checkpoint(lora_model: Any, stream: AdapterStream) -> Any:
         moe_ep_spec: Any = None,
         **options: Any,
     ) -> Any:
-        from vllm.lora.lora_model import _is_remote_expert_key
-
-        # Copied, since vLLM scales lora_B in place; without experts that other ranks of the server hold.
-        tensors = {
-            name: tensor.to(device, dtype, copy=True)
-            for name, tensor in stream
-            if moe_ep_spec is None or not _is_remote_expert_key(name, moe_ep_spec)
-        }
+        remote = _elsewhere(moe_ep_spec)
+        # Copied, since vLLM scales lora_B in place.
+        tensors = {n: tensor.to(device, dtype, copy=True) for n, tensor in stream if not remote(n)}
         return lora_model.from_lora_tensors(
             tensors=tensors, peft_helper=peft_helper, device=device, dtype=dtype, **options
         )
 
     return load
+
+
+def _elsewhere(moe_ep_spec: Any) -> Callable[[str], bool]:
+    """Tensor's name -> whether it is of an expert that another rank of the server holds."""
+    if moe_ep_spec is None:
+        return lambda _: False
+    from vllm.lora.lora_model import _is_remote_expert_key
+
+    return partial(_is_remote_expert_key, spec=moe_ep_spec)
