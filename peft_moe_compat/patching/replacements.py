@@ -350,7 +350,7 @@ def _of_sharded_experts(ParamWrapper: Any, BaseTuner: Any) -> list[Replacement]:
     transformers keeps its shares of the experts as DTensors (5.17 on).
     """
     lora_model = importlib.import_module("peft.tuners.lora.model")
-    found = []
+    found = [_attribute(BaseTuner, "inject_adapter", "peft.", sharding.inject_adapter)]
     if "_get_in_out_features" in vars(ParamWrapper):
         found.append(_attribute(ParamWrapper, "_get_in_out_features", "peft.", sharding.get_in_out_features))
     if getattr(lora_model, "is_transformers_dtensor_tp", False):
@@ -360,7 +360,6 @@ def _of_sharded_experts(ParamWrapper: Any, BaseTuner: Any) -> list[Replacement]:
         name = "gather_state_dict_for_save"
         found.append(_attribute(plans, name, "transformers.", sharding.gather_state_dict_for_save))
         found.append(_attribute(layers, "_get_in_out_features", "peft.", sharding.linear_features))
-        found.append(_attribute(BaseTuner, "inject_adapter", "peft.", sharding.inject_adapter))
         found.append(_attribute(lora_model, "get_tp_plan_and_mesh", "peft.", sharding.get_tp_plan_and_mesh))
     return found
 

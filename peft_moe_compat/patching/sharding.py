@@ -110,10 +110,13 @@ def inject_adapter(stock: Callable[..., None]) -> Callable[..., None]:
 
 def _check_fsdp(model: Any, config: Any, adapter: Any, another: bool) -> None:
     """Raises `ParallelismError` for an adapter that FSDP2 could not take in."""
-    if not hasattr(config, "dp_size"):
+    from peft import import_utils
+
+    if not hasattr(config, "dp_size") or not getattr(import_utils, "is_transformers_dtensor_tp", False):
         raise ParallelismError(
-            "This transformers does not say how LoRA on experts has to be averaged where it shards a model by FSDP2 "
-            "while it loads it. Update transformers to 5.24 or later, or shard the model by torch's fully_shard."
+            "transformers has sharded the model by FSDP2 while loading it, and LoRA on its experts would be every "
+            "rank's own under these releases. Update PEFT to 0.21.1 and transformers to 5.24 or later, or shard the "
+            "model by torch's fully_shard once it has its adapter."
         )
     if another:
         what = "a second adapter"

@@ -207,7 +207,7 @@ def test_refused_by_name(cell):
             "second": "a second adapter",
             "whole modules": "modules_to_save",
             "late": "after the model's first forward",
-            "older": "Update transformers to 5.24",
+            "older": "Update PEFT to 0.21.1 and transformers to 5.24",
             "pipeline": "pipeline parallelism",
         }.items():
             assert words in told[name]
