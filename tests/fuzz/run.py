@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields, replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,13 @@ def blocks(seed: int, cases: int, jobs: int) -> Iterable[tuple[int, Counter[str]
         yield from ((coming[done], *done.result()) for done in as_completed(coming))
 
 
+def import_slowly() -> None:
+    """What the package imports when it needs it, where installed: no case is to be stopped in the middle of that."""
+    for name in ("torch._dynamo", "transformers.modeling_utils", "transformers.models.auto", "peft"):
+        if find_spec(name.partition(".")[0]):
+            import_module(name)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000)
@@ -109,6 +118,7 @@ def main() -> int:
     parser.add_argument("--replay", help="run this case alone, as a failure printed it")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    import_slowly()
     done, tally, kinds, start = 0, Counter[str](), Counter[str](), time.perf_counter()
     if given.replay is not None or given.case is not None:
         case = draw(given.case, NAMES) if given.replay is None else Case.from_json(given.replay)
