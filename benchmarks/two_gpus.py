@@ -1,12 +1,14 @@
-"""Training steps of Qwen3-30B-A3B with random weights on several GPUs of one host: FSDP2, expert parallelism, or both.
+"""Training steps of a model with random weights on several GPUs of one host: FSDP2, expert parallelism, or both.
 
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py --engine fsdp2|ep|ep-fsdp2 --method frozen|stock|ours
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py --engine ep-fsdp2 --method ours --tiny        (gloo, on CPU)
+    torchrun --nproc-per-node 4 benchmarks/two_gpus.py --engine ep-fsdp2 --ep-size 2 --tp-size 2 --method ours
 
-LoRA r = 16 on the experts ("frozen": on attention alone, its gradients averaged as Trainer does), gradient
-checkpointing, 4 x 2048 tokens a rank, AdamW. Prints the loss of each step, the median time of a step and the peak
-memory of rank 0; with --trace, what one step more spends in communication, how much of that nothing overlaps, and its
-bytes. "ep-fsdp2" is transformers' own, 5.24. Stock PEFT cannot run where experts are spread.
+Sizes of Qwen3-30B-A3B, or of GLM-4.5-Air (106B). LoRA r = 16 on the experts ("frozen": on attention alone, its
+gradients averaged as Trainer does), gradient checkpointing, 4 x 2048 tokens a rank, AdamW. Prints the loss of each
+step, the median time of a step and the peak memory of rank 0; with --trace, what one step more spends in
+communication, how much of that nothing overlaps, and its bytes. "ep-fsdp2" is transformers' own, 5.24. Stock PEFT
+cannot run where experts are spread.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--engine", choices=["fsdp2", "ep", "ep-fsdp2"], required=True)
 parser.add_argument("--method", choices=["frozen", "stock", "ours"], required=True)
 parser.add_argument("--attention", action="store_true", help="LoRA on attention beside that on experts")
+parser.add_argument("--model", choices=["qwen3-30b", "glm-4.5-air"], default="qwen3-30b")
 parser.add_argument("--ep-size", type=int, help="of ep-fsdp2; by default all ranks")
+parser.add_argument("--tp-size", type=int, default=1, help="of ep-fsdp2; FSDP2 has the rest of the ranks")
 parser.add_argument("--ep-implementation", default="all_to_all")
 parser.add_argument("--batch", type=int, default=4)
 parser.add_argument("--trace", action="store_true")
-parser.add_argument("--layers", type=int, default=48)
+parser.add_argument("--layers", type=int, help="by default as many as the model has")
 parser.add_argument("--steps", type=int, default=5)
 parser.add_argument("--tiny", action="store_true")
 parser.add_argument("--json")
@@ -47,13 +51,26 @@ from torch.distributed.fsdp import fully_shard
 import peft_moe_compat
 
 DEVICE = "cpu" if args.tiny else "cuda"
-SIZES = (
-    {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16,
-     "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 128}
-    if args.tiny else
-    {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128,
-     "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": args.layers, "vocab_size": 151936}
-)  # fmt: skip
+SIZES: dict[str, Any] = {
+    "qwen3-30b": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "num_hidden_layers": 48, "vocab_size": 151936, "norm_topk_prob": True,
+    },
+    "glm-4.5-air": {
+        "model_type": "glm4_moe", "hidden_size": 4096, "moe_intermediate_size": 1408, "n_routed_experts": 128,
+        "num_experts_per_tok": 8, "head_dim": 128, "num_attention_heads": 96, "num_key_value_heads": 8,
+        "num_hidden_layers": 46, "vocab_size": 151552, "intermediate_size": 10944, "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+    },
+}[args.model]  # fmt: skip
+if args.tiny:
+    SIZES |= {
+        "hidden_size": 64, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 128,
+    }  # fmt: skip
+    SIZES["num_experts" if "num_experts" in SIZES else "n_routed_experts"] = 8
+SIZES["num_hidden_layers"] = args.layers or SIZES["num_hidden_layers"]
 
 
 def fill(model: torch.nn.Module) -> None:
@@ -113,14 +130,17 @@ def by_transformers(config: transformers.PretrainedConfig) -> torch.nn.Module:
     from transformers.distributed import DistributedConfig
 
     size = dist.get_world_size()
-    model = transformers.Qwen3MoeForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(
         None,
         config=config,
         state_dict={},
         dtype=torch.bfloat16,
         experts_implementation="grouped_mm",
         distributed_config=DistributedConfig(
-            fsdp_size=size, ep_size=args.ep_size or size, ep_implementation=args.ep_implementation
+            fsdp_size=size // args.tp_size,
+            tp_size=args.tp_size,
+            ep_size=args.ep_size or size,
+            ep_implementation=args.ep_implementation,
         ),
     )
     fill(model)
@@ -204,7 +224,7 @@ def main() -> None:
         torch.cuda.set_device(rank)
     if args.method == "ours":
         peft_moe_compat.activate()
-    config = transformers.AutoConfig.for_model("qwen3_moe", norm_topk_prob=True, **SIZES)
+    config = transformers.AutoConfig.for_model(**SIZES)
     config._experts_implementation = "grouped_mm"
     model = {"fsdp2": by_fsdp2, "ep": by_expert_parallelism, "ep-fsdp2": by_transformers}[args.engine](config)
     whole_batches = args.engine != "ep"
@@ -218,7 +238,7 @@ def main() -> None:
             by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": found} for found in by_mesh.values()], lr=1e-4)
     # The ranks of one tensor-parallel group see the same batch.
-    torch.manual_seed(rank if whole_batches else 0)
+    torch.manual_seed(rank // args.tp_size if whole_batches else 0)
     ids = torch.randint(0, SIZES["vocab_size"], (args.batch, 32 if args.tiny else 2048), device=DEVICE)
 
     def step() -> float:
@@ -238,7 +258,10 @@ def main() -> None:
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
     found = {
+        "model": args.model,
         "engine": args.engine,
+        "ep_size": args.ep_size,
+        "tp_size": args.tp_size,
         "method": args.method,
         "attention": args.attention or args.method == "frozen",
         "layers": SIZES["num_hidden_layers"],
