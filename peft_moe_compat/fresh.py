@@ -55,6 +55,7 @@ def write_fresh_adapter(
     alpha: float | None = None,
     target_parameters: Sequence[str] | None = None,
     target_modules: str | Sequence[str] = (),
+    dropout: float = 0.0,
     seed: int = 0,
 ) -> FreshAdapter:
     """Writes an adapter that changes nothing yet: lora_A as PEFT initialises it, lora_B zero, in float32.
@@ -69,12 +70,15 @@ def write_fresh_adapter(
         alpha: PEFT's `lora_alpha`; twice the rank by default.
         target_parameters: PEFT's; by default every routed expert weight.
         target_modules: PEFT's: linear layers beside them; none by default.
+        dropout: PEFT's `lora_dropout`, which PEFT applies to experts only where this library is active.
         seed: Of torch's generator of the CPU, which is left as it was.
 
     Raises:
-        AdapterError: No such config, no such targets, or `out` exists.
+        AdapterError: No such config, no such targets, no probability, or `out` exists.
         NoExpertParametersError: The model has no routed experts in fused weights.
     """
+    if not 0 <= dropout < 1:
+        raise AdapterError(f"dropout is {dropout}; a probability below 1 was expected.")
     base = load_base_model(model)
     name, bare = model_without_weights(base)
     wrapped = _adapted(
@@ -88,7 +92,7 @@ def write_fresh_adapter(
     layers = _layers(wrapped)
     weights = {key: weight for path, layer in layers.items() for key, weight in _weights(path, layer)}
     config = wrapped.peft_config[_NAME]
-    config.base_model_name_or_path = str(model)
+    config.base_model_name_or_path, config.lora_dropout = str(model), dropout
     metadata = metadata_of(wrapped, {key: tuple(weight.shape) for key, weight in weights.items()}, config.to_dict())
     with atomic_folder(Path(out), source=Path(model)) as folder:
         write_config(wrapped, _NAME, str(folder))

@@ -49,6 +49,20 @@ def test_it_is_what_peft_saves(modules, base, tmp_path):
     assert written.layers == len(ours) / 2
 
 
+@zoo.needs_registry
+def test_a_dropout_is_that_of_its_config(base, tmp_path, stock):
+    write_fresh_adapter(base, tmp_path / "fresh", rank=2, dropout=0.25)
+    assert read(tmp_path / "fresh")[1]["lora_dropout"] == 0.25
+
+    def load():
+        model = AutoModelForCausalLM.from_pretrained(base)
+        return PeftModel.from_pretrained(model, tmp_path / "fresh", is_trainable=True)
+
+    assert {wrapper.lora_dropout["default"].p for wrapper in zoo.wrappers(load())} == {0.25}
+    with pytest.raises(ValueError, match="lora_dropout"):
+        stock(load)
+
+
 def test_no_generator_is_seeded_but_the_one_that_is_put_back(tmp_path, monkeypatch):
     """`torch.manual_seed` seeds every device's."""
     seeded = []
@@ -100,6 +114,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         write_fresh_adapter(base, out, rank=2, target_modules=["nonsense"], target_parameters=["nonsense.weight"])
     with pytest.raises(AdapterError, match="PEFT refuses this adapter"):
         write_fresh_adapter(base, out, rank=0)
+    with pytest.raises(AdapterError, match=r"dropout is 1.0; a probability"):
+        write_fresh_adapter(base, out, rank=2, dropout=1.0)
     with pytest.raises(AdapterError, match="reach more than linear layers"):
         write_fresh_adapter(base, out, rank=2, target_modules=["embed_tokens"])
     assert not out.exists()

@@ -131,6 +131,9 @@ def init(
     target_modules: Annotated[
         str, typer.Option(help="Linear layers beside them: names with commas, or all-linear; by default none.")
     ] = "",
+    dropout: Annotated[
+        float, typer.Option(help="PEFT's lora_dropout; on experts it is applied where peft_moe_compat is active.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of lora_A.")] = 0,
 ) -> None:
     """Writes a fresh adapter on a model's experts, which changes nothing yet, for trainers to go on from.
@@ -147,6 +150,7 @@ def init(
         alpha=alpha,
         target_parameters=_listed(target_parameters) or None,
         target_modules=target_modules if target_modules == "all-linear" else _listed(target_modules),
+        dropout=dropout,
         seed=seed,
     )
     typer.echo(f"{written.folder}: {written.numbers:,} numbers on {written.layers} layers of {written.model}")
