@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..releases import stamps_its_version
 from .adapter_config import UNSLOTH_DETAIL, UNSLOTH_LAYOUT
@@ -25,6 +25,14 @@ __all__ = ["number", "target_config"]
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # What else than LoRA of linears a config speaks of -> that there is none.
 _THE_REST = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none", "lora_bias": False}
+
+
+class _Named(NamedTuple):
+    """What patterns find a LoRA by; see `Output`."""
+
+    keys: tuple[str, ...]
+    pattern: str
+    full_pattern: str
 
 
 def target_config(
@@ -50,13 +58,15 @@ def target_config(
     _retarget(config, how, experts, [output.path for output in linears] + list(others))
     targets = Targets(config["target_parameters"] or ())
     linears = [_keyed(output, named_as(targets, output.path), target.reader.everything) for output in linears]
-    ranks = {output: output.part.meta.rank for output in (*experts, *linears)}
-    alphas = {output: number(output.part.alpha) for output in (*experts, *linears)}
-    for name, values in (("r", ranks), ("lora_alpha", alphas)):
+    loras = {_Named(output.keys, output.pattern, output.full_pattern): output.part for output in (*experts, *linears)}
+    for name, patterns, find, values in (
+        ("r", "rank_pattern", lora_rank, {named: part.meta.rank for named, part in loras.items()}),
+        ("lora_alpha", "alpha_pattern", lora_alpha, {named: number(part.alpha) for named, part in loras.items()}),
+    ):
         if config.get(name) is None:
             config[name] = Counter(values.values()).most_common(1)[0][0]
-    config["rank_pattern"] = _patterns(config, "rank_pattern", lora_rank, ranks)
-    config["alpha_pattern"] = _patterns(config, "alpha_pattern", lora_alpha, alphas)
+        kept = {_Named((path,), path, path): find(config, path) for path in others}
+        config[patterns] = _patterns(config, patterns, find, kept | values)
     if not target.reader.everything:  # the file will hold LoRA of linears and nothing else
         config |= {name: value for name, value in _THE_REST.items() if config.get(name)}
     return config, steps
@@ -151,25 +161,32 @@ def _patterns(
     config: Mapping[str, Any],
     patterns: str,
     find: Callable[[Mapping[str, Any], str], int | float],
-    wanted: Mapping[Output, int | float],
+    wanted: Mapping[_Named, int | float],
 ) -> dict[str, Any]:
-    """The table of patterns under which PEFT finds each wanted value, with as few new entries as that takes."""
+    """The table of patterns under which PEFT finds each wanted value, with as few new entries as that takes.
+
+    It takes the first that matches: of the table as written, and of the sorted one that its `save_pretrained` writes.
+    """
     table = dict(config.get(patterns) or {})
 
-    def missed(new: Mapping[str, int | float]) -> list[Output]:
-        first = {**config, patterns: Patterns(new)}
-        return [
-            output
-            for output, value in wanted.items()
-            if any(find(first if first[patterns].find(key) else config, key) != value for key in output.keys)
-        ]
+    def missed(new: Mapping[str, Any]) -> dict[_Named, set[str | None]]:
+        """What does not find its value -> the patterns that stand in the way."""
+        found: dict[_Named, set[str | None]] = {}
+        for order in (Patterns(new), Patterns(dict(sorted(new.items())))):
+            read = {**config, patterns: order}
+            for named, value in wanted.items():
+                for key in (key for key in named.keys if find(read, key) != value):
+                    found.setdefault(named, set()).add(order.find(key))
+        return found
 
-    if not (without := missed({})):
+    if not (wrong := missed(table)):
         return table
     by_pattern: dict[str, set[int | float]] = {}
-    for output, value in wanted.items():
-        by_pattern.setdefault(output.pattern, set()).add(value)
-    new = {o.pattern if len(by_pattern[o.pattern]) == 1 else o.full_pattern: wanted[o] for o in without}
-    if missed(new):
-        new = {output.full_pattern: value for output, value in wanted.items()}
-    return {**new, **table, **new}  # PEFT takes the first pattern that matches
+    for named, value in wanted.items():
+        by_pattern.setdefault(named.pattern, set()).add(value)
+    in_the_way = set[str | None]().union(*wrong.values())
+    new = {o.pattern if len(by_pattern[o.pattern]) == 1 else o.full_pattern: wanted[o] for o in wrong}
+    new |= {pattern: value for pattern, value in table.items() if pattern not in in_the_way | set(new)}
+    if missed(new):  # then each by its own name from the beginning, which no other pattern matches
+        new = {f"^{named.full_pattern}": value for named, value in wanted.items()}
+    return new

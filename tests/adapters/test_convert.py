@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -351,6 +352,32 @@ def test_numbers_of_a_single_expert_count_once(tmp_path, expert, to):
     for name, tensor in load(tmp_path / "out").items() if to != NEW else ():
         key = name.removeprefix(PREFIX).partition(".lora_")[0]
         assert ".lora_B" in name or pattern_value(config, "rank_pattern", "r", key) == len(tensor)
+
+
+ALPHAS = [
+    {"experts.3.up_proj": 32},
+    {"experts.3.up_proj": 32, "up_proj": 6},
+    {r"experts\.[0-9]+\.down_proj": 6, "layers.1.mlp.experts.2.up_proj": 32, "q_proj": 16},
+    {"experts.1.down_proj": 3, r"layers\.0\..*": 16, "layers.0.mlp.experts.0.gate_proj": 1},
+    {"(.*_proj)": 3, "k_proj": 1, "experts.1.up_proj": 1},
+]
+
+
+@pytest.mark.parametrize("to", ["per-expert", "peft==0.17.1,transformers==4.57.6", NEW])
+@pytest.mark.parametrize("patterns", ALPHAS)
+def test_patterns_mean_the_same_once_pefts_save_pretrained_has_sorted_them(tmp_path, patterns, to):
+    """PEFT takes the first that matches, and writes its config with `json.dumps(..., sort_keys=True)`."""
+    spec = Spec(attention=True)
+    factors = spec.factors(("gate", "up", "down"))
+    source = save_per_expert(tmp_path / "in", spec, factors, alpha_pattern=patterns)
+    expected = read_adapter(source, QWEN, 4)
+    convert_adapter(source, tmp_path / "out", to=to, model=spec.model())
+    config = read_config(tmp_path / "out")
+    again = save(tmp_path / "again", load(tmp_path / "out"), json.loads(json.dumps(config, sort_keys=True)))
+    for folder in (tmp_path / "out", again):
+        found = read_adapter(folder, QWEN, 4, orientation="linear", nesting=QWEN.parameters)
+        assert_updates(found.experts, expected.experts)
+        assert_updates(found.linears, expected.linears)
 
 
 @pytest.mark.parametrize("alpha", [1e-25, 1e25])
