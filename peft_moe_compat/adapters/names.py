@@ -57,6 +57,9 @@ _NATIVE_NAMES = {"gate_and_up": "gate_up_proj", "up": "up_proj", "down": "down_p
 _BESIDE = re.compile(r"magnitude_vector(\.|$)|[AB](\.[^.]+)?\.bias$")
 # A component of a path that is an experts module, or resembles one; those of shared experts are ordinary.
 _EXPERTS = re.compile(r"^(?!.*share).*(expert|exps)")
+_SHARED_EXPERTS = re.compile(r"share.*(expert|exps)|expert.*share")
+# Components whose linears are experts' under no such name: Megatron's, and stacks beside their router.
+_MOE = re.compile(r"(^|_)moe(_|$)|^switch_mlp$")
 # Names of an expert's linears in any family -> role; of lists of them; and llama.cpp's for stacks, in what this package
 # writes for it.
 LINEAR_NAMES = (
@@ -229,11 +232,21 @@ def _is_unknown(name: str, stems: Container[str]) -> bool:
 
 def _is_of_experts(name: str) -> bool:
     """Whether a tensor is LoRA in or under what is, or resembles, a module of routed experts."""
-    module, lora, _ = name.lower().rpartition("lora_")
-    *above, last = module.rstrip(".").split(".")
+    module, lora, _ = name.lower().rpartition("lora")
+    *above, last = module.rstrip("._").split(".")
+    if not lora:
+        return False
+    for place, part in reversed(list(enumerate(above))):
+        if _SHARED_EXPERTS.search(part):
+            return False
+        below = [*above[place + 1 :], last]
+        if _EXPERTS.search(part):  # jetmoe has its router there
+            return below not in (["router"], ["router", "layer"])
+        inside = all(name.isdecimal() or name == "mlp" for name in below[:-1])
+        if inside and _MOE.search(part) and (last in LINEAR_NAMES or f"{last}.weight" in families.ROLES):
+            return True
     # `pre_expert_proj` is a linear beside the experts.
-    inside = any(map(_EXPERTS.search, above)) or last.endswith(("expert", "experts", "exps"))
-    return bool(lora) and inside and "share" not in module and "router" not in [*above[-1:], last]
+    return last.endswith(("expert", "experts", "exps")) and _EXPERTS.search(last) is not None
 
 
 def _paired(halves: Mapping[Place, Mapping[str, TensorInfo]]) -> dict[str, dict[Place, Factors]]:

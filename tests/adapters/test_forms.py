@@ -191,6 +191,25 @@ UNKNOWN = {
         n.replace("weight", "default.other.weight"): t
         for n, t in pair(stem(s, 1, "gate_up_proj"), torch.ones(4, 2, 8), torch.ones(4, 12, 2)).items()
     },
+    **{
+        f"{module} by {infix}": lambda s, module=module, infix=infix: {
+            name.replace(".lora_", infix): tensor
+            for name, tensor in pair(f"{PREFIX}model.{module}", torch.ones(2, 8), torch.ones(6, 2)).items()
+        }
+        for module, infix in (
+            ("shared_layers.0.mlp.experts.0.foo", ".lora_"),
+            ("layers.0.shared_block.mlp.experts.gate_up_weight", ".lora_"),
+            ("layers.0.mlp.shared_experts.experts.0.foo", ".lora_"),
+            ("layers.0.mlp.experts.router.foo", ".lora_"),
+            ("layers.0.mlp.experts.0.router", ".lora_"),
+            ("layers.0.mlp.experts.shared_gate", ".lora_"),
+            ("layers.0.moe.mlp.3.w1", ".lora_"),
+            ("layers.0.block_sparse_moe.input_linear", ".lora_"),
+            ("layers.0.mlp.switch_mlp.gate_proj", ".lora_"),
+            ("layers.0.mlp.experts.0.gate_proj", ".lora"),
+            ("layers.0.mlp.experts.0.gate_proj", ".lora."),
+        )
+    },
     "four dimensions": lambda s: pair(stem(s, 0), torch.ones(1, 4, 2, 8), torch.ones(1, 4, 6, 2)),
 }
 
@@ -264,13 +283,14 @@ def test_what_is_beside_the_experts_is_ordinary(tmp_path):
     spec = Spec(layers=(0,))
     linears = ["mlp.shared_experts.up_proj", "mlp.shared_expert_gate", "mlp.gate", "mlp.pre_expert_proj"]
     linears += ["self_attention.experts.router.layer"]  # jetmoe
+    linears += ["block_sparse_moe.shared_mlp.input_linear", "block_sparse_moe.gate", "mlp.experts.shared_expert.w1"]
     tensors = {}
     for name in linears:
         tensors |= pair(f"{PREFIX}model.layers.0.{name}", torch.ones(2, 8), torch.ones(8, 2))
     tensors |= {stem(spec, 0, 1, "up_proj", "lora_magnitude_vector"): torch.ones(6)}
     factors = spec.factors(("gate", "up", "down"))
     source = save_per_expert(tmp_path / "in", spec, factors, extra=tensors)
-    assert inspect_adapter(source, model=spec.model()).other_tensors == 11
+    assert inspect_adapter(source, model=spec.model()).other_tensors == 17
 
 
 def test_a_matrix_beside_a_stack_of_one_is_damaged(tmp_path):
