@@ -438,3 +438,43 @@ def test_peft_saves_nothing_under_checkpoint_wrapper(stock, tmp_path):
     with pytest.raises(AdapterError, match="checkpoint_wrapper"):
         model.save_pretrained(tmp_path / "ours")
     assert not (tmp_path / "ours" / "adapter_model.safetensors").exists()
+
+
+FILES = [(kind, adapter_only) for kind in ("FULL", "SHARDED") for adapter_only in (True, False)]
+
+
+def _through_accelerates_files(family: str, folder: Path) -> dict[str, list[str]]:
+    """Names of LoRA that is not what was saved, once it was loaded into another sharded model; by kind of file."""
+    from types import SimpleNamespace
+
+    from accelerate import PartialState
+    from accelerate.utils.fsdp_utils import load_fsdp_model, save_fsdp_model
+    from torch.distributed.fsdp import StateDictType
+
+    PartialState(cpu=True)
+    rank, found = dist.get_rank(), {}
+    accelerator = SimpleNamespace(
+        num_processes=2, process_index=rank, is_main_process=rank == 0, is_fsdp2=True, wait_for_everyone=dist.barrier
+    )
+    for kind, adapter_only in FILES:
+        config = SimpleNamespace(offload_to_cpu=False, rank0_only=False)
+        state_dict_type = getattr(StateDictType, f"{kind}_STATE_DICT")
+        plugin = SimpleNamespace(state_dict_type=state_dict_type, fsdp_version=2, state_dict_config=config)
+        model, other = _sharded(family, "experts-apart"), _sharded(family, "experts-apart")
+        for parameter in _lora(other):
+            nn.init.zeros_(parameter)
+        place = str(folder / f"{kind}-{adapter_only}")
+        save_fsdp_model(plugin, accelerator, model, place, adapter_only=adapter_only)
+        dist.barrier()
+        load_fsdp_model(plugin, accelerator, other, place, adapter_only=adapter_only)
+        saved, loaded = _gathered(model), _gathered(other)
+        found[f"{kind}-{adapter_only}"] = [
+            n for n, t in saved.items() if "lora_" in n and not torch.equal(t, loaded[n])
+        ]
+        assert rank or any("lora_" in name for name in saved)
+    return found
+
+
+def test_accelerates_files_of_sharded_adapters_arrive(tmp_path: Path) -> None:
+    for found in run(2, _through_accelerates_files, "qwen3_moe", tmp_path):
+        assert found == {f"{kind}-{adapter_only}": [] for kind, adapter_only in FILES}
