@@ -48,25 +48,26 @@ def shard_lora(wrapper: Any, adapter_name: str) -> None:
         weight = linear.weight
         if hasattr(weight, "placements"):
             continue
-        _as_on_first_rank(weight)
+        _as_on_first_rank(weight, mesh.device_type)
         # Each rank keeps its part of its own tensor.
         sharded = distribute_tensor(weight.detach(), mesh, [placement], src_data_rank=None)
         # By its key: under low_cpu_mem_usage PEFT has replaced how a parameter is registered.
         linear._parameters["weight"] = nn.Parameter(sharded, requires_grad=weight.requires_grad)
 
 
-def _as_on_first_rank(weight: Any, meshes: Any = None) -> None:
+def _as_on_first_rank(weight: Any, device_type: str, meshes: Any = None) -> None:
     """Has all ranks draw the same initial values, however each is seeded: those of one process seeded as rank 0.
 
     Of a tensor-parallel weight, all that have the same part of it.
     """
     if weight.is_meta:
         return
-    if not hasattr(weight, "to_local"):
-        torch.distributed.broadcast(weight.detach(), 0)
-        return
-    for name in ("fsdp", "dp_replicate"):
-        torch.distributed.broadcast(weight.detach().to_local(), group=meshes.get_mesh(name).get_group(), group_src=0)
+    spread = hasattr(weight, "to_local")
+    held = weight.detach().to_local() if spread else weight.detach()
+    sent = held.to(device_type)  # one that is offloaded too
+    for group in [meshes.get_mesh(name).get_group() for name in ("fsdp", "dp_replicate")] if spread else [None]:
+        torch.distributed.broadcast(sent, group=group, group_src=0)
+    held.copy_(sent)
 
 
 def update_layer(stock: Callable[..., None]) -> Callable[..., None]:
@@ -149,10 +150,10 @@ def fully_shard_lora(model: Any, config: Any) -> None:
     for module, layers in sorted(groups.items(), key=lambda group: len(list(group[0].modules()))):  # inner ones first
         lora = [p for layer in layers for p in _lora_parameters(layer)]
         spread = _is_spread(layers[0])
+        mesh = model._mesh_manager.get_mesh((*replicated, "efsdp" if spread else "fsdp"))
         for parameter in lora:
             if not spread:  # else they were, before they were sharded
-                _as_on_first_rank(parameter, model._mesh_manager)
-        mesh = model._mesh_manager.get_mesh((*replicated, "efsdp" if spread else "fsdp"))
+                _as_on_first_rank(parameter, mesh.device_type, model._mesh_manager)
         ignored = set(module.parameters()) - set(lora)
         unit: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=ignored, **policy)
         if spread:

@@ -108,6 +108,23 @@ def _by_trainer(folder, layout):
     return _trainer(folder, "by ranks", load(f"{folder}/base", layout))
 
 
+def _by_accelerate(folder, layout):
+    """Norms of clipped gradients, and losses; accelerate prepares the optimizer, and leaves the model as it is."""
+    from accelerate import Accelerator
+
+    accelerator, model = Accelerator(cpu=True), _adapted(folder, layout)
+    optimizer, found = accelerator.prepare(_adamw(model)), []
+    for batch in models.batches():
+        ids = batch.chunk(accelerator.num_processes)[accelerator.process_index]
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        found += [float(norm), float(models.mean_over_ranks(loss))]
+    return found
+
+
 def _logits(model):
     with torch.no_grad():
         return model(input_ids=models.batches()[0]).logits
@@ -181,6 +198,13 @@ def test_trainer(folder):
     files = (load_file(folder / name / "adapter_model.safetensors") for name in ("by ranks", "by one", "adapter"))
     found, expected, start = files
     zoo.assert_same({n: t - start[n] for n, t in found.items()}, {n: t - start[n] for n, t in expected.items()}, 1e-2)
+
+
+def test_accelerate(folder):
+    with stock():
+        expected = _by_accelerate(folder, None)
+    for found in run(2, _by_accelerate, str(folder), LAYOUT):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(2, LAYOUT), (4, LARGER)])
