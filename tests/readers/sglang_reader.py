@@ -72,15 +72,17 @@ class _Experts(nn.Module):
 
     is_shared_fused_moe = False
 
-    def __init__(self, num_experts: int, intermediate: int, gated: bool, interleaved: bool) -> None:
+    def __init__(
+        self, num_experts: int, intermediate: int, gated: bool, interleaved: bool, rank: int, size: int
+    ) -> None:
         super().__init__()
         alpha = 1.702 if interleaved else None  # models/gpt_oss.py passes gemm1_alpha; others do not
         self.moe_runner_config = SimpleNamespace(is_gated=gated, gemm1_alpha=alpha, inplace=True)
         self.quant_method, self.dispatcher, self.runner = Placeholder(), Placeholder(), None
         self.num_experts = self.num_local_experts = num_experts
         self.should_fuse_routed_scaling_factor_in_topk = False
-        self.moe_tp_size, self.moe_tp_rank = 1, 0
-        self.intermediate_size_per_partition = intermediate
+        self.moe_tp_size, self.moe_tp_rank = size, rank
+        self.intermediate_size_per_partition = intermediate // size
 
 
 class _Backend:
@@ -134,9 +136,10 @@ _SETTINGS = SimpleNamespace(
 
 
 @functools.cache
-def _package(sources: Path) -> Package:
-    sizes = dict.fromkeys(("tp_size", "attn_tp_size", "attn_cp_size", "moe_ep_size", "moe_tp_size"), 1)
-    ranks = dict.fromkeys(("tp_rank", "moe_ep_rank", "moe_tp_rank"), 0)
+def _package(sources: Path, rank: int, size: int) -> Package:
+    sizes = dict.fromkeys(("attn_cp_size", "moe_ep_size"), 1)
+    sizes |= dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), size)
+    ranks = {"moe_ep_rank": 0, "tp_rank": rank, "moe_tp_rank": rank}
     one = SimpleNamespace(
         **sizes, **ranks, attn_dp_enabled=False, enable_dp_attention=False, dcp_replicate_q_proj=False
     )
@@ -185,7 +188,7 @@ def _language_model(file: ModelFile, name: str) -> type:
         return object
 
 
-def _model(file: ModelFile, architecture: str, hf_config: Any) -> nn.Module:
+def _model(file: ModelFile, architecture: str, hf_config: Any, rank: int, size: int) -> nn.Module:
     """Double of the model: SGLang's module names, the real class members."""
     text = hf_config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")  # LoRAMemoryPool._get_num_experts (0.5.23)
@@ -211,7 +214,7 @@ def _model(file: ModelFile, architecture: str, hf_config: Any) -> nn.Module:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         gated, interleaved = file.path.stem != "nemotron_h", file.path.stem == "gpt_oss"
-        owner.add_module(leaf, _Experts(num_experts, intermediate, gated, interleaved))
+        owner.add_module(leaf, _Experts(num_experts, intermediate, gated, interleaved, rank, size))
     return model
 
 
@@ -220,12 +223,15 @@ def read(
     base_config: Mapping[str, Any],
     *,
     release: str = RELEASES[-1],
+    rank: int = 0,
+    size: int = 1,
 ) -> dict[tuple[int, int, str], Tensor]:
     """(layer, expert, "gate" | "up" | "down") -> the update "out in" in float64 that SGLang adds.
 
     As a server started with `--lora-paths` of this one adapter's folder; or one that is handed a stream after the other
     by `load_lora_adapter_from_tensors` and `unload_lora_adapter`, the first telling what is wrapped
-    (`--max-lora-rank`, `--lora-target-modules`). Empty where the experts are not wrapped at all.
+    (`--max-lora-rank`, `--lora-target-modules`). Empty where the experts are not wrapped at all. Of `size` ranks that
+    are tensor parallel, the one whose buffers are read is `rank`.
 
     Raises:
         RuntimeError: With SGLang's message, if loading fails; whatever else SGLang raises when it fills its buffers.
@@ -236,10 +242,10 @@ def read(
     rest = {key: value for key, value in base_config.items() if key not in ("model_type", "transformers_version")}
     hf_config = AutoConfig.for_model(base_config["model_type"], **rest)
     sources = _sources(release)
-    with _package(sources):
+    with _package(sources, rank, size):
         from sglang.srt.lora.lora_manager import LoRAManager
 
-        model = _model(_model_file(sources, architecture), architecture, hf_config)
+        model = _model(_model_file(sources, architecture), architecture, hf_config, rank, size)
         path = str(adapter.resolve()) if isinstance(adapter, Path) else "__tensor__"
         reference = SimpleNamespace(lora_id="a", lora_name="a", lora_path=path, pinned=False)
         steps = iter(()) if isinstance(adapter, Path) else iter(adapter)

@@ -55,7 +55,7 @@ def test_the_reader_applies_the_updates_of_the_last_step(family: str, reader: st
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_each_rank_of_vllm_takes_its_part(family: str, how: str, release: str) -> None:
     """Of gate's and up's rows and down's columns, or of the experts."""
-    _, stream, raw, wanted = handed_over(family, f"vllm=={release}")
+    stream, raw, wanted = handed_over(family, f"vllm=={release}")[1:]
     for rank in range(2):
         found = vllm_reader.read([stream], raw, release=release, share=(how, rank, 2))
         experts = {expert for _, expert, _ in found}
@@ -66,3 +66,14 @@ def test_each_rank_of_vllm_takes_its_part(family: str, how: str, release: str) -
             else:
                 whole = wanted[layer, expert, role].chunk(2, dim=1 if role == "down" else 0)[rank]
             torch.testing.assert_close(update, whole.double(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_each_rank_of_sglang_takes_its_part(family: str) -> None:
+    stream, raw, wanted = handed_over(family, "sglang")[1:]
+    for rank in range(2):
+        found = sglang_reader.read([stream], raw, rank=rank, size=2)
+        assert found.keys() >= wanted.keys()
+        for (layer, expert, role), whole in wanted.items():
+            part = whole.chunk(2, dim=1 if role == "down" else 0)[rank]
+            torch.testing.assert_close(found[layer, expert, role], part.double(), rtol=1e-5, atol=1e-7)
