@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from .errors import CompatWarning
 
@@ -26,12 +27,19 @@ def report_on_import() -> None:
     register_post_import_hook(lambda _peft: FirstForward(), "peft")
 
 
+_shown: WeakSet[nn.Module] = WeakSet()  # the first module with LoRA of each model, which wrappers around it leave
+
+
 def show(model: nn.Module) -> None:
-    """Logs the report, its warnings included, on the first process of a group alone."""
+    """Logs the report, its warnings included, on the first process of a group alone; of each model once."""
     import torch
 
     from .reporting import report  # it needs torch
 
+    known = [module for module in model.modules() if hasattr(module, "lora_A")][:1]
+    if known and known[0] in _shown:
+        return
+    _shown.update(known)
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     if int(torch.distributed.get_rank() if grouped else os.environ.get("RANK", "0")):
         return

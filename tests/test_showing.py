@@ -48,6 +48,15 @@ def model():
     return zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[0]))
 
 
+def test_of_one_model_it_is_shown_once(said, model):
+    """Asked for by the environment and by a plugin."""
+    showing.show(model)
+    showing.show(torch.nn.Sequential(model))
+    assert len(said()) == 1
+    showing.show(zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[0])))
+    assert len(said()) == 1
+
+
 def installed():
     return len(hooks._global_forward_pre_hooks), len(hooks._global_forward_hooks)
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__, releases
+from ..at_start import installed
 from ..errors import CompatWarning, PatchConflictError, UnsupportedPeftError
 from ..others import OTHERS, Other
 from ..patching import activation
@@ -32,6 +33,7 @@ class Findings:
         untested: Of PEFT and transformers, what is newer than any tested release -> the newest that was tested.
         reason: Why the package cannot work here; empty where it can.
         switched_off: Whether `PEFT_MOE_COMPAT=0` keeps the import from activating.
+        enabled: Whether `enable` has been here, so that every process that imports PEFT is active.
         rule: The layout rule in force.
         probe: What a probe of the installed `ParamWrapper` said of that rule.
         taken: The experts implementations that get the grouped-mm forward; None without an experts registry.
@@ -44,6 +46,7 @@ class Findings:
     untested: dict[str, str] = field(default_factory=dict)
     reason: str = ""
     switched_off: bool = False
+    enabled: bool = False
     rule: releases.LayoutRule | None = None
     probe: str = ""
     taken: list[str] | None = None
@@ -95,7 +98,7 @@ def _look_closer(found: Findings, peft_version: str) -> None:
         importlib.import_module("peft")
     was_active = activation.is_active()
     handle = activation.activate()
-    found.switched_off = activation.switched_off()
+    found.switched_off, found.enabled = activation.switched_off(), installed()
     if found.switched_off and not was_active:
         handle.restore()
 
@@ -154,10 +157,11 @@ def _state(found: Findings) -> list[tuple[str, str]]:
     registry = (
         f"{' and '.join(found.taken)} get the grouped-mm forward"
         if found.taken is not None
-        else "none: this transformers has no experts registry, so PEFT's own forward is used everywhere"
+        else "none: this transformers has no experts registry, so most experts run in PEFT's own forward"
     )
+    on = "in every process that imports PEFT (enable)" if found.enabled else "on import"
     return [
-        ("state", "works, but switched off by PEFT_MOE_COMPAT=0" if found.switched_off else "works: active on import"),
+        ("state", "works, but switched off by PEFT_MOE_COMPAT=0" if found.switched_off else f"works: active {on}"),
         ("layout rule", f"since PEFT {found.rule.since}: {found.rule}"),
         ("probe", found.probe),
         ("experts registry", registry),

@@ -1,4 +1,4 @@
-"""Functions of this library in whose place somebody else's has come: a loader, say, that does not call ours.
+"""Loaders and savers of this library in whose place somebody else's has come that does not call ours.
 
 Whether a function calls another cannot be told before it runs, but what it does not hold it cannot call. Forwards are
 asked by running them; see `reach`.
@@ -29,10 +29,10 @@ def follow(placed: list[Any]) -> None:
 
 
 def displaced_functions() -> Iterator[Reason]:
-    """Of each place in which somebody's function is that holds nothing of ours."""
+    """Of each place of a loader or saver in which somebody's function is that holds nothing of ours."""
     for placed in _placed:
         place = placed.replacement
-        if place.runs_forward or (found := place.there()) is placed.ours:
+        if not place.of_files or (found := place.there()) is placed.ours:
             continue
         if not _holds(found, _plain(placed.ours), place.owner, set()):
             owner = owner_of(found)
@@ -47,7 +47,7 @@ def notice() -> None:
 
 
 def sentence(reason: Reason) -> str:
-    return f"What peft_moe_compat does for experts there is left undone: {reason}."
+    return f"Adapters are not read or written as peft_moe_compat does it: {reason}."
 
 
 def _plain(function: Any) -> Any:

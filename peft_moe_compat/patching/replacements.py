@@ -57,7 +57,7 @@ class Replacement:
         what: For messages.
     """
 
-    runs_forward: ClassVar[bool] = False  # what `reach` sees to
+    of_files: ClassVar[bool] = False  # whether files would be read or written wrongly without ours, silently
     owner: Any
     name: str
     home: str
@@ -100,10 +100,14 @@ class Replacement:
         return _switched(self.make(placed.stock), placed.stock, placed)
 
 
+class FileReplacement(Replacement):
+    """Of what loads or saves."""
+
+    of_files = True
+
+
 class ForwardReplacement(Replacement):
     """Of what runs at every forward: ours asks by itself whether the library is active."""
-
-    runs_forward = True
 
     def _ours(self, placed: Placed) -> Any:
         return self.make(placed.stock)
@@ -213,6 +217,10 @@ def _attribute(owner: Any, name: str, home: str, make: Callable[[Any], Any]) -> 
     return Replacement(owner, name, home, make, f"{owner.__name__}.{name}")
 
 
+def _of_files(owner: Any, name: str, home: str, make: Callable[[Any], Any]) -> Replacement:
+    return FileReplacement(owner, name, home, make, f"{owner.__name__}.{name}")
+
+
 def replacements() -> list[Replacement]:
     """The same names in every release of PEFT and transformers, where nothing else is said."""
     import peft.utils.hotswap
@@ -229,30 +237,30 @@ def replacements() -> list[Replacement]:
         WrapperForward(ParamWrapper, "forward", "peft.", wrapper_forward, "ParamWrapper.forward"),
         WrapperCall(ParamWrapper, "__call__", "", watched_call, "ParamWrapper.__call__"),
         *_registry_entries(),
-        _attribute(PeftModel, "from_pretrained", "peft.", loading.from_pretrained),
-        _attribute(PeftModel, "load_adapter", "peft.", partial(loading.load_adapter, "self", "model_id")),
-        _attribute(
+        _of_files(PeftModel, "from_pretrained", "peft.", loading.from_pretrained),
+        _of_files(PeftModel, "load_adapter", "peft.", partial(loading.load_adapter, "self", "model_id")),
+        _of_files(
             PeftAdapterMixin, "load_adapter", "transformers.", partial(loading.load_adapter, "self", "peft_model_id")
         ),
-        _attribute(swapping, "hotswap_adapter", "peft.", partial(loading.load_adapter, "model", "model_name_or_path")),
-        _attribute(swapping, "hotswap_adapter_from_state_dict", "peft.", hotswap.hotswap_adapter_from_state_dict),
+        _of_files(swapping, "hotswap_adapter", "peft.", partial(loading.load_adapter, "model", "model_name_or_path")),
+        _of_files(swapping, "hotswap_adapter_from_state_dict", "peft.", hotswap.hotswap_adapter_from_state_dict),
         # Where each of these takes the tensors from: PEFT, transformers before 5.0, hot-swapping, transformers 5.
-        _attribute(peft_model, "load_peft_weights", "peft.", loading.load_peft_weights),
-        _attribute(peft, "load_peft_weights", "peft.", loading.load_peft_weights),
-        _attribute(swapping, "load_peft_weights", "peft.", loading.load_weights_to_swap),
+        _of_files(peft_model, "load_peft_weights", "peft.", loading.load_peft_weights),
+        _of_files(peft, "load_peft_weights", "peft.", loading.load_peft_weights),
+        _of_files(swapping, "load_peft_weights", "peft.", loading.load_weights_to_swap),
         _attribute(LoraModel, "_prepare_model", "peft.", loading.prepare_model),
         _attribute(LoraModel, "_create_and_replace", "peft.", dropout.create_and_replace),
         _attribute(LoraModel, "_enable_peft_forward_hooks", "contextlib", adapter_names.enable_peft_forward_hooks),
         *_of_combinations(LoraModel),
         _attribute(LoraModel, "_check_merge_allowed", "peft.", parametrised.check_merge_allowed),
         _attribute(BaseTuner, "_inject_parameters", "peft.", parametrised.inject_parameters),
-        _attribute(PreTrainedModel, "_load_pretrained_model", "transformers.", loading.load_pretrained_model),
-        _attribute(PeftModel, "save_pretrained", "peft.", saving.save_pretrained),
-        _attribute(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),
-        _attribute(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
-        _attribute(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
-        _attribute(accelerator.Accelerator, "save_state", "accelerate.", whole_state.save_state),
-        _attribute(
+        _of_files(PreTrainedModel, "_load_pretrained_model", "transformers.", loading.load_pretrained_model),
+        _of_files(PeftModel, "save_pretrained", "peft.", saving.save_pretrained),
+        _of_files(PreTrainedModel, "save_pretrained", "transformers.", saving.save_pretrained),
+        _of_files(peft_model, "safe_save_file", "safetensors.", saving.safe_save_file),
+        _of_files(modeling, "safe_save_file", "safetensors.", saving.safe_save_file),
+        _of_files(accelerator.Accelerator, "save_state", "accelerate.", whole_state.save_state),
+        _of_files(
             importlib.import_module("accelerate.utils.other"),
             "safe_save_file",
             "safetensors.",
@@ -261,7 +269,7 @@ def replacements() -> list[Replacement]:
         *_of_state_dicts(peft),
         *_of_fsdp_files(),
         *_of_kbit_training(peft),
-        _attribute(accelerator, "load_accelerator_state", "accelerate.", whole_state.load_accelerator_state),
+        _of_files(accelerator, "load_accelerator_state", "accelerate.", whole_state.load_accelerator_state),
         *_of_conversions(),
         *_of_sharded_experts(ParamWrapper, BaseTuner),
     ]
@@ -382,8 +390,8 @@ def replacements_in_model(module: Any) -> list[Replacement]:
 def replacements_in_trainer(trainer: Any) -> list[Replacement]:
     """In the module `transformers.trainer`, which activation does not import: once somebody has."""
     return [
-        _attribute(trainer.Trainer, "train", "transformers.", resuming.train),
-        _attribute(
+        _of_files(trainer.Trainer, "train", "transformers.", resuming.train),
+        _of_files(
             trainer.Trainer, "_load_optimizer_and_scheduler", "transformers.", resuming.load_optimizer_and_scheduler
         ),
     ]

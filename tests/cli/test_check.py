@@ -158,12 +158,19 @@ def test_switched_off_by_the_environment_it_stays_off(check, monkeypatch):
     assert not is_active()
 
 
+def test_it_says_where_enable_has_been(check, monkeypatch):
+    assert "works: active on import" in check().output
+    assert json.loads(check("--json").stdout)["enabled"] is False
+    monkeypatch.setattr("peft_moe_compat.cli.check.installed", lambda: True)
+    assert "works: active in every process that imports PEFT (enable)" in check().output
+
+
 def test_without_anexperts_registry_it_says_whose_forward_runs(check, monkeypatch):
     activate()
     monkeypatch.setattr("peft_moe_compat.patching.forward.experts_registry", lambda: None)
     result = check()
     assert result.exit_code == 0
-    assert "PEFT's own forward is used everywhere" in result.output
+    assert "most experts run in PEFT's own forward" in result.output
 
 
 def test_a_development_build_with_another_rule_is_said(check, monkeypatch):

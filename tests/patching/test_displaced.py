@@ -8,6 +8,7 @@ from unittest import mock
 
 import peft
 import pytest
+from peft.tuners.tuners_utils import BaseTuner
 from support.saved_adapters import FAMILY, flipped, rewrite, save, written_otherwise
 
 import peft_moe_compat
@@ -89,6 +90,12 @@ def test_one_that_does_not_is_named_when_it_is_used_and_in_the_report(name, tmp_
     assert [f"PeftModel.{name}" in warning for warning in report(model).warnings] == [True]
     peft_moe_compat.activate()  # which puts ours on top
     assert report(model).warnings == ()
+
+
+def test_what_is_no_loader_or_saver_is_nobodys_concern(monkeypatch):
+    """Axolotl's, which is put there for every run."""
+    monkeypatch.setattr(BaseTuner, "_inject_parameters", copied(vars(BaseTuner)["_inject_parameters"]))
+    assert list(displaced.displaced_functions()) == []
 
 
 def test_nothing_is_said_once_it_is_off(tmp_path):
