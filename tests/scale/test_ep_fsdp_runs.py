@@ -224,18 +224,49 @@ def test_what_is_asked_of_a_live_model(folder, ranks, layout):
         assert (*first, *second) == pytest.approx(both, rel=1e-4)
 
 
-def test_the_recipe_of_the_documents_trains_on_two_ranks(folder, tmp_path):
-    page = Path(__file__).parents[2] / "docs" / "expert-parallel.md"
-    (script,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert script.count("\n") < 40
-    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+def _torchrun(folder, where, script, timeout):
+    """Of a script in a folder, on two ranks, with the base model as its argument."""
+    Path(where, "train.py").write_text(script, encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
-    command = [*torchrun, "train.py", str(folder / "base")]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **paths}, capture_output=True, text=True, timeout=240, check=False
-    )
+    return subprocess.run(
+        [*torchrun, "train.py", str(folder / "base")],
+        cwd=where, env={**os.environ, **paths}, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    page = Path(__file__).parents[2] / "docs" / "expert-parallel.md"
+    (script,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return script
+
+
+def test_the_recipe_of_the_documents_trains_on_two_ranks(folder, recipe, tmp_path):
+    assert recipe.count("\n") < 40
+    done = _torchrun(folder, tmp_path, recipe, 240)
     assert done.returncode == 0, done.stderr[-3000:]
     with stock():
         model = PeftModel.from_pretrained(load(f"{folder}/base"), tmp_path / "out")
     assert all(w.lora_B["default"].weight.count_nonzero() > 0 for w in zoo.wrappers(model))
+
+
+KILLED = """
+import signal
+from transformers import TrainerCallback
+
+class Killed(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.add_callback(Killed())
+trainer.train()
+"""
+
+
+def test_a_killed_rank_ends_the_run(folder, recipe, tmp_path):
+    done = _torchrun(folder, tmp_path, recipe.replace("trainer.train()\n", KILLED), 240)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
