@@ -6,13 +6,19 @@ instead of the parameter's, and saves with the rank and alpha of before.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import wraps
 from typing import Any
+
+from torch import Tensor
 
 from ..adapters.ranks import lora_numbers
 from ..model.wrappers import is_param_wrapper
 from .arguments import naming
 from .displaced import notice
+from .given import STATE_DICT, understand_tensors
+from .loading import as_held, is_loading
 from .matching import live_path
 
 __all__ = ["hotswap_adapter_from_state_dict"]
@@ -34,6 +40,9 @@ def hotswap_adapter_from_state_dict(stock: Any) -> Any:
         wrappers = {p: m for p, m in model.named_modules() if is_param_wrapper(m) and name in m.lora_A}
         if not wrappers:
             return stock(*args, **kwargs)
+        if not is_loading():
+            tensors = _as_held(model, name, given["config"], tensors)
+            args, kwargs = (), {**given, "state_dict": tensors}
         held = dict(model.named_parameters())
         smaller = {n: t.clone() for n, t in tensors.items() if n in held and held[n].numel() > t.numel()}
         result = stock(*args, **kwargs)
@@ -49,3 +58,14 @@ def hotswap_adapter_from_state_dict(stock: Any) -> Any:
         return result
 
     return from_state_dict
+
+
+def _as_held(model: Any, adapter_name: str, config: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors that come without a file as the live wrappers hold them; their names have the adapter's in them."""
+    there = re.compile(rf"(\.lora_[AB])\.{re.escape(adapter_name)}\.weight$")
+    plain = {there.sub(r"\1.weight", name): tensor for name, tensor in tensors.items()}
+    file = understand_tensors(model, config, plain)
+    held = None if file is None else as_held(model, adapter_name, file, lambda: plain, STATE_DICT)
+    if held is None:
+        return tensors
+    return {re.sub(r"(\.lora_[AB])\.weight$", rf"\1.{adapter_name}.weight", n): t for n, t in held.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils.fsdp_utils import load_fsdp_model, save_fsdp_model
 from packaging.version import Version
+from peft.utils import hotswap
 from safetensors.torch import load_file
 from support import zoo
 from support.processes import result_of
@@ -218,10 +220,38 @@ def test_accelerates_sharded_files_of_square_ones_do_not_say(tmp_path):
     assert_equal(model, expected)
 
 
+def named(tensors):
+    """As `hotswap_adapter_from_state_dict` takes them, with the adapter's name in theirs."""
+    return {re.sub(r"(lora_[AB])", r"\1.default", name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_hot_swapped_without_a_file(family, tmp_path):
+    expected, fresh = save(tmp_path, family)
+    right = load_file(tmp_path / "adapter_model.safetensors")
+    config = expected.peft_config["default"]
+    for tensors in (right, turned(right)):
+        model = target(fresh, expected)
+        hotswap.hotswap_adapter_from_state_dict(model, named(tensors), "default", config)
+        assert_equal(model, expected)
+
+
+def test_square_ones_are_not_hot_swapped(tmp_path):
+    expected, fresh = save(tmp_path, **SQUARES)
+    tensors, config = load_file(tmp_path / "adapter_model.safetensors"), expected.peft_config["default"]
+    model = target(fresh, expected)
+    with pytest.raises(AmbiguousAdapterError):
+        hotswap.hotswap_adapter_from_state_dict(model, named(tensors), "default", config)
+    with written_by(HERE):
+        hotswap.hotswap_adapter_from_state_dict(model, named(tensors), "default", config)
+    assert_equal(model, expected)
+
+
 TRANSFORMERS_SCRIPT = """
 import json, pathlib, tempfile
 import peft_moe_compat, torch
 from packaging.version import Version
+from peft.utils import hotswap
 from safetensors.torch import load_file
 from patching.test_given import GATED, LayoutError, save, turned, zoo
 
