@@ -20,6 +20,7 @@ from ..model.experts import dispatching_registry
 from ..model.weights import format_of, read, stored_format
 from ..model.wrappers import is_param_wrapper
 from .matching import live_path
+from .sharding import refuse_merge
 
 __all__ = ["check_merge_allowed", "inject_parameters"]
 
@@ -46,6 +47,7 @@ def check_merge_allowed(stock: Any) -> Any:
     @wraps(stock)
     def replacement(self: Any) -> None:
         stock(self)
+        refuse_merge(self.model)
         for path, wrapper in self.model.named_modules():
             stored = is_param_wrapper(wrapper) and stored_format(wrapper.get_base_layer(), wrapper.parameter_name)
             if stored:

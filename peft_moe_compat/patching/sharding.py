@@ -19,6 +19,7 @@ __all__ = [
     "get_tp_plan_and_mesh",
     "inject_adapter",
     "linear_features",
+    "refuse_merge",
     "refuse_partitioned",
     "update_layer",
 ]
@@ -237,6 +238,18 @@ def _submodule(model: nn.Module, path: str) -> Any:
         if not isinstance(module, nn.Module):
             return None
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def refuse_merge(model: nn.Module) -> None:
+    """Raises `ParallelismError` where PEFT would fail with a part of the LoRA merged: factors on different meshes."""
+    for layer, _ in _tuner_layers(model):
+        meshes = {getattr(parameter, "device_mesh", None) for parameter in _lora_parameters(layer)} - {None}
+        if len(meshes) > 1:
+            raise ParallelismError(
+                f"lora_A and lora_B of a {type(layer.get_base_layer()).__name__} are sharded over different meshes "
+                f"({' and '.join(map(str, meshes))}): tensor parallelism cuts one of them, FSDP both. PEFT can't merge "
+                "them. Save the adapter and merge it into the checkpoint: `peft-moe-compat merge BASE ADAPTER OUT`."
+            )
 
 
 def gather_state_dict_for_save(stock: Callable[..., Any]) -> Callable[..., Any]:

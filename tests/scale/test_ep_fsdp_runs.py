@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from support import zoo
 
 import peft_moe_compat
+from peft_moe_compat import ParallelismError
 
 from . import models
 from .ranks import run
@@ -233,6 +234,16 @@ def _torchrun(folder, where, script, timeout):
         [*torchrun, "train.py", str(folder / "base")],
         cwd=where, env={**os.environ, **paths}, capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
+
+
+def _merged_beside_tensor_parallelism(folder, layout):
+    model = _adapted(folder, layout)
+    with pytest.raises(ParallelismError, match=r"can't merge .*peft-moe-compat merge BASE ADAPTER OUT"):
+        model.merge_adapter()
+
+
+def test_a_merge_that_would_fail_halfway_is_refused(folder):
+    run(4, _merged_beside_tensor_parallelism, str(folder), {"fsdp_size": 2, "ep_size": 2, "tp_size": 2})
 
 
 @pytest.fixture(scope="module")
