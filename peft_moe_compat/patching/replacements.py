@@ -308,7 +308,7 @@ def _of_combinations(LoraModel: Any) -> list[Replacement]:
 def _of_state_dicts(peft: Any) -> list[Replacement]:
     """PEFT's own two functions, under every name by which others import them."""
     return [
-        _attribute(module, name, "peft.", getattr(state_dicts, name))
+        _of_files(module, name, "peft.", getattr(state_dicts, name))
         for name in ("get_peft_model_state_dict", "set_peft_model_state_dict")
         for module in (peft, peft.utils, peft.utils.save_and_load)
     ]
@@ -321,7 +321,7 @@ def _of_fsdp_files() -> list[Replacement]:
         "_get_model_state_dict": whole_state.get_model_state_dict,
         "_set_model_state_dict": whole_state.set_model_state_dict,
     }
-    return [_attribute(utils, name, "accelerate.", make) for name, make in made.items() if hasattr(utils, name)]
+    return [_of_files(utils, name, "accelerate.", make) for name, make in made.items() if hasattr(utils, name)]
 
 
 def _of_kbit_training(peft: Any) -> list[Replacement]:
