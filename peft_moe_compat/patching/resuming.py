@@ -21,13 +21,24 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..adapters.rewriting import rewritten
 from ..adapters.slots import ExpertsModule
 from ..adapters.source import AdapterSource
 from ..adapters.tensors import BIN, SAFETENSORS
 from ..errors import AdapterError, CompatWarning, LayoutError
+from ..model.experts import bare
 from ..model.wrappers import is_param_wrapper
 from .arguments import naming
-from .matching import UnderstoodFile, Wrappers, convert, differences, factor_names, live_wrappers
+from .matching import (
+    UnderstoodFile,
+    Wrappers,
+    convert,
+    differences,
+    factor_names,
+    live_path,
+    live_wrappers,
+    model_type_of,
+)
 from .opening import understand
 
 __all__ = ["forget_converted", "load_optimizer_and_scheduler", "remember_converted", "train"]
@@ -146,6 +157,14 @@ def _refuse_what_stays(trainer: Any, checkpoint: Path) -> None:
     if not turned:
         return
     why = f"{checkpoint} is laid out otherwise than this PEFT holds it: {', and '.join(sorted(turned[0].why))}"
+    if lost := _taken_for_experts(model, turned[0]):
+        names = sorted({path.rpartition(".")[2] for path in lost})
+        raise AdapterError(
+            f"{why}. It has LoRA on {len(lost)} linears that this model has none on, {lost[0]} first: PEFT from 0.19 "
+            f"on takes {', '.join(names)} in target_modules for experts. Make the model from the checkpoint, by "
+            f"PeftModel.from_pretrained(base_model, {str(checkpoint)!r}, is_trainable=True) in place of "
+            "get_peft_model, and resume as before."
+        )
     engines = {"DeepSpeed": trainer.is_deepspeed_enabled, "FSDP": trainer.is_fsdp_enabled}
     for engine in (name for name, enabled in engines.items() if enabled):
         raise AdapterError(
@@ -156,6 +175,19 @@ def _refuse_what_stays(trainer: Any, checkpoint: Path) -> None:
         raise AdapterError(
             f"{why}. The adapter can be converted, and {_OPTIMIZER} cannot: {problem}. {_removed(checkpoint)}"
         )
+
+
+def _taken_for_experts(model: Any, turned: _Turned) -> list[str]:
+    """Linears with LoRA in a file that the live model has none on, since PEFT took their names for experts'."""
+    import peft
+    import transformers
+
+    never = rewritten(model_type_of(bare(model)), peft.__version__, transformers.__version__)
+    live = {
+        live_path(name) for name, m in bare(model).named_modules() if turned.adapter_name in getattr(m, "lora_A", ())
+    }
+    paths = [linear.path for linear in turned.file.source.linears]
+    return [path for path in paths if path.rpartition(".")[2] in never and path not in live]
 
 
 def _has_state(checkpoint: Path) -> bool:
@@ -178,6 +210,14 @@ def _elementwise(entry: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
     return True
 
 
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state without the dict in which bitsandbytes saves a part of it."""
+    found: dict[str, Any] = {}
+    for key, value in entry.items():
+        found |= value if isinstance(value, dict) else {key: value}
+    return found
+
+
 def _many(entry: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a parameter's state that are no scalars."""
     return {key: value for key, value in entry.items() if isinstance(value, Tensor) and value.numel() > 1}
@@ -192,7 +232,7 @@ def _problem(saved: Any, model: Any, turned: list[_Turned]) -> str | None:
     trained = sum(parameter.requires_grad for parameter in model.parameters())
     if all(parameter.requires_grad for _, parameter in factors) and count != trained:
         return f"it is of {count} parameters, and the model trains {trained}"
-    entries = list(saved["state"].values())
+    entries = [_flat(entry) for entry in saved["state"].values()]
     if not any(map(_many, entries)):
         return None  # nothing of it has an order
     found: Counter[tuple[int, ...]] = Counter()

@@ -9,6 +9,7 @@ import json
 import shutil
 from contextlib import contextmanager
 
+import peft
 import pytest
 import torch
 import transformers
@@ -18,12 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import zoo
 from support.processes import result_of
-from support.saved_adapters import FAMILY, HERE, SQUARE, E, flipped, written_otherwise
+from support.saved_adapters import FAMILY, HERE, LINEARS, SHARED, SQUARE, E, flipped, written_otherwise
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peft_moe_compat
 from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.errors import AdapterError, AmbiguousAdapterError, CompatWarning, LayoutError
+from peft_moe_compat.families import REWRITTEN
 from peft_moe_compat.patching import resuming
 from peft_moe_compat.patching.opening import written_by
 
@@ -235,6 +237,19 @@ def in_8_bit(saved):
         entry |= {"state1": torch.zeros(first.shape, dtype=torch.uint8), "qmap1": torch.zeros(256)}
 
 
+def as_bitsandbytes_saves_it(saved):
+    for entry in saved["state"].values():
+        first, _ = entry.pop("exp_avg"), entry.pop("exp_avg_sq")
+        state = {f"state{i}": torch.zeros(first.shape, dtype=torch.uint8) for i in (1, 2)}
+        entry["__bnb_optimizer_quant_state__"] = {**state, "qmap1": torch.zeros(256), "qmap2": torch.zeros(256)}
+
+
+def ademamix(saved):
+    for entry in saved["state"].values():
+        state = {"state1": torch.stack([entry.pop("exp_avg")] * 2), "state2": entry.pop("exp_avg_sq")}
+        entry["__bnb_optimizer_quant_state__"] = state
+
+
 def factored(saved):
     for entry in saved["state"].values():
         moment = entry.pop("exp_avg_sq")
@@ -259,6 +274,8 @@ def in_pieces(saved):
     ("change", "says"),
     [
         (in_8_bit, "holds exp_avg_sq, qmap1, state1, step: 8-bit"),
+        (as_bitsandbytes_saves_it, "holds qmap1, qmap2, state1, state2, step: 8-bit"),
+        (ademamix, "holds state1, state2, step: 8-bit"),
         (factored, "holds exp_avg, exp_avg_sq_col, exp_avg_sq_row, step: 8-bit and factored states are not converted"),
         (of_fewer, r"it is of \d+ parameters, and the model trains \d+"),
         (of_others, "and has such for 0 .it holds exp_avg, exp_avg_sq, step: of another adapter or layout"),
@@ -283,6 +300,28 @@ def test_state_that_cannot_be_converted_is_refused_before_anything_is_loaded(cha
     found = train(trainer, checkpoint)
     assert found[SAVED_AT + 1] == pytest.approx(losses[SAVED_AT + 1], rel=1e-5)  # before its first step
     assert found[STEPS] != pytest.approx(losses[STEPS], rel=1e-5)  # the moments matter
+
+
+TAKEN = sorted(REWRITTEN.intersection(SHARED))
+
+
+@pytest.mark.skipif(
+    not (TAKEN and hasattr(peft.utils, "transformers_weight_conversion")),
+    reason="no names of linears are taken for experts: PEFT before 0.19, or a transformers that fuses none beside them",
+)
+@pytest.mark.parametrize("family", TAKEN)
+def test_linears_that_a_newer_peft_takes_for_experts_are_named_and_the_way_goes_on(family, tmp_path):
+    """The script of before makes a model without their LoRA, for which no state fits with or without an optimizer."""
+    linears = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", *(f"{n}.weight" for n in LINEARS)]}
+    checkpoint, losses, names = whole(tmp_path, fresh(family, **linears))
+    said = {"target_modules": ["o_proj", *LINEARS], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    turned = lambda A, B: flipped(A, B, E) if len(A) == E * R else (A, B)  # noqa: E731 (shared experts have no E)
+    rewrite(checkpoint, names, turned, peft_version=written_otherwise(family), **said)
+    with pytest.raises(AdapterError, match="linears that this model has none on.*takes down_proj, gate_proj, up_proj"):
+        train(trainer_of(fresh(family, **said), tmp_path / "refused"), checkpoint)
+    torch.manual_seed(1)
+    model = PeftModel.from_pretrained(zoo.tiny_model(family), checkpoint, is_trainable=True)
+    assert_goes_on(checkpoint, losses, model)
 
 
 @pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
