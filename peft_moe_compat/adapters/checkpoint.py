@@ -14,7 +14,7 @@ from ..errors import AdapterError, AdapterFileError
 from .files import download, is_hub_id, read_json, show, usable_path
 from .safetensors_io import TensorInfo
 from .stored import MXFP4, BlockFP8, Format, Plain
-from .tensors import AdapterTensors, open_safetensors, open_shards
+from .tensors import AdapterTensors, open_safetensors, open_shards, refuse_outside
 
 __all__ = ["PLAIN", "Checkpoint", "StoredWeight", "open_checkpoint"]
 
@@ -118,12 +118,17 @@ class Checkpoint:
         return StoredWeight(name, (blocks, scales), MXFP4(), (*scales.shape[:2], 32 * scales.shape[2]))
 
     def other_files(self) -> Iterator[Path]:
-        """Files to copy, relative to the folder: all but weights, in this form or another, and what is hidden."""
+        """Files to copy, relative to the folder: all but weights, in this form or another, and what is hidden.
+
+        Raises:
+            AdapterFileError: One is a link to outside of the folder.
+        """
         for root, folders, files in os.walk(self.folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 path = Path(root, name)
                 if path.is_file() and not name.startswith(".") and path.suffix not in _OTHER_WEIGHTS:
+                    refuse_outside(path, self.folder)
                     yield path.relative_to(self.folder)
 
 

@@ -21,7 +21,7 @@ from .files import atomic_folder, finite_or_null, usable_path
 from .parts import Part
 from .placing import Placed, Update, place, replaced
 from .readers import KEEP_THE_BASE
-from .refit import module_parts
+from .refit import module_parts, require_names
 from .safetensors_io import read_header, write_safetensors
 from .source import AdapterSource, open_adapter
 from .stated import Stated
@@ -146,6 +146,7 @@ def plan_merge(base: str | Path, adapter: str | Path, stated: Stated) -> Job:
     model = load_base_model(checkpoint.folder if stated.model is None else stated.model)
     stated = Stated(model, stated.written_by, stated.orientation, stated.packing, stated.nesting)
     source = open_adapter(adapter, stated)
+    require_names(source)
     decision = decide(source, stated)
     decision.require(str(source.folder))
     start = source.config.init_lora_weights
@@ -165,6 +166,7 @@ def plan_merge(base: str | Path, adapter: str | Path, stated: Stated) -> Job:
 
 def _write(folder: Path, job: Job, progress: Progress | None) -> tuple[Rounding, ...]:
     """All shards, then every other file."""
+    others = list(job.checkpoint.other_files())
     tensors = job.checkpoint.tensors
     by_name = {info.name: placed for placed in job.placed for info in placed.weight.tensors}
     squares: dict[tuple[str, str, str], list[float]] = {
@@ -208,7 +210,7 @@ def _write(folder: Path, job: Job, progress: Progress | None) -> tuple[Rounding,
         ordered = [tensors.infos[name] for group in _groups(names, by_name) for name in group]
         layout = [(info.name, info.shape, info.dtype) for info in ordered]
         write_safetensors(folder / shard.name, layout, made(names), metadata)
-    for file in job.checkpoint.other_files():
+    for file in others:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(job.checkpoint.folder / file, folder / file)
     return tuple(

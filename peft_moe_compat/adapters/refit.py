@@ -18,7 +18,7 @@ from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource
 from .steps import Step
 
-__all__ = ["Refit", "module_parts", "refit"]
+__all__ = ["Refit", "module_parts", "refit", "require_names"]
 
 
 def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) -> list[Part]:
@@ -230,13 +230,8 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
     how = Refit(source, decision, target, reader.form)
     if base is not None and is_of(base, reader.refuses):
         raise NotTakenError("no_experts", f"{reader.title} takes no LoRA on the experts of {base.model_type}.")
-    if reader.form != "gguf" and any(
-        s.parameter.startswith("ffn_") for module in source.modules for s in module.stacks
-    ):
-        raise AdapterError(
-            f"{source.folder} has the experts' LoRA under llama.cpp's names, which do not say what the model calls "
-            "them. Convert the adapter that it was made from."
-        )
+    if reader.form != "gguf":
+        require_names(source)
     if target.peft is None:
         return replace(how, form="fused") if reader.fused and is_of(how.model, reader.fused) else how
     if base is not None:
@@ -262,3 +257,12 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
         )
     (orientation,) = possible
     return replace(how, orientation=orientation)
+
+
+def require_names(source: AdapterSource) -> None:
+    """Raises `AdapterError` for an adapter whose names do not say what the model calls its experts."""
+    if any(stack.parameter.startswith("ffn_") for module in source.modules for stack in module.stacks):
+        raise AdapterError(
+            f"{source.folder} has the experts' LoRA under llama.cpp's names, which do not say what the model calls "
+            "them. Take the adapter that it was made from."
+        )

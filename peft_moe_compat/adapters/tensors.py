@@ -31,6 +31,7 @@ __all__ = [
     "open_safetensors",
     "open_shards",
     "open_tensors",
+    "refuse_outside",
 ]
 
 SAFETENSORS, INDEX, BIN = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
@@ -190,17 +191,24 @@ def _plain_name(value: str) -> bool:
     return one_part and value not in ("", ".", "..") and value.isprintable() and len(value) <= 255
 
 
+def refuse_outside(file: Path, folder: Path) -> None:
+    """Raises for a link to what lies neither in `folder` nor in the `blobs` of its Hub cache.
+
+    Raises:
+        AdapterFileError: It names where the link leads.
+    """
+    root, target = folder.resolve(), file.resolve()
+    snapshots = [path for path in (root, *root.parents) if path.parent.name == "snapshots"]
+    if not any(target.is_relative_to(root) for root in (root, *(p.parent.parent / "blobs" for p in snapshots))):
+        raise AdapterFileError(f"{file} is a link to {target}, outside of {root}. Copy the file there if you trust it.")
+
+
 def _shard(index: Path, value: str) -> Path:
-    """The shard beside its index, or in the `blobs` of a Hub cache: `models--X/{blobs,snapshots/REVISION}`."""
+    """The shard beside its index, or in the `blobs` of a Hub cache, `models--X/{blobs,snapshots/REVISION}`."""
     shard = index.parent / value
     if not ordinary_file(shard):
         raise AdapterFileError(f"{index} lists {value}, but there is no such file. Is the download complete?")
-    folder, target = index.parent.resolve(), shard.resolve()
-    snapshots = [path for path in (folder, *folder.parents) if path.parent.name == "snapshots"]
-    if not any(target.is_relative_to(root) for root in (folder, *(p.parent.parent / "blobs" for p in snapshots))):
-        raise AdapterFileError(
-            f"{shard} is a link to {target}, outside of {folder}. Copy the file there if you trust it."
-        )
+    refuse_outside(shard, index.parent)
     return shard
 
 

@@ -573,6 +573,26 @@ def test_nothing_is_overwritten_and_weights_in_other_forms_are_left_out(tmp_path
             merge_adapter(folder, source, out)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "original/params.json"])
+def test_a_link_to_outside_of_the_base_is_not_copied(tmp_path, name):
+    """As a shard is not, and as those into the blobs of a Hub cache are."""
+    source, _ = adapter(tmp_path / "in", SPEC)
+    snapshot, blobs = tmp_path / "models--X" / "snapshots" / "abc", tmp_path / "models--X" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    folder = write(snapshot, base_of(SPEC, "apart"))
+    link = folder / name
+    link.parent.mkdir(exist_ok=True)
+    for place in (blobs, tmp_path / "secrets"):
+        place.mkdir()
+        (place / "file").write_text("{}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(place / "file")
+        if place == blobs:
+            merge_adapter(folder, source, tmp_path / "fine")
+            assert (tmp_path / "fine" / name).read_text() == "{}"
+    refused(tmp_path, folder, source, "is a link to .*secrets.file, outside of", AdapterFileError)
+
+
 # VmHWM, not ru_maxrss: that one starts at the parent's own size, across fork and exec, and so may never rise.
 MERGE = """
 import sys
