@@ -317,11 +317,16 @@ def installed_issue(code: str) -> KnownIssue | None:
     )
 
 
-def newer_than_tested(peft: str, transformers: str) -> dict[str, str]:
-    """Of an installed pair, what is newer than any release that was tested: its name -> the newest tested release."""
+def newer_than_tested(peft: str, transformers: str | None) -> dict[str, str]:
+    """Of a pair, what is newer than any release that was tested: its name -> the newest tested release.
+
+    transformers is None for any.
+    """
     newest = {"peft": (peft, NEWEST_TESTED), "transformers": (transformers, NEWEST_TRANSFORMERS)}
     return {
-        name: str(tested) for name, (version, tested) in newest.items() if base_release(parse_version(version)) > tested
+        name: str(tested)
+        for name, (version, tested) in newest.items()
+        if version is not None and base_release(parse_version(version)) > tested
     }
 
 

@@ -23,6 +23,9 @@ UNSLOTH_LAYOUT, UNSLOTH_DETAIL, _UNSLOTH_FINGERPRINT = "lora_B_layout", "unsloth
 
 # Fields that PEFT 0.17 dumps with every LoraConfig; it was the last that did not add its own version.
 _PEFT_0_17_FIELDS = {"target_parameters", "trainable_token_indices", "use_qalora", "corda_config", "auto_mapping"}
+# Those that 0.18 to 0.21.2 dump besides.
+_NEWER_FIELDS = {"alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "lora_ga_config", "use_bdlora"}
+_NEWER_FIELDS |= {"kasa_config", "monteclora_config", "velora_config"}
 
 
 def _names(value: Any) -> bool:
@@ -57,6 +60,7 @@ class AdapterConfig:
         init_lora_weights: How the factors began, where that has a name.
         peft_version: The release that says it saved the adapter.
         has_peft_0_17_fields: Whether every field is there that PEFT 0.17 dumps.
+        newer_fields: Those that it does not know, and a newer one dumps.
         unsloth_layouts: (parameter, or None for all; word) of every marker of lora_B's packing, not judged yet.
         unsloth_fixed: Whether Unsloth left its older sign, and there is LoRA on parameters.
         unsloth_family: model_type that the module named under auto_mapping is of; None where there is none.
@@ -74,6 +78,7 @@ class AdapterConfig:
     init_lora_weights: str | None
     peft_version: str | None
     has_peft_0_17_fields: bool
+    newer_fields: tuple[str, ...]
     unsloth_layouts: tuple[tuple[str | None, Any], ...]
     unsloth_fixed: bool
     unsloth_family: str | None
@@ -111,6 +116,7 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
         init_lora_weights=start if isinstance(start, str) else None,
         peft_version=None if version is None else str(version),
         has_peft_0_17_fields=raw.keys() >= _PEFT_0_17_FIELDS,
+        newer_fields=tuple(sorted(raw.keys() & _NEWER_FIELDS)),
         unsloth_layouts=(*_layouts(raw), *_layouts(auto_mapping)),
         unsloth_fixed=bool(auto_mapping.get(_UNSLOTH_FINGERPRINT) and targets),
         unsloth_family=library[1] if library else None,

@@ -30,6 +30,8 @@ SENTENCES = {
     "peft_version": "peft_version is {version!r} in adapter_config.json",
     "peft_0_17_fields": "adapter_config.json has the fields of PEFT 0.17, and no peft_version, as then",
     "no_version": "adapter_config.json has neither a peft_version nor the fields that PEFT 0.17 writes",
+    "newer_fields": "adapter_config.json has no peft_version, and fields that PEFT 0.17 does not know: {names}",
+    "newer_release": "nothing is known of releases after PEFT {peft} and transformers {transformers}",
     "automodel_layout": "paramwrapper_layout is {layout!r} in automodel_peft_config.json",
     "automodel_no_layout": "automodel_peft_config.json without paramwrapper_layout",
     "for_vllm": "adapter_config.json targets 'experts' as a module, as SkyRL and prime-rl do for vLLM: '(r E)', linear",

@@ -65,4 +65,6 @@ def by_rules(folder: Path, target: Target, base: BaseModel | None) -> Proof:
             f"What was written for {target} would not be read by it, so it was thrown away: {verdict.why}. This is a "
             "fault of peft_moe_compat; please report it with the adapter's config."
         )
+    if target.newest_known:
+        return Proof("none", (f"nothing is known of {target}, and what was written is for {target.newest_known}",))
     return Proof("rules", (target,)) if verdict.verdict == "reads" else Proof("none", (verdict.why,))

@@ -13,7 +13,14 @@ from functools import cached_property
 from packaging.version import InvalidVersion, Version
 
 from ..errors import AdapterError, AmbiguousAdapterError
-from ..releases import NEWEST_TESTED, installed_versions, parse_releases, release_for
+from ..releases import (
+    NEWEST_TESTED,
+    NEWEST_TRANSFORMERS,
+    installed_versions,
+    newer_than_tested,
+    parse_releases,
+    release_for,
+)
 from .base_model import BaseModel
 
 __all__ = ["KEEP_THE_BASE", "READERS", "NotTakenError", "Reader", "Target", "is_of", "parse_target"]
@@ -279,6 +286,16 @@ class Target:
         if self.release is None:
             return replace(rows[-1], scaling=rows[0].scaling, mounted=rows[0].mounted)
         return [row for row in rows if Version(row.since) <= Version(self.release)][-1]
+
+    @property
+    def newest_known(self) -> str:
+        """What it is taken for, where nothing is known of so new a release; else ""."""
+        if self.peft is not None:
+            newer = newer_than_tested(self.peft, self.transformers)
+            return f"PEFT {NEWEST_TESTED} beside transformers {NEWEST_TRANSFORMERS}" if newer else ""
+        since = Version(READERS[self.name][-1].since or "0")
+        later = self.release is not None and Version(self.release).release[:2] > since.release[:2]
+        return f"{self.reader.title} {since}" if later else ""
 
     def __str__(self) -> str:
         if self.name != "peft":

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import AdapterFileError, UnsupportedPeftError
 from ..families import family
-from ..releases import AUTOMODEL_LAYOUTS, NEWEST_TESTED, NEWEST_TRANSFORMERS, RULES, release_for
+from ..releases import AUTOMODEL_LAYOUTS, NEWEST_TESTED, NEWEST_TRANSFORMERS, RULES, newer_than_tested, release_for
 from .adapter_config import AUTOMODEL_NAME, UNSLOTH_LAYOUT, AdapterConfig
 from .base_model import BaseModel
 from .conclusions import Conclusion, Evidence, Settle
@@ -59,7 +59,8 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
     if stamp is not None:
         beside = stamp.transformers or "of any release"
         reason = Evidence("stamped", {"peft": stamp.peft, "transformers": beside})
-        conclusion = Conclusion(f"PEFT {stamp.peft}", "certain", (reason,))
+        doubt = _doubt(stamp.peft, stamp.transformers)
+        conclusion = Conclusion(f"PEFT {stamp.peft}", "stated" if doubt else "certain", (reason, *doubt))
         return Writer(conclusion, stamp.peft, stamp.transformers, {None: stamp.packing}, reason, marked=True)
     if stated.written_by is None and source.automodel is not None:
         return _automodel(source.automodel)
@@ -78,6 +79,12 @@ def find_writer(source: AdapterSource, stated: Stated) -> Writer:
     return replace(writer, packings={None: "rank_major"}, packing_evidence=packs)
 
 
+def _doubt(peft: str, transformers: str | None) -> tuple[Evidence, ...]:
+    """That nobody knows how these releases lay things out; nothing where it is known."""
+    known = {"peft": NEWEST_TESTED, "transformers": NEWEST_TRANSFORMERS}
+    return (Evidence("newer_release", known),) if newer_than_tested(peft, transformers) else ()
+
+
 def _for_vllm(config: AdapterConfig) -> Writer:
     """SkyRL and prime-rl write such a config; one of PEFT's own was rewritten, by ART, say, which exchanges factors."""
     if config.pefts_own:
@@ -91,7 +98,7 @@ def _release(config: AdapterConfig, stated: Stated) -> Writer:
     peft, transformers = stated.releases
     if peft is not None:
         beside = f", transformers {transformers}" if transformers else ""
-        conclusion = Conclusion(f"PEFT {peft}{beside}", "stated", (Evidence("said"),))
+        conclusion = Conclusion(f"PEFT {peft}{beside}", "stated", (Evidence("said"), *_doubt(peft, transformers)))
         return Writer(conclusion, peft, transformers, by_caller=True)
     version = config.peft_version
     if version is not None:
@@ -100,11 +107,12 @@ def _release(config: AdapterConfig, stated: Stated) -> Writer:
         except UnsupportedPeftError as error:
             raise AdapterFileError(f"adapter_config.json has peft_version {show(version)}: {error}") from None
         reason = Evidence("peft_version", {"version": version})
-        return Writer(Conclusion(f"PEFT {version}", "stated", (reason,)), version)
-    if config.has_peft_0_17_fields:
+        return Writer(Conclusion(f"PEFT {version}", "stated", (reason, *_doubt(version, None))), version)
+    if config.has_peft_0_17_fields and not config.newer_fields:
         return Writer(Conclusion("PEFT 0.17", "likely", (Evidence("peft_0_17_fields"),)), str(RULES[0].since))
-    settle = (Settle("written_by", "peft==VERSION"),)
-    return Writer(Conclusion(None, "none", (Evidence("no_version"),), settle))
+    newer = Evidence("newer_fields", {"names": ", ".join(config.newer_fields)})
+    reason = newer if config.newer_fields else Evidence("no_version")
+    return Writer(Conclusion(None, "none", (reason,), (Settle("written_by", "peft==VERSION"),)))
 
 
 def _unsloth(config: AdapterConfig, model: BaseModel | None) -> tuple[Mapping[str | None, str], Evidence, bool] | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from support.adapter_files import (
     FAMILIES,
     GPT_OSS,
@@ -32,6 +33,8 @@ from support.adapter_files import (
 )
 
 from peft_moe_compat.adapters.convert import convert_adapter
+from peft_moe_compat.adapters.inspect import inspect_adapter
+from peft_moe_compat.adapters.merge import merge_adapter
 from peft_moe_compat.adapters.verify import verify_adapters
 from peft_moe_compat.errors import AdapterError, AdapterFileError, LossyConversionError
 
@@ -177,6 +180,31 @@ def test_llama_cpps_names_are_for_llama_cpp_alone(tmp_path):
     for to in (NEW, "per-expert", "vllm", "sglang"):
         with pytest.raises(AdapterError, match="under llama.cpp's names"):
             convert_adapter(once, tmp_path / "out", to=to, model=spec.model())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(spec.model()))
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(8, 8)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(AdapterError, match="under llama.cpp's names"):
+        merge_adapter(tmp_path / "base", once, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("to", "known"),
+    [
+        ("peft==0.22.0,transformers==5.23.0", "PEFT 0.21.2 beside transformers 5.24.0"),
+        ("peft==0.21.2,transformers==6.0", "PEFT 0.21.2 beside transformers 5.24.0"),
+        ("vllm==0.99", "vLLM 0.33"),
+    ],
+)
+def test_nothing_is_promised_of_releases_that_nobody_knows(tmp_path, to, known):
+    spec = Spec()
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")), peft_version="0.21.2")
+    done = convert_adapter(source, tmp_path / "out", to=to, model=spec.model())
+    assert done.proof.by == "none"
+    assert f"nothing is known of {to}, and what was written is for {known}" in str(done.proof)
+    if to.startswith("peft"):
+        found = inspect_adapter(done.out, model=spec.model()).writer
+        assert found.confidence == "stated"
+        assert found.why.endswith("nothing is known of releases after PEFT 0.21.2 and transformers 5.24.0")
 
 
 def test_what_is_written_for_llama_cpp_is_read_again(tmp_path):

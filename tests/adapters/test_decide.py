@@ -55,6 +55,19 @@ def test_the_version_in_the_file_speaks_for_a_square_one(tmp_path, peft, value):
     assert (found.value, found.confidence) == (value, "stated")
 
 
+@pytest.mark.parametrize("newer", ["kasa_config", "use_bdlora", "alora_invocation_tokens", None])
+def test_fields_newer_than_0_17_speak_against_it(tmp_path, newer):
+    old = ("target_parameters", "trainable_token_indices", "use_qalora", "corda_config", "auto_mapping")
+    fields = {**dict.fromkeys(old), "target_parameters": ["mlp.experts.down_proj"]} | ({newer: None} if newer else {})
+    source, model = square_down(tmp_path, **fields)
+    found = inspect_adapter(source, model=model, packing="rank_major")
+    assert (found.writer.value, found.orientation.value) == ((None, None) if newer else ("PEFT 0.17", "reversed"))
+    if newer:
+        assert found.writer.why.endswith(f"fields that PEFT 0.17 does not know: {newer}")
+        with pytest.raises(AmbiguousAdapterError, match="--written-by peft==VERSION"):
+            convert_adapter(source, tmp_path / "out", to=TO, model=model, packing="rank_major")
+
+
 FOR_VLLM = {"target_modules": ["experts", "q_proj"], "target_parameters": None}
 
 

@@ -35,6 +35,7 @@ from support.adapter_files import (
 from support.verdicts import targets_of_verdicts, unchanged
 from torch import Tensor
 
+from peft_moe_compat.adapters.adapter_config import parse_config
 from peft_moe_compat.adapters.conclusions import Inspection
 from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.inspect import inspect_adapter
@@ -144,6 +145,18 @@ def test_the_fixtures_are_those_of_the_manifest():
     assert sorted(listed) == [case for case in CASES if case.startswith("peft/")]
     assert len(listed) > 200
     assert sum(case.startswith("handmade/") for case in CASES) >= 40
+
+
+def test_only_a_config_of_0_17_is_taken_for_one_without_the_version():
+    """Of those that PEFT 0.17.0 to 0.21.2 wrote."""
+    found = set()
+    for case in (case for case in CASES if case.startswith("peft/")):
+        config = json.loads((ROOT / case / "adapter_config.json").read_text())
+        parsed = parse_config({name: value for name, value in config.items() if name != "peft_version"})
+        release = truth(case)["peft"]
+        found.add(release)
+        assert (parsed.has_peft_0_17_fields and not parsed.newer_fields) == release.startswith("0.17."), case
+    assert len(found) > 4
 
 
 @pytest.mark.parametrize("case", CASES)
