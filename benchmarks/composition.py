@@ -1,12 +1,13 @@
 """This library beside what else makes training fast: Liger's kernels, attention, torch.compile, continuous batching.
 
-    python benchmarks/composition.py [--what train,batching,watch] [--rows plain,liger] [--layers 12] [--json OUT]
+    python benchmarks/composition.py [--what train,batching,watch,names] [--rows plain,liger] [--layers 12] [--json OUT]
 
 `train`: five steps of Qwen3-30B-A3B's sizes with fewer layers and random bfloat16 weights, LoRA r = 16 on experts and
 attention, 4 x 2048 tokens, AdamW, with gradient checkpointing and without. Each row has a fresh model of the same
 numbers. `batching`: transformers' `generate_batch` on prompts of different lengths beside `generate`, in bfloat16, and
 whether their tokens are equal in float32. `watch`: what `ParamWrapper.__call__` costs the processor while the library
-is active. `--device cpu` makes everything tiny, to see that it runs.
+is active. `names`: a training step with `adapter_names`, two and four adapters in a batch, in a pass for each or one
+for all. `--device cpu` makes everything tiny, to see that it runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--what", default="train,batching,watch")
+parser.add_argument("--what", default="train,batching,watch,names")
 parser.add_argument("--rows", help="of `train`, with commas; by default all")
 parser.add_argument("--checkpointing", default="on,off")
 parser.add_argument("--layers", type=int, default=12)
@@ -42,6 +43,7 @@ from torch import nn
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import peft_moe_compat
+from peft_moe_compat.patching import handed_down
 
 ON_CPU = args.device == "cpu"
 BATCH, LENGTH, STEPS = (2, 16, 5) if ON_CPU else (4, 2048, 5)
@@ -255,6 +257,36 @@ def batched() -> None:
                     say(row, tokens_s=round(rate, 1), same_as_stock_generate=round(same, 4))
 
 
+def named() -> None:
+    """Without the optimiser; the largest possible and an impossible number of tokens that make a pass worth it."""
+    lengths = (4, 8) if ON_CPU else (256, 1024, 2048, 4096)
+    for adapters in (2, 4):
+        with peft_moe_compat.activate():
+            model = with_lora(base_model(min(args.layers, 4), "sdpa", DTYPE)).train()
+            names = ["default", *(f"other {i}" for i in range(1, adapters))]
+            with torch.device(args.device):
+                for name in names[1:]:
+                    model.add_adapter(name, model.peft_config["default"])
+            model.base_model.set_adapter(names)
+            for length in lengths:
+                ids = torch.randint(0, model.config.vocab_size, (4, length), device=args.device)
+                of_sample, times = [names[i % adapters] for i in range(4)], {}
+                for way, tokens in (("one after the other", 0), ("in one pass", 2**62)):
+                    handed_down._TOKENS_OF_A_PASS = tokens
+                    found = []
+                    for _ in range(6):
+                        start = time.perf_counter()
+                        loss = model(input_ids=ids, adapter_names=of_sample, labels=ids, use_cache=False).loss
+                        loss.backward()
+                        model.zero_grad()
+                        loss.item()
+                        if not ON_CPU:
+                            torch.cuda.synchronize()
+                        found.append(time.perf_counter() - start)
+                    times[f"{way}, ms"] = round(1e3 * statistics.median(found[2:]), 1)
+                say(f"{adapters} adapters, 4 x {length} tokens", **times)
+
+
 class Through(nn.Module):
     """An experts module that does nothing."""
 
@@ -301,7 +333,7 @@ def main() -> None:
     card = "cpu" if ON_CPU else torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
     say("machine", device=card, layers=args.layers, tokens=f"{BATCH} x {LENGTH}", **versions)
-    for name, function in (("train", trained), ("batching", batched), ("watch", watched)):
+    for name, function in (("train", trained), ("batching", batched), ("watch", watched), ("names", named)):
         if name in what:
             function()
 

@@ -110,7 +110,7 @@ class Report:
             return "peft_moe_compat: the model has no routed experts in fused weights."
         table = Table(title=f"peft_moe_compat {'active' if self.active else 'inactive'}")
         for heading in ("experts", "parameter", "stored", "adapters", "path", "backend, reason"):
-            table.add_column(heading, overflow="fold", no_wrap=heading in ("experts", "path"))
+            table.add_column(heading, overflow="fold", no_wrap=heading in ("experts", "parameter", "path"))
         for modules, parameter in _folded(self.rows):
             adapters = ", ".join(
                 f"{a.name} r={a.rank} s={a.scaling:g}{f' p={a.dropout:g}' if a.dropout else ''}"
