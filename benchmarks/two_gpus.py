@@ -267,6 +267,7 @@ def main() -> None:
         "layers": SIZES["num_hidden_layers"],
         "tokens a rank": ids.numel(),
         "ranks": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "losses": losses,
         "step s": round(statistics.median(times[1:]), 4),
