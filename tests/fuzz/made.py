@@ -101,7 +101,8 @@ class Making:
             if "a" in case.beside:
                 found |= {f"{attention}.{name}": (case.H, case.H) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
             if layer < self.first:
-                found |= {f"{stem}.{n}_proj": (case.H, case.I) for n in ("gate", "up")}
+                dense = re.sub(r"\.\w*moe\w*$", ".mlp", stem)  # a block called so has nothing but experts
+                found |= {f"{dense}.{n}_proj": (case.H, case.I) for n in ("gate", "up")}
                 continue
             if "r" in case.beside or "R" in case.beside:
                 found[f"{stem}.{family.router}"] = (case.H, case.E)
