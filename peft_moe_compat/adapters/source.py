@@ -20,7 +20,7 @@ from .ranks import lora_rank
 from .renaming import renamed, renamed_config
 from .safetensors_io import TensorInfo
 from .slots import ExpertsModule, LinearSlot, experts_modules, is_signed_float, linear_slots
-from .stamp import Stamp, numbers_of, read_stamp
+from .stamp import Stamp, numbers_of, numbers_said, read_stamp
 from .stated import Stated
 from .tensors import AdapterTensors, open_tensors
 
@@ -162,21 +162,21 @@ def source_of(
     if automodel and automodel.get("moe_rank_scaling") and (ranks := _automodel_ranks(folder, names, config, base)):
         config = parse_config({**raw, "rank_pattern": ranks | (raw.get("rank_pattern") or {})})
     stamp = read_stamp(tensors.metadata)
+    if not renames:  # else it was opened without, before
+        _check_config(folder, raw, numbers_said(tensors.metadata, stamp))
     if stamp is not None:
-        if not renames:  # else it was opened without, before
-            _check_config(folder, raw, stamp)
         stamp = replace(stamp, modules={renamed(path, renames): said for path, said in stamp.modules.items()})
     modules = experts_modules(names, config, base, stamp)
     linears, rest = linear_slots(names, tensors.infos, config)
     return AdapterSource(folder, config, automodel, tensors, base, stamp, names.prefix, modules, linears, rest)
 
 
-def _check_config(folder: Path, raw: Mapping[str, Any], stamp: Stamp) -> None:
+def _check_config(folder: Path, raw: Mapping[str, Any], saved: Mapping[str, Any] | None) -> None:
     """Whether weights and config were saved together: a process that is killed may leave the one of before."""
     here = numbers_of(raw)
-    differing = [name for name in here if stamp.config is not None and stamp.config.get(name) != here[name]]
-    if differing:
-        said = "; ".join(f"{name} {show((stamp.config or {}).get(name))} and {show(here[name])}" for name in differing)
+    there = here if saved is None else saved
+    if differing := [name for name in here if there.get(name) != here[name]]:
+        said = "; ".join(f"{name} {show(there.get(name))} and {show(here[name])}" for name in differing)
         raise AdapterFileError(
             f"The tensors in {folder} were saved with another {CONFIG_NAME} than lies beside them: {said}. Was saving "
             "interrupted? Save the adapter again, or take it from another checkpoint. If the config was edited on "

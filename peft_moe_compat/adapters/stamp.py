@@ -16,9 +16,18 @@ from ..layout import ORIENTATIONS, PACKINGS
 from ..releases import parse_version, release_for
 from .files import parse_json, show
 
-__all__ = ["STAMP_KEY", "ModuleStamp", "Stamp", "numbers_of", "read_stamp"]
+__all__ = [
+    "STAMP_KEY",
+    "ModuleStamp",
+    "Stamp",
+    "config_entry",
+    "numbers_of",
+    "numbers_said",
+    "read_stamp",
+]
 
 STAMP_KEY = "peft_moe_compat"
+_CONFIG_KEY = "peft_moe_compat.config"  # what a stamp has as `config`, in files that have no layout to tell of
 # Fields of adapter_config.json that say what the tensors mean, and do not show in them.
 _NUMBERS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -73,6 +82,22 @@ class Stamp:
 def numbers_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says of ranks and alphas; nothing, None, empty and False are the same."""
     return {name: config.get(name) or None for name in _NUMBERS}
+
+
+def config_entry(config: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata entry of a file without a stamp."""
+    return {_CONFIG_KEY: json.dumps(numbers_of(config), separators=(",", ":"))}
+
+
+def numbers_said(metadata: Mapping[str, str], stamp: Stamp | None) -> Mapping[str, Any] | None:
+    """What a file says of the config it was saved with, see `numbers_of`; None where it does not.
+
+    Raises:
+        AdapterFileError: What it says is damaged.
+    """
+    if stamp is not None or _CONFIG_KEY not in metadata:
+        return None if stamp is None else stamp.config
+    return parse_json(metadata[_CONFIG_KEY].encode(), f"The metadata entry {_CONFIG_KEY!r}")
 
 
 def read_stamp(metadata: Mapping[str, str]) -> Stamp | None:

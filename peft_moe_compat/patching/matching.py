@@ -32,6 +32,7 @@ __all__ = [
     "differences",
     "factor_names",
     "facts_of",
+    "has_experts",
     "known_of_this_pair",
     "live_namer",
     "live_path",
@@ -111,6 +112,11 @@ def counterparts(paths: Iterable[str], facts: BaseModel) -> dict[str, str]:
         if len(alike) == 1:
             found[path] = alike[0]
     return found
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a model has experts by that name, fused or each a module."""
+    return any(live_path(name).rpartition(".")[2] == "experts" for name, _ in bare(model).named_modules())
 
 
 def model_type_of(model: Any) -> str:

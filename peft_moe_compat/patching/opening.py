@@ -29,7 +29,7 @@ from ..model.weights import unreadable_reason
 from .context import holding
 from .injecting import convert_command
 from .lost import difference
-from .matching import UnderstoodFile, counterparts, facts_of, live_path
+from .matching import UnderstoodFile, counterparts, facts_of, has_experts, live_path
 
 __all__ = ["fitted", "said_of_files", "understand", "written_by"]
 
@@ -92,7 +92,7 @@ def understand(model: Any, model_id: str, hub: Mapping[str, Any]) -> UnderstoodF
         return None  # matrices, which every release lays out alike
     facts = facts_of(model, parse_config(config).target_parameters)
     fused = bool(config.get("target_parameters") or facts.stacks)
-    if not (fused or _has_experts(model)):
+    if not (fused or has_experts(model)):
         return None
     if not any((folder / name).is_file() for name in (SAFETENSORS, BIN)):
         if not _may_reach_experts(config):
@@ -138,11 +138,6 @@ def fitted(source: AdapterSource, paths: Mapping[str, str], facts: BaseModel) ->
     modules = tuple(module for module in source.modules if module.path in paths)
     stacks = {(path, p): size for path, live in paths.items() for (at, p), size in facts.stacks.items() if at == live}
     return replace(source, modules=modules, base=replace(facts, stacks=stacks))
-
-
-def _has_experts(model: Any) -> bool:
-    """Whether a model has experts by that name, fused or each a module."""
-    return any(live_path(name).rpartition(".")[2] == "experts" for name, _ in bare(model).named_modules())
 
 
 def _may_reach_experts(config: Mapping[str, Any]) -> bool:

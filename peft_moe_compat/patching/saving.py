@@ -20,13 +20,13 @@ from torch import Tensor
 from ..adapters.adapter_config import CONFIG_NAME
 from ..adapters.files import read_json
 from ..adapters.names import PREFIX, unwrapped
-from ..adapters.stamp import ModuleStamp, Stamp, numbers_of
+from ..adapters.stamp import ModuleStamp, Stamp, config_entry, numbers_of
 from ..errors import AdapterError
 from ..model.experts import bare, features, is_transposed
 from ..model.wrappers import is_param_wrapper
 from .context import holding
 from .displaced import notice
-from .matching import chains, live_path, orientation_of
+from .matching import chains, has_experts, live_path, orientation_of
 from .sharding import refuse_partitioned
 from .targets import named_for_any_reader
 
@@ -135,9 +135,14 @@ def write_config(model: Any, adapter_name: str, folder: str) -> None:
 
 
 def metadata_of(model: Any, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, str]:
-    """The entry for the metadata of a file of these tensors beside this config; empty where `stamp_of` has none."""
+    """The entry for the metadata of a file of these tensors beside this config.
+
+    Without a stamp it is of what the config says alone; empty for a model without experts, or no LoRA.
+    """
     stamp = stamp_of(model, shapes)
-    return {} if stamp is None else replace(stamp, config=numbers_of(config)).to_metadata()
+    if stamp is not None:
+        return replace(stamp, config=numbers_of(config)).to_metadata()
+    return config_entry(config) if config.get("peft_type") == "LORA" and has_experts(model) else {}
 
 
 def stamp_of(model: Any, of_tensors: Mapping[str, tuple[int, ...]]) -> Stamp | None:

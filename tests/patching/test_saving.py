@@ -281,6 +281,30 @@ def test_weights_beside_the_config_of_before_are_noticed(tmp_path, monkeypatch):
     assert peft_moe_compat.inspect_adapter(tmp_path, content=False).modules
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"lora_alpha": 8}, {"lora_alpha": 16}, "lora_alpha 16 and 8"),
+        ({}, {"use_rslora": True}, "use_rslora True and None"),
+        ({"alpha_pattern": {"q_proj": 3}}, {}, "alpha_pattern None and"),
+    ],
+)
+def test_so_they_are_of_lora_beside_the_experts(tmp_path, monkeypatch, first, second, message):
+    def model(**lora):
+        return peft.get_peft_model(zoo.tiny_model(FAMILY), LoraConfig(r=2, target_modules=["q_proj"], **lora))
+
+    model(**first).save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(zoo.tiny_model(FAMILY), tmp_path).peft_config
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.LoraConfig, "save_pretrained", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**second).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=message):
+        peft_moe_compat.inspect_adapter(tmp_path)
+    with pytest.raises(AdapterFileError, match=message):
+        PeftModel.from_pretrained(zoo.tiny_model(FAMILY), tmp_path)
+
+
 def test_a_saving_that_is_killed_leaves_the_old_adapter_or_the_new_or_says_so(tmp_path):
     models = two_adapters(tmp_path)
     found = {}
