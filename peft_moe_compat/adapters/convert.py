@@ -19,7 +19,7 @@ from .files import atomic_folder, usable_path
 from .plan import Plan, plan_conversion
 from .proof import Proof, Prover, by_rules
 from .readers import Target, parse_target
-from .refit import refit
+from .refit import linears_taken_for_experts, refit
 from .renaming import parse_renames
 from .safetensors_io import write_safetensors
 from .source import CONFIG_NAME, AdapterSource, open_adapter
@@ -136,7 +136,7 @@ def planned(
 ) -> tuple[Decision, Plan]:
     """What an adapter holds, and how it becomes one for `target`. Raises as `convert_adapter` does."""
     decision = decide(source, stated)
-    if source.form == "none":
+    if source.form == "none" and not linears_taken_for_experts(source, target):
         raise AdapterError(f"{source.folder} holds no LoRA on routed experts; there is nothing to convert.")
     decision.require(str(source.folder))
     plan = plan_conversion(refit(source, decision, target), fill_missing)

@@ -56,7 +56,7 @@ def by_rules(folder: Path, target: Target, base: BaseModel | None) -> Proof:
     try:
         source = open_adapter(folder, stated)
         if source.form == "none":
-            return Proof("none", ("to every reader the LoRA of a single expert is that of a matrix",))
+            return Proof("none", ("it holds no LoRA on the stacks of several experts",))
         verdict = reader_verdict(source, decide(source, stated), target)
     except AdapterError as error:  # a file whose reader knows what this package would have to guess
         return Proof("none", (error,))

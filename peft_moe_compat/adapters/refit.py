@@ -13,12 +13,13 @@ from .orientations import expert_parameter, has_separate_experts, orientations, 
 from .outputs import GGUF_PATH, Output, fused, gguf, per_expert, shared_outer
 from .parts import Part, expert_parts
 from .readers import NotTakenError, Target, is_of
+from .rewriting import taken_for_experts
 from .shapes import parameter_order
 from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource
 from .steps import Step
 
-__all__ = ["Refit", "module_parts", "refit", "require_names"]
+__all__ = ["Refit", "linears_taken_for_experts", "module_parts", "refit", "require_names"]
 
 
 def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) -> list[Part]:
@@ -234,6 +235,8 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
         require_names(source)
     if target.peft is None:
         return replace(how, form="fused") if reader.fused and is_of(how.model, reader.fused) else how
+    if source.form == "none":
+        return how  # linears alone, under other names in the config
     if base is not None:
         if has_separate_experts(base.model_type, target.peft, target.transformers):
             return replace(how, form="per_expert")
@@ -266,3 +269,11 @@ def require_names(source: AdapterSource) -> None:
             f"{source.folder} has the experts' LoRA under llama.cpp's names, which do not say what the model calls "
             "them. Take the adapter that it was made from."
         )
+
+
+def linears_taken_for_experts(source: AdapterSource, target: Target) -> list[str]:
+    """Linears of an adapter that the target's PEFT would leave without LoRA; none where the base is not known."""
+    if target.peft is None or source.base is None:
+        return []
+    paths = [linear.path for linear in source.linears]
+    return taken_for_experts(source.config.raw, paths, source.base.model_type, target.peft, target.transformers)

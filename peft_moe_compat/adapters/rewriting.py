@@ -18,7 +18,7 @@ from .names import LINEAR_NAMES
 from .patterns import Expression
 from .targets import Targets, any_ending
 
-__all__ = ["as_peft_reads", "named_as", "reaching", "rewritten", "targets_of"]
+__all__ = ["as_peft_reads", "named_as", "reaching", "rewritten", "taken_for_experts", "targets_of"]
 
 
 def rewritten(model_type: str | None, peft: str, transformers: str | None) -> frozenset[str]:
@@ -117,3 +117,11 @@ def as_peft_reads(config: Mapping[str, Any], model_type: str, peft: str, transfo
             if isinstance(config.get(value), int | float):
                 new[patterns] = {**(config.get(patterns) or {}), r".*\.gate_up_proj": 2 * config[value]}
     return {**config, **new}
+
+
+def taken_for_experts(
+    config: Mapping[str, Any], linears: Sequence[str], model_type: str, peft: str, transformers: str | None
+) -> list[str]:
+    """Paths of linears that `target_modules` names, and that PEFT leaves without LoRA since it rewrites the names."""
+    before, after = reaching(config), reaching(as_peft_reads(config, model_type, peft, transformers))
+    return [path for path in linears if before(path) and not after(path)]

@@ -22,7 +22,7 @@ from .patterns import Patterns
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
 from .readers import READERS, NotTakenError, Target
-from .refit import Refit, module_parts, refit
+from .refit import Refit, linears_taken_for_experts, module_parts, refit
 from .rewriting import as_peft_reads, named_as, reaching
 from .shapes import parameter_order
 from .source import CONFIG_NAME, AdapterSource
@@ -57,8 +57,16 @@ def reader_verdicts(source: AdapterSource, decision: Decision, transformers: str
     for name in ("vllm", "sglang", "llama.cpp"):
         targets |= _of_releases(name)
     if source.form == "none":
-        return dict.fromkeys(targets, ReaderVerdict("reads", "there is no LoRA on routed experts"))
+        return {name: _of_linears(source, target) for name, target in targets.items()}
     return {name: reader_verdict(source, decision, target) for name, target in targets.items()}
+
+
+def _of_linears(source: AdapterSource, target: Target) -> ReaderVerdict:
+    """What a reader does with a file that holds no LoRA on experts."""
+    if not linears_taken_for_experts(source, target):
+        return ReaderVerdict("reads", "there is no LoRA on routed experts")
+    command = f"`peft-moe-compat convert ADAPTER OUT --to peft=={target.peft} --model BASE`"
+    return ReaderVerdict("wrong", _WORDS["wrong"].format(Step("targets"), command))
 
 
 def _of_releases(name: str) -> dict[str, Target]:

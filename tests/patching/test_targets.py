@@ -6,6 +6,7 @@ Oracles: the model that stock PEFT saved, and a base model with the updates adde
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import peft
 import pytest
@@ -13,6 +14,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import PeftModel
+from safetensors.torch import load_file
 from support import zoo
 from support.processes import result_of
 from support.saved_adapters import (
@@ -147,6 +149,36 @@ def test_a_packed_linear_keeps_its_name_and_saving_says_so(family, tmp_path):
         model.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert set(LINEARS) <= set(written["target_modules"])
+
+
+@pytest.mark.skipif(
+    not find_spec("peft.utils.transformers_weight_conversion"), reason="PEFT before 0.19 takes no linears for experts"
+)
+@pytest.mark.parametrize("family", sorted(REWRITTEN.intersection(SHARED)) or [pytest.param(None, marks=none_shared)])
+def test_lora_on_linears_alone_has_a_form_that_stock_peft_reads(family, tmp_path, stock):
+    """PEFT puts LoRA on the experts for their names, of which the file knows nothing, and none on the linears."""
+    targets = [f"{name}.weight" for name in LINEARS]
+    expected, fresh = save(tmp_path / "in", family, target_modules=["o_proj"], target_parameters=targets)
+    said = {"target_modules": ["o_proj", *LINEARS], "target_parameters": None, "peft_version": "0.18.1"}
+    change_file(tmp_path / "in", lambda tensors: tensors, **said)
+    config = expected.get_base_model().config.to_dict()
+    found = peft_moe_compat.inspect_adapter(tmp_path / "in", model=config)
+    assert [verdict.verdict for name, verdict in found.readers.items() if name.startswith("PEFT")] == [
+        "reads",
+        "wrong",
+        "wrong",
+    ]
+    peft_moe_compat.convert_adapter(tmp_path / "in", tmp_path / "out", to=HERE, model=config)
+    assert all(
+        verdict.verdict == "reads"
+        for verdict in peft_moe_compat.inspect_adapter(tmp_path / "out", model=config).readers.values()
+    )
+    model = stock(PeftModel.from_pretrained, fresh(), tmp_path / "out")
+    assert_same_logits(model, expected)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum("lora_" in name for name, _ in model.named_parameters()) == len(tensors)
+    with pytest.raises(AdapterError, match="nothing to convert"):
+        peft_moe_compat.convert_adapter(tmp_path / "out", tmp_path / "again", to=HERE, model=config)
 
 
 OWN_LOADER_SCRIPT = """
