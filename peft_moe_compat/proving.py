@@ -17,10 +17,13 @@ from typing import Any, ParamSpec, TypeVar
 
 from .adapters import convert
 from .adapters.base_model import BaseModel
+from .adapters.bounds import MAX_LAYERS, MAX_NAMES
+from .adapters.files import read_json
 from .adapters.names import PREFIX
 from .adapters.proof import Proof
 from .adapters.readers import Target
 from .adapters.safetensors_io import TensorInfo
+from .adapters.source import CONFIG_NAME
 from .adapters.tensors import open_tensors
 from .errors import AdapterError
 from .releases import installed_versions, known_issues
@@ -42,7 +45,7 @@ FOREIGN = (
     ValueError,
 )
 # More layers, experts or labels than any model has: config and model would take longer to build than anybody waits.
-_MAX_LAYERS, _MAX_COUNT, _MAX_MODULES = 1_000, 100_000, 100_000
+_MAX_COUNT, _MAX_MODULES = 100_000, 100_000
 # Pairs that load no adapter with experts, whatever its config says.
 _BROKEN = {"from_pretrained_loading_info", "from_pretrained_distributed_operation"}
 _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "")
@@ -75,6 +78,9 @@ def prove(folder: Path, target: Target, base: BaseModel | None) -> Proof | None:
     pair = installed["peft"], installed["transformers"]
     if (target.peft, target.transformers) != pair or base is None or not _is_real(base.config):
         return None
+    targets = read_json(folder / CONFIG_NAME).get("target_modules")
+    if isinstance(targets, list) and len(targets) > MAX_NAMES:
+        return None  # PEFT compares every name with every other one
     tensors, refused = open_tensors(folder).infos, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -122,7 +128,7 @@ def _is_real(config: Mapping[str, Any]) -> bool:
         if isinstance(value, Mapping):
             return all(modest(inner, str(key)) for key, inner in value.items())
         counts = name.startswith(("num_", "n_")) or "layer" in name or "depth" in name
-        return not (counts and isinstance(value, int) and value > (_MAX_LAYERS if "layers" in name else _MAX_COUNT))
+        return not (counts and isinstance(value, int) and value > (MAX_LAYERS if "layers" in name else _MAX_COUNT))
 
     written = config.get("architectures") or config.get("transformers_version")
     return bool(written) and isinstance(config.get("model_type"), str) and modest(config)

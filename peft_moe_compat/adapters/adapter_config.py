@@ -8,14 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterFileError
+from .bounds import MAX_EXPRESSIONS, MAX_LAYERS, MAX_NAMES
 from .files import show
 from .patterns import Expression, Patterns
 from .ranks import MAX_ALPHA, is_alpha, is_rank
 from .targets import Targets
 
-__all__ = ["AUTOMODEL_NAME", "CONFIG_NAME", "UNSLOTH_DETAIL", "UNSLOTH_LAYOUT", "AdapterConfig", "parse_config"]
+__all__ = [
+    "AUTOMODEL_NAME",
+    "CONFIG_NAME",
+    "UNSLOTH_DETAIL",
+    "UNSLOTH_LAYOUT",
+    "AdapterConfig",
+    "parse_config",
+    "require_few_names",
+]
 
 CONFIG_NAME, AUTOMODEL_NAME = "adapter_config.json", "automodel_peft_config.json"
+
+# What PEFT makes an expression of, a name after the other. Source: PEFT 0.21.2, tuners/tuners_utils.py.
+_EXPRESSIONS = {"modules_to_save": r"(^|.*\.){}($|\..*)", "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\."}
+_COUNTED = ("target_modules", "exclude_modules", "layers_to_transform")
+_MAX_CHARACTERS = 100_000  # of all expressions in one field
 
 # Unsloth's markers, at the config's top or under auto_mapping. Source: unsloth_zoo 2026.10.9,
 # temporary_patches/moe_utils.py.
@@ -99,8 +113,7 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
                 f"{CONFIG_NAME} has {name} {show(value)}; {expected} was expected. Is it the config of a LoRA adapter?"
             )
     raw = {**raw, **{name: Patterns(raw[name]) for name in ("rank_pattern", "alpha_pattern") if raw.get(name)}}
-    if isinstance(modules := raw.get("target_modules"), str) and modules != "all-linear":
-        Expression(modules)
+    _check_expressions(raw)
     named, start, version = raw.get("base_model_name_or_path"), raw.get("init_lora_weights"), raw.get("peft_version")
     targets = Targets(raw.get("target_parameters") or ())
     auto_mapping = raw.get("auto_mapping") or {}
@@ -123,6 +136,45 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
         for_vllm=not targets and _names(raw.get("target_modules")) and "experts" in raw["target_modules"],
         pefts_own=version is not None or bool(auto_mapping),
     )
+
+
+def _check_expressions(raw: Mapping[str, Any]) -> None:
+    """Raises `AdapterFileError` for what PEFT would try forever, or make more layers of than any model has."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := raw.get(field), str) and pattern != "all-linear":
+            Expression(pattern)
+    for field, whole in _EXPRESSIONS.items():
+        value = raw.get(field)
+        names = [name for name in ([value] if isinstance(value, str) else value or ()) if isinstance(name, str)]
+        if len(names) > MAX_EXPRESSIONS or sum(map(len, names)) > _MAX_CHARACTERS:
+            raise AdapterFileError(
+                f"{CONFIG_NAME} has {len(names)} names or patterns in {field}; at most {MAX_EXPRESSIONS}, of "
+                f"{_MAX_CHARACTERS} characters together, were expected. Is the file damaged?"
+            )
+        for name in names:
+            Expression(whole.format(name))
+    pairs = raw.get("layer_replication")
+    made = [pair[1] - pair[0] for pair in pairs if _sizes(pair)] if isinstance(pairs, list) else []
+    if max(len(made), sum(made)) > MAX_LAYERS:
+        raise AdapterFileError(
+            f"{CONFIG_NAME} makes {sum(made)} layers by layer_replication; at most {MAX_LAYERS} were expected. Is the "
+            "file damaged?"
+        )
+
+
+def _sizes(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(size, int) for size in pair)
+
+
+def require_few_names(raw: Mapping[str, Any], tensors: int) -> None:
+    """Raises `AdapterFileError` for lists of names that are long out of all proportion to so many tensors."""
+    for field in _COUNTED:
+        count = len(value) if isinstance(value := raw.get(field), list) else 0
+        if count > MAX_NAMES + tensors:
+            raise AdapterFileError(
+                f"{CONFIG_NAME} has {count} entries in {field}, and the file {tensors} tensors; at most {MAX_NAMES} "
+                "more than those were expected. Is it the config of this adapter?"
+            )
 
 
 def _layouts(place: Mapping[str, Any]) -> Iterator[tuple[str | None, Any]]:

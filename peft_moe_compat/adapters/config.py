@@ -36,7 +36,7 @@ class _Named(NamedTuple):
 
 
 def target_config(
-    how: Refit, experts: Sequence[Output], linears: Sequence[Output], others: Sequence[str]
+    how: Refit, experts: Sequence[Output], linears: Sequence[Output], others: Sequence[str], scaling: str
 ) -> tuple[dict[str, Any], list[Step]]:
     """The config that makes a reader see the LoRA as it is, and what that takes.
 
@@ -44,6 +44,7 @@ def target_config(
         how: The file, the reader, and the form of the experts' LoRA there.
         experts, linears: Their LoRA.
         others: Paths of all other modules with LoRA.
+        scaling: Of the reader's row; whether ranks and alphas may differ.
 
     Raises:
         NotTakenError: PEFT takes no LoRA of that kind on the parameters of experts.
@@ -65,6 +66,9 @@ def target_config(
     ):
         if config.get(name) is None:
             config[name] = Counter(values.values()).most_common(1)[0][0]
+        if scaling != "config" and not (scaling == "alpha" and name == "r"):
+            config[patterns] = {}  # one for all
+            continue
         kept = {_Named((path,), path, path): find(config, path) for path in others}
         config[patterns] = _patterns(config, patterns, find, kept | values)
     if not target.reader.everything:  # the file will hold LoRA of linears and nothing else

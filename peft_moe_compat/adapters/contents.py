@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ __all__ = ["contents"]
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all)
 _OF_ONE_MATRIX = {"not_finite", "not_trained", "zero_rows", "zero_columns"}  # that need no experts told apart
+_LOT = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def contents(source: AdapterSource, decision: Decision, progress: Progress | Non
     """
     looks = [look for module in source.modules for look in _looks(module, source, decision)]
     looks += [_Look(plain_part(slot)) for slot in source.linears]
-    reads = [look.part.reads for look in looks] + [(name,) for name in source.rest.values()]
+    reads = [look.part.reads for look in looks] + _together(source)
     found: list[Finding] = []
     norms: dict[tuple[str, str], dict[int, float]] = {}
     for index, tensors in enumerate(_read(source.tensors, reads, progress)):
@@ -77,13 +79,22 @@ def _read(
     tensors: AdapterTensors, reads: Sequence[tuple[str, ...]], progress: Progress | None
 ) -> Iterator[dict[str, Tensor]]:
     sizes = [sum(tensors.infos[name].nbytes for name in names) for names in reads]
-    done = 0
+    done, total = 0, sum(sizes)
     for names, size in zip(reads, sizes, strict=True):
         with tensors.reading(names) as found:
             yield found
         done += size
         if progress is not None:
-            progress(done, sum(sizes))
+            progress(done, total)
+
+
+def _together(source: AdapterSource) -> list[tuple[str, ...]]:
+    """The names of all that is no LoRA of experts or linears, in lots of few bytes: each opens the file once."""
+    infos, lots = source.tensors.infos, dict[int, list[str]]()
+    rest = [name for name in source.rest.values() if infos[name].nbytes]
+    for name, end in zip(rest, accumulate(infos[name].nbytes for name in rest), strict=True):
+        lots.setdefault(end // _LOT, []).append(name)
+    return list(map(tuple, lots.values()))
 
 
 def _of_part(look: _Look, numbers: Numbers, base: BaseModel | None) -> Iterator[Finding]:

@@ -140,6 +140,8 @@ def peft_name(name: str, prefix: str) -> str:
 
 def unwrapped(name: str) -> str:
     """The name of a module or tensor before anybody but PEFT wrapped what it is in."""
+    if "_orig_mod" not in name and "wrapped_module" not in name:
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
@@ -209,9 +211,10 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     pairs = {path: places for path, places in by_path.items() if not _is_matrix(path, places, config)}
     experts = {factor.name for places in pairs.values() for pair in places.values() for factor in pair}
     other = [name for name in infos if name not in experts and name not in empty]
-    stems = {_stem(name, prefix) for places in by_path.values() for pair in places.values() for name in _names(pair)}
     placed = {name for places in by_path.values() for pair in places.values() for name in _names(pair)}
-    unknown = tuple(n for n in other if n not in placed and _is_unknown(in_model(n, prefix), stems))
+    unplaced = [name for name in other if name not in placed]
+    stems = {_stem(name, prefix) for name in placed} if unplaced else set()
+    unknown = tuple(name for name in unplaced if _is_unknown(in_model(name, prefix), stems))
     return Names(prefix, pairs, unknown, tuple(other))
 
 

@@ -38,6 +38,10 @@ class Copied:
     def reads(self) -> tuple[str, ...]:
         return (self.name,)
 
+    @property
+    def names(self) -> Iterator[str]:
+        return iter((self.new_name,))
+
     def emit(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield self.new_name, tensors[self.name]
 
@@ -70,9 +74,17 @@ class Output:
     def reads(self) -> tuple[str, ...]:
         return self.part.reads
 
+    @property
+    def names(self) -> Iterator[str]:
+        """Of the tensors that it will be."""
+        return (name for name, _ in self._emitted(self.part.meta))
+
     def emit(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) pairs, of the tensors it reads. Runs on meta tensors too."""
-        for name, A, B in self.factors(self.part.load(tensors)):
+        return self._emitted(self.part.load(tensors))
+
+    def _emitted(self, lora: ExpertLora) -> Iterator[tuple[str, Tensor]]:
+        for name, A, B in self.factors(lora):
             yield f"{PREFIX}{name}.lora_A.weight", A
             yield f"{PREFIX}{name}.lora_B.weight", B
 
@@ -88,9 +100,10 @@ def per_expert(part: Part, path: str, linear: str) -> Output:
     """A pair of matrices, "r in" and "out r", for every expert's linear."""
 
     def factors(lora: ExpertLora) -> Iterator[tuple[str, Tensor, Tensor]]:
-        A, B = lora.A.contiguous(), lora.B.contiguous()  # at once: a copy for every expert would take as many kernels
-        for expert in range(lora.num_experts):
-            yield f"{path}.{expert}.{linear}", A[expert], B[expert]
+        # At once: a copy for every expert would take as many kernels.
+        pairs = zip(lora.A.contiguous().unbind(), lora.B.contiguous().unbind(), strict=True)
+        for expert, (A, B) in enumerate(pairs):
+            yield f"{path}.{expert}.{linear}", A, B
 
     keys = tuple(f"{path}.{expert}.{linear}" for expert in range(part.meta.num_experts))
     pattern = rf"\.[0-9]+\.{linear}"

@@ -15,6 +15,7 @@ from ..layout import ExpertLora, common_dtype, from_flat
 from .bounds import MAX_EXPERTS, require_room
 from .decide import Decision
 from .names import linear_role, role_of
+from .safetensors_io import without_data
 from .shapes import slot_orientations
 from .slots import ExpertSlot, ExpertsModule, FusedSlot, LinearSlot, Slot, StackSlot
 from .steps import Step
@@ -56,8 +57,7 @@ class Part:
     @cached_property
     def meta(self) -> ExpertLora:
         """The factors without their data, to find out what a conversion will write before it reads anything."""
-        factors = (factor for slot in self.slots for factor in (slot.lora_A, slot.lora_B))
-        return self.load({f.name: torch.empty(f.shape, dtype=f.dtype, device="meta") for f in factors})
+        return self.load(without_data(factor for slot in self.slots for factor in (slot.lora_A, slot.lora_B)))
 
 
 def expert_parts(
@@ -232,13 +232,23 @@ def _linear_part(path: str, linear: str, experts: Mapping[int, ExpertSlot], tota
     rslora = next(iter(numbers.values())).rslora
     alpha = kept[0] if kept else scaling * (rank**0.5 if rslora else rank)
 
+    dtypes_A = {slot.lora_A.dtype for slot in experts.values()}
+    dtypes_B = {slot.lora_B.dtype for slot in experts.values()}
+    dtype_A, dtype_B = common_dtype(dtypes_A), common_dtype(dtypes_B | ({torch.float32} if folds else set()))
+    alike = not missing and len(ranks) == len(dtypes_A) == len(dtypes_B) == 1 and not folds
+
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
+        like, first = (tensors[name] for name in next(iter(experts.values())).names)
+        if like.is_meta:
+            for fold in set(folds.values()):
+                times(first, fold)
+            A = like.new_empty(total, rank, fan_in, dtype=dtype_A)
+            return ExpertLora(A, like.new_empty(total, fan_out, rank, dtype=dtype_B), scaling)
         pairs = {e: [_of_expert(tensors[name], e) for name in slot.names] for e, slot in experts.items()}
-        dtypes_A, dtypes_B = ({factor.dtype for factor in factors} for factors in zip(*pairs.values(), strict=True))
-        dtypes_B |= {torch.float32} if folds else set()
-        like, _ = next(iter(pairs.values()))
-        A = like.new_zeros(total, rank, fan_in, dtype=common_dtype(dtypes_A))
-        B = like.new_zeros(total, fan_out, rank, dtype=common_dtype(dtypes_B))
+        if alike:
+            A, B = (torch.stack([pairs[e][side] for e in range(total)]) for side in (0, 1))
+            return ExpertLora(A, B, scaling)
+        A, B = like.new_zeros(total, rank, fan_in, dtype=dtype_A), like.new_zeros(total, fan_out, rank, dtype=dtype_B)
         for expert, (a, b) in pairs.items():
             A[expert, : a.shape[0]] = a
             B[expert, :, : b.shape[1]] = times(b, folds.get(expert, 1.0))

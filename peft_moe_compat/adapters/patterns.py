@@ -12,6 +12,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import takewhile
 from typing import Any
 
@@ -325,7 +326,7 @@ def _repeat(least: int, most: int, body: _Step) -> _Step:
 def _class(items: Any) -> Callable[[str], bool]:
     tests = [_test(str(op), value) for op, value in items if str(op) != "NEGATE"]
     negated = len(tests) < len(items)
-    return lambda char: any(test(char) for test in tests) != negated
+    return cache(lambda char: any(test(char) for test in tests) != negated)
 
 
 def _test(op: str, value: Any) -> Callable[[str], bool]:

@@ -72,19 +72,19 @@ def plan_conversion(how: Refit, fill_missing: bool) -> Plan:
             "of this model, and the file undamaged?"
         )
     linears, rest, dropped = others(how)
-    config, said = target_config(how, experts, linears, _modules_with_lora(source, rest))
-    outputs = experts + linears
-    steps = list(dict.fromkeys(steps)) + said
     scaling = reader.scaling
     # What an expert's own pattern says was folded already, and must not be read a second time.
     if scaling == "config" and not reader.everything and any(step.kind == "experts_folded" for step in steps):
         scaling = "uniform"
+    config, said = target_config(how, experts, linears, _modules_with_lora(source, rest), scaling)
+    outputs = experts + linears
+    steps = list(dict.fromkeys(steps)) + said
     if scaling != "config":
         rslora = how.rslora and scaling == "rslora"
         outputs, rank, alpha, said = evened(outputs, scaling, rslora)
-        config |= {"lora_alpha": number(alpha), "use_rslora": rslora, "alpha_pattern": {}}
+        config |= {"lora_alpha": number(alpha), "use_rslora": rslora}
         if scaling != "alpha":
-            config |= {"r": rank, "rank_pattern": {}}
+            config["r"] = rank
         steps += said
     return Plan((*outputs, *rest), config, _stamp(how, experts, config), (*steps, *dropped))
 

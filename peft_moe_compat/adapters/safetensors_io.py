@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..errors import AdapterError, AdapterFileError
 from .bounds import MAX_TENSORS
 from .files import parse_json, show
 
-__all__ = ["DTYPE_NAMES", "TensorInfo", "opened", "read_header", "write_safetensors"]
+__all__ = ["DTYPE_NAMES", "TensorInfo", "opened", "read_header", "without_data", "write_safetensors"]
 
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
 _MAX_READ_BYTES = 64 * 2**20  # 300,000 tensors with names of a hundred characters have 60 MB
@@ -65,9 +66,21 @@ class TensorInfo:
     file: Path
     offset: int
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def without_data(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
+    """The tensors on the meta device, by name; those of one shape and dtype are one tensor."""
+    made: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+    found = {}
+    for info in infos:
+        kind = info.shape, info.dtype
+        if kind not in made:
+            made[kind] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        found[info.name] = made[kind]
+    return found
 
 
 @contextmanager
@@ -112,14 +125,20 @@ def read_header(file: Path) -> tuple[dict[str, str], list[TensorInfo]]:
 
 def _info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """What an entry says, of data that begin at `start`; what torch lacks is refused."""
-    what = f"{file}: the entry of {show(name)}"
     if not isinstance(entry, dict) or not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+        what = f"{file}: the entry of {show(name)}"
         raise AdapterFileError(f"{what} is {show(entry)}; a dtype was needed that is one of {', '.join(_DTYPES)}.")
     shape = tuple(entry["shape"])
-    # torch computes strides, and so the product, even for an empty tensor.
-    if len(shape) > _MAX_RANK or math.prod(max(size, 1) for size in shape) * 8 >= 2**63:
+    if not _is_shape(shape):
+        what = f"{file}: the entry of {show(name)}"
         raise AdapterFileError(f"{what} has the shape {show(shape)}; at most {_MAX_RANK} sizes that fit were needed.")
     return TensorInfo(name, shape, _DTYPES[entry["dtype"]], file, start + entry["data_offsets"][0])
+
+
+@lru_cache(maxsize=1024)
+def _is_shape(shape: tuple[int, ...]) -> bool:
+    """Whether torch can hold it: it computes strides, and so the product, even for an empty tensor."""
+    return len(shape) <= _MAX_RANK and math.prod(max(size, 1) for size in shape) * 8 < 2**63
 
 
 def write_safetensors(

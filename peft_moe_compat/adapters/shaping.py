@@ -127,6 +127,8 @@ def join(sides: Mapping[str, Part], same_A: bool, interleaved: bool, rslora: boo
 
 def folded(part: Part, factor: float, rank: int, alpha: float) -> Part:
     """The same update with lora_B times `factor` and the scaling divided by it, zeros up to `rank`, and that alpha."""
+    if factor == 1 and rank == part.meta.rank:
+        return part if part.alpha == alpha else replace(part, alpha=alpha)
 
     def load(tensors: Mapping[str, Tensor]) -> ExpertLora:
         lora = part.load(tensors)

@@ -199,14 +199,15 @@ def _fused_slot(path: str, pair: Factors, parameters: Iterable[str], config: Ada
 
 def _expert_slot(place: Place, pair: Factors, config: AdapterConfig) -> ExpertSlot:
     A, B = (factor.shape for factor in pair)
-    fits = all(len(shape) == 2 or 1 == shape[0] or place.expert < shape[0] for shape in (A, B))
+    fits = len(A) == len(B) == 2 or all(len(shape) == 2 or 1 == shape[0] or place.expert < shape[0] for shape in (A, B))
     if not fits or A[-2] != B[-1] or 0 in (*A, *B):
         raise AdapterFileError(
             f"{place.path!r}, {place.name}, expert {place.expert}: lora_A is {A} and lora_B {B}; 'r in', 'out r' "
             "were expected."
         )
-    parts = (place.name, place.expert) if place.name.endswith("_projs") else (place.expert, place.name)
-    numbers = lora_numbers(config.raw, ".".join(map(str, (place.path, *parts))), A[-2])
+    listed = place.name.endswith("_projs")
+    key = f"{place.path}.{place.name}.{place.expert}" if listed else f"{place.path}.{place.expert}.{place.name}"
+    numbers = lora_numbers(config.raw, key, A[-2])
     return ExpertSlot(*pair, place.expert, place.name, numbers)
 
 

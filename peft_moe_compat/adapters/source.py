@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import AdapterError, AdapterFileError
-from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_config
+from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_config, require_few_names
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, ordinary_file, read_json, show
 from .names import PREFIX, Names, in_model, sort_names
 from .ranks import lora_rank
 from .renaming import renamed, renamed_config
-from .safetensors_io import TensorInfo
+from .safetensors_io import TensorInfo, without_data
 from .slots import ExpertsModule, LinearSlot, experts_modules, is_signed_float, linear_slots
 from .stamp import Stamp, numbers_of, numbers_said, read_stamp
 from .stated import Stated
@@ -43,6 +42,7 @@ class AdapterSource:
         modules: The experts' LoRA, an entry per module.
         linears: The LoRA of ordinary linears.
         rest: All further tensors: PEFT's name -> the file's.
+        shared: What was worked out for one reader and is the same for the next.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class AdapterSource:
     modules: tuple[ExpertsModule, ...]
     linears: tuple[LinearSlot, ...]
     rest: Mapping[str, str]
+    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def form(self) -> str:
@@ -63,8 +64,7 @@ class AdapterSource:
 
     def meta(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors without their data, to find out what a conversion will write before it reads anything."""
-        infos = self.tensors.infos
-        return {name: torch.empty(infos[name].shape, dtype=infos[name].dtype, device="meta") for name in names}
+        return without_data(self.tensors.infos[name] for name in names)
 
 
 def open_adapter(
@@ -154,6 +154,7 @@ def source_of(
 ) -> AdapterSource:
     """An adapter of this config and these tensors. What else lies in `folder` may speak of it; errors name it."""
     config = parse_config(raw)
+    require_few_names(raw, len(tensors.infos))
     beside = folder / AUTOMODEL_NAME
     automodel = read_json(beside) if ordinary_file(beside) else None
     names = sort_names(tensors.infos, config)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
+from .bounds import MAX_TENSORS
 from .files import ordinary_file, read_json, show
 from .safetensors_io import TensorInfo, opened, read_header
 
@@ -119,7 +120,7 @@ def open_tensors(folder: Path) -> AdapterTensors:
         raise AdapterFileError(f"{folder} holds both {SAFETENSORS} and {INDEX}; remove the one that is out of date.")
     tensors = AdapterTensors()
     if has_index:
-        open_shards(tensors, index)
+        open_shards(tensors, index, MAX_TENSORS)
     elif has_single:
         open_safetensors(tensors, single)
     elif has_old:
@@ -163,20 +164,23 @@ def open_safetensors(tensors: AdapterTensors, file: Path) -> None:
     tensors.files.append(file)
 
 
-def open_shards(tensors: AdapterTensors, index: Path) -> None:
-    """Adds the tensors of the shards an index lists, once index and shards agree."""
+def open_shards(tensors: AdapterTensors, index: Path, most: float = math.inf) -> None:
+    """Adds the tensors of the shards an index lists, `most` together, once index and shards agree."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AdapterFileError(
             f"{index} has the weight_map {show(weight_map)}; an object from tensor to file was needed."
         )
+    _require_few(len(weight_map), most, index)
+    names = {value: _plain_name(value) for value in weight_map.values() if isinstance(value, str)}
     for name, value in weight_map.items():
-        if not isinstance(value, str) or not _plain_name(value):
+        if not isinstance(value, str) or not names[value]:
             raise AdapterFileError(
                 f"{index}: {show(name)} is said to be in {show(value)}; a plain file name in its own folder was needed."
             )
     for value in sorted(set(weight_map.values())):
         open_safetensors(tensors, _shard(index, value))
+        _require_few(len(tensors.infos), most, index)
     for name in {**weight_map, **tensors.infos}:
         listed, info = weight_map.get(name), tensors.infos.get(name)
         if info is None or info.file.name != listed:
@@ -184,6 +188,13 @@ def open_shards(tensors: AdapterTensors, index: Path) -> None:
                 f"{index} puts {show(name)} in {show(listed)}, but it is in {info.file.name if info else 'no shard'}. "
                 "Do the shards belong to this index?"
             )
+
+
+def _require_few(count: int, most: float, index: Path) -> None:
+    if count > most:
+        raise AdapterFileError(
+            f"{index.parent} has {count} tensors or more; at most {most} were expected. Is it an adapter?"
+        )
 
 
 def _plain_name(value: str) -> bool:

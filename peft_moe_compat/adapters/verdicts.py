@@ -140,8 +140,9 @@ def _steps(source: AdapterSource, decision: Decision, target: Target) -> list[St
     steps += [*plan.steps, *_layout(how), *_config(how, plan)]
     if any(file.suffix == ".safetensors" and file.name != SAFETENSORS for file in source.tensors.files):
         steps.append(Step("shards"))
-    written = {name for item in plan.items for name, _ in item.emit(source.meta(item.reads))}
-    return steps or ([Step("names")] if written != set(source.tensors.infos) else [])
+    if not steps and {name for item in plan.items for name in item.names} != source.tensors.infos.keys():
+        steps.append(Step("names"))
+    return steps
 
 
 def _is_shared_outer(source: AdapterSource) -> bool:

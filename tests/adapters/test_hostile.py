@@ -121,6 +121,21 @@ def test_a_header_of_a_hundred_thousand_tensors_passes(tmp_path: Path) -> None:
         assert len(open_tensors(tmp_path).infos) == 100_000
 
 
+@pytest.mark.parametrize("alphas", [False, True], ids=["one alpha", "an alpha for each"])
+def test_thousands_of_experts_are_inspected_in_seconds(tmp_path: Path, alphas: bool) -> None:
+    """A third of Qwen3-30B-A3B's, whose files of matrices hold 18,432 pairs; the time is that of their number."""
+    spec = Spec(E=128, layers=tuple(range(16)))
+    source = save_per_expert(tmp_path / "in", spec, spec.factors(("gate", "up", "down")))
+    names = [name.partition(".lora_A")[0] for name in load(source) if ".lora_A" in name]
+    if alphas:
+        pattern = {name.removeprefix("base_model.model.model."): 1 + at % 3 for at, name in enumerate(names)}
+        save(source, load(source), {**read_config(source), "alpha_pattern": pattern})
+    with bounded():
+        found = inspect_adapter(source, model=spec.model())
+    assert found.form == "per_expert"
+    assert len(found.readers) > 5
+
+
 def test_an_entry_for_every_linear_of_the_largest_models_passes(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.mlp.experts.{e}.{n}" for i in range(61) for e in range(384) for n in ("w1", "w2", "w3")]
     config = {

@@ -145,12 +145,38 @@ def _index(value: str) -> Callable[[Path], None]:
     return change
 
 
+def _shards(count: int, each: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        files = {
+            f"m{shard}.safetensors": _empty_tensors(each).replace(b'"x', b'"%dx' % shard) for shard in range(count)
+        }
+        for name, header in files.items():
+            (folder / name).write_bytes(_header(header))
+        weight_map = {f"{shard}x{i}": f"m{shard}.safetensors" for shard in range(count) for i in range(each)}
+        (folder / f"{SINGLE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / SINGLE).unlink()
+
+    return change
+
+
 FOLDERS: dict[str, Callable[[Path], None]] = {
     "an exponential pattern": _config(rank_pattern={"(.*a|.*b|.*c)*(x+x+)+y": 2}),
     "an exponential pattern of alphas": _config(alpha_pattern={"([a-z._0-9]+)+!": 2}),
     "20,000 patterns": _config(alpha_pattern={f".*x{i}[0-9]*": 2 for i in range(20_000)}),
     "nested groups": _config(rank_pattern={"(" * 3000 + ")" * 3000: 2}),
     "an exponential target": _config(target_modules="(([a-z._0-9]+)+)+!"),
+    "an exponential exclusion": _config(exclude_modules="([a-z._0-9]+)+!"),
+    "an exponential layer": _config(layers_pattern="([a-z._0-9]+)+!", layers_to_transform=[0]),
+    "an exponential layer among others": _config(layers_pattern=["h", "([a-z._0-9]+)+!"], layers_to_transform=[0]),
+    "an exponential module to save": _config(modules_to_save=["lm_head", "([a-z._0-9]+)+!"]),
+    "a module to save of a megabyte": _config(modules_to_save=["a" * 10**6]),
+    "4,000 replicated layers": _config(layer_replication=[[0, 2]] * 2000),
+    "a billion replicated layers": _config(layer_replication=[[0, 10**9]]),
+    **{
+        f"200,000 entries in {field}": _config(**{field: [f"x{i}" for i in range(200_000)]})
+        for field in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+    },
+    "100,000 layers to transform": _config(layers_to_transform=list(range(10**5))),
     "a number of an expert": _tensors(lambda: _pair(f"{EXPERTS}.999999999.up_proj")),
     "a number of an expert of five digits": _tensors(lambda: _pair(f"{EXPERTS}.99999.up_proj")),
     "a number of an expert of 400 digits": _tensors(lambda: _pair(f"{EXPERTS}.{'9' * 400}.up_proj")),
@@ -168,6 +194,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "deeper lists": _text(lambda: b'{"r": 2, "x": ' + b"[" * 10**6 + b"]" * 10**6 + b"}"),
     "a header of 90 MB": _text(lambda: _header(b"{" + b" " * (90 * 2**20) + b"}"), SINGLE),
     "a header of 350,000 tensors": _text(lambda: _header(_empty_tensors(350_000)), SINGLE),
+    "shards of 100,000 tensors": _shards(4, 100_000),
     "metadata of 60 MB": _stamp("x" * (60 * 2**20)),
     "a sparse file of 64 GB": _sparse,
     "a linear whose factors do not fit": _misfit,
