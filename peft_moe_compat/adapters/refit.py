@@ -24,11 +24,7 @@ __all__ = ["Refit", "linears_taken_for_experts", "module_parts", "refit", "requi
 
 def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) -> list[Part]:
     """The experts' LoRA of the whole file, part by part, in the order of the file."""
-    key = f"parts, filled {fill_missing}"
-    of, parts = source.shared.get(key, (None, []))
-    if of is not decision:
-        parts = _module_parts(source, decision, fill_missing)
-        source.shared[key] = decision, parts
+    parts = source.once(("parts", fill_missing), decision, lambda: _module_parts(source, decision, fill_missing))
     return list(parts)
 
 

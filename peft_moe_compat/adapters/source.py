@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ from .tensors import AdapterTensors, open_tensors
 __all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter", "source_of"]
 
 
+_T = TypeVar("_T")
+
+
 @dataclass(frozen=True)
 class AdapterSource:
     """An adapter folder. Nothing but headers is read until a tensor is asked for.
@@ -42,7 +45,6 @@ class AdapterSource:
         modules: The experts' LoRA, an entry per module.
         linears: The LoRA of ordinary linears.
         rest: All further tensors: PEFT's name -> the file's.
-        shared: What was worked out for one reader and is the same for the next.
     """
 
     folder: Path
@@ -55,12 +57,19 @@ class AdapterSource:
     modules: tuple[ExpertsModule, ...]
     linears: tuple[LinearSlot, ...]
     rest: Mapping[str, str]
-    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def form(self) -> str:
         """Of the experts' LoRA: `"fused"`, `"per_expert"`, `"stacked"`, or `"none"`."""
         return self.modules[0].form if self.modules else "none"
+
+    def once(self, key: object, of: object, make: Callable[[], _T]) -> _T:
+        """What was made of `of` under that key, for another reader perhaps; made now where it was not."""
+        if key not in self._made or self._made[key][0] is not of:
+            self._made[key] = of, make()
+        found: _T = self._made[key][1]
+        return found
 
     def meta(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors without their data, to find out what a conversion will write before it reads anything."""
