@@ -29,7 +29,7 @@ __all__ = [
 STAMP_KEY = "peft_moe_compat"
 _CONFIG_KEY = "peft_moe_compat.config"  # what a stamp has as `config`, in files that have no layout to tell of
 # Fields of adapter_config.json that say what the tensors mean, and do not show in them.
-_NUMBERS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_NUMBERS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)

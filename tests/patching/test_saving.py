@@ -287,6 +287,7 @@ def test_weights_beside_the_config_of_before_are_noticed(tmp_path, monkeypatch):
         ({"lora_alpha": 8}, {"lora_alpha": 16}, "lora_alpha 16 and 8"),
         ({}, {"use_rslora": True}, "use_rslora True and None"),
         ({"alpha_pattern": {"q_proj": 3}}, {}, "alpha_pattern None and"),
+        ({"use_dora": True}, {}, "use_dora None and True"),
     ],
 )
 def test_so_they_are_of_lora_beside_the_experts(tmp_path, monkeypatch, first, second, message):
