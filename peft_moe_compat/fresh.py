@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .adapters.base_model import load_base_model
 from .adapters.files import atomic_folder
-from .adapters.names import PREFIX
+from .adapters.names import LINEAR_NAMES, PREFIX
 from .adapters.safetensors_io import write_safetensors
+from .adapters.targets import any_ending
 from .adapters.tensors import SAFETENSORS
 from .errors import AdapterError
 from .model.targets import expert_parameters
@@ -39,12 +40,14 @@ class FreshAdapter:
         model: The class of the base model.
         layers: How many linears and expert parameters have LoRA.
         numbers: How many are to be trained.
+        unreached: The targets that nothing in the model is called by.
     """
 
     folder: Path
     model: str
     layers: int
     numbers: int
+    unreached: tuple[str, ...] = ()
 
 
 def write_fresh_adapter(
@@ -90,6 +93,11 @@ def write_fresh_adapter(
         task_type="CAUSAL_LM" if bare.can_generate() else None,
     )
     layers = _layers(wrapped)
+    named = [] if isinstance(target_modules, str) else list(target_modules)
+    # PEFT takes names of experts' linears for the fused experts, and out of its list.
+    held = wrapped.peft_config[_NAME].target_modules or ()
+    named = [name for name in named if name in held or name.rpartition(".")[2] not in LINEAR_NAMES]
+    unreached = _unreached([*named, *(target_parameters or ())], layers)
     weights = {key: weight for path, layer in layers.items() for key, weight in _weights(path, layer)}
     config = wrapped.peft_config[_NAME]
     config.base_model_name_or_path, config.lora_dropout = str(model), dropout
@@ -99,7 +107,7 @@ def write_fresh_adapter(
         plan = [(key, tuple(weight.shape), weight.dtype) for key, weight in weights.items()]
         write_safetensors(folder / SAFETENSORS, plan, _initialised(layers, seed), {"format": "pt"} | metadata)
     numbers = sum(weight.numel() for weight in weights.values())
-    return FreshAdapter(Path(out), name, len(layers), numbers)
+    return FreshAdapter(Path(out), name, len(layers), numbers, unreached)
 
 
 def _adapted(bare: Any, **options: Any) -> Any:
@@ -138,6 +146,15 @@ def _layers(wrapped: Any) -> dict[str, Any]:
             "parameters. Name those alone; what else is to be trained is an option of the trainer."
         )
     return layers
+
+
+def _unreached(names: Sequence[str], layers: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of linears or parameters that no layer with LoRA bears."""
+    keys = [
+        f"{path.replace('.base_layer', '')}.{layer.parameter_name}" if is_param_wrapper(layer) else path
+        for path, layer in layers.items()
+    ]
+    return tuple(name for name in names if not any(any_ending(key, (name,)) for key in keys))
 
 
 def _weights(path: str, layer: Any) -> list[tuple[str, Tensor]]:

@@ -104,6 +104,9 @@ class AdapterStream:
     def __len__(self) -> int:
         return len(self.layout)
 
+    def __repr__(self) -> str:
+        return f"AdapterStream({len(self)} tensors for {self.target}, {self.exactness})"
+
     @property
     def config(self) -> dict[str, Any]:
         """What adapter_config.json says beside these tensors."""

@@ -97,7 +97,7 @@ class ExpertReadings:
 
         Per module `experts/PATH/tokens_max` and `tokens_min`, shares of the mean; per parameter
         `experts/PATH.PARAMETER/update_mean`, `update_max` and, where there are gradients, `without_gradient`, the
-        number of experts whose gradient is zero.
+        number of experts whose gradient is zero. All of them are floats.
         """
         found: dict[str, float] = {}
         for reading in self.read():
@@ -109,7 +109,7 @@ class ExpertReadings:
                 found[f"{name}/update_mean"] = sum(reading.updates) / len(reading.updates)
                 found[f"{name}/update_max"] = max(reading.updates)
             if reading.gradients:
-                found[f"{name}/without_gradient"] = sum(norm == 0 for norm in reading.gradients)
+                found[f"{name}/without_gradient"] = float(sum(norm == 0 for norm in reading.gradients))
         return found
 
     def remove(self) -> None:

@@ -52,6 +52,8 @@ SENTENCES = {
     "dropped_apart": "several adapters are active, and with lora_dropout each has masks of its own",
     "no_kernels": "no fused kernels: {0}",
     "not_for_torch": "its dtype or sizes are not those that torch's grouped products take",
+    "unaligned": "its data do not start at a multiple of 16 bytes, as torch's grouped products want; copy it once: "
+    "parameter.data = parameter.data.clone()",
     # Why no adapter is at work. Source: reporting.py.
     "not_wrapped": "not wrapped by PEFT",
     "disabled": "adapters are disabled",

@@ -10,9 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support import zoo
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import peft_moe_compat
 from peft_moe_compat import AdapterError, NoExpertParametersError
+from peft_moe_compat.cli.main import app
 from peft_moe_compat.fresh import write_fresh_adapter
 
 
@@ -150,3 +152,12 @@ def test_a_model_without_fused_experts_is_told_so(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(NoExpertParametersError, match="LlamaForCausalLM has no routed expert parameter"):
         write_fresh_adapter(base, tmp_path / "fresh", rank=2)
+
+
+def test_targets_that_reach_nothing_are_named(tmp_path):
+    base = tmp_path / "base"
+    zoo.tiny_model(zoo.FAMILIES[0]).save_pretrained(base)
+    written = write_fresh_adapter(base, tmp_path / "fresh", rank=2, target_modules=["q_proj", "nosuch", "a.v_proj"])
+    assert written.unreached == ("nosuch", "a.v_proj")
+    command = ["init", str(base), str(tmp_path / "again"), "--rank", "2", "--target-modules", "q_proj,nosuch"]
+    assert "nothing in the model is called 'nosuch'" in CliRunner().invoke(app, command).output

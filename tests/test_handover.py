@@ -109,6 +109,7 @@ def test_in_another_dtype():
     stream = adapter_tensors(model, "vllm", dtype=torch.bfloat16)
     assert {dtype for _, _, dtype in stream.layout} == {torch.bfloat16}
     assert equal(dict(stream), {name: tensor.bfloat16() for name, tensor in plain.items()})
+    assert repr(stream) == f"AdapterStream({len(stream)} tensors for vllm, {stream.exactness})"
 
 
 def test_of_several_adapters_the_one_that_is_named(tmp_path):

@@ -63,7 +63,7 @@ SENTENCES = {
     "orientation_open": "it follows from the orientation, which is not settled",
     "which_parameter": "the one LoRA of {path!r} may be that of {options}",
     "which_nesting": "the shapes of {path!r} fit the nestings {options} (innermost first)",
-    "swapped": "{what}; {count} modules are nested against the order of their parameters",
+    "swapped": "{what}; modules nested against the order of their parameters: {count}",
     # Packing.
     "peft_packs": "PEFT {peft} packs lora_B's columns as '(r E)', as every release does",
     "automodel_packs": "{name} packs as PEFT {peft} does",
@@ -110,10 +110,10 @@ FINDINGS = {
     ),
     "far_experts": (
         "warning",
-        "the updates of {count} of {of} experts are far from the median in norm: {experts}, by factors of {ratios}",
+        "the updates of {count} of {of} experts are far from the median in norm: {experts}, {ratios} times it",
     ),
-    "far_layers": ("warning", "the updates of layers {layers} are far from those of the other layers in norm"),
-    "missing_layers": ("warning", "layers {layers} have none, between layers that do"),
+    "far_layers": ("warning", "the updates of {layers} are far from those of the other layers in norm"),
+    "missing_layers": ("warning", "no LoRA on {layers}, between layers that have it"),
     "not_settled": ("note", "looked at without telling experts apart: what the file holds is not settled"),
 }
 _SHOWN = 12  # experts or layers in a sentence; all of them are in the detail
@@ -230,6 +230,8 @@ class Finding:
 
     def __str__(self) -> str:
         shown = {name: _listed(value) if isinstance(value, list) else value for name, value in self.detail.items()}
+        if (layers := self.detail.get("layers")) is not None:
+            shown["layers"] = f"layer{'s' * (len(layers) > 1)} {shown['layers']}"
         return FINDINGS[self.code][1].format(**shown)
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,7 +239,7 @@ class Finding:
 
 
 def _listed(values: list[Any]) -> str:
-    return ", ".join(map(str, values[:_SHOWN])) + (", ..." if len(values) > _SHOWN else "")
+    return ", ".join(f"{value:.12g}" for value in values[:_SHOWN]) + (", ..." if len(values) > _SHOWN else "")
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,12 @@ def download(repo_id: str, patterns: list[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
     except (client_error, OSError, ValueError, RuntimeError) as error:
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        said = "is not asked (HF_HUB_OFFLINE=1)" if offline else "gave nothing of that id"
+        check = "Check the spelling, or the access rights (`hf auth login`) and the network."
+        check = "Unset that variable, or pass a folder." if offline else check
         raise AdapterFileError(
-            f"There is no folder {repo_id!r}, and the Hugging Face Hub gave nothing of that id "
-            f"({type(error).__name__}). Check the spelling, or the access rights (`hf auth login`) and the network."
+            f"There is no folder {repo_id!r}, and the Hugging Face Hub {said}: {type(error).__name__}. {check}"
         ) from error
 
 

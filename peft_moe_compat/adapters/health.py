@@ -159,7 +159,7 @@ def findings(numbers: Numbers, halves: Sequence[bool]) -> Iterator[tuple[str, di
         yield "sparse_experts", {"experts": _which(sparse), "count": int(sparse.sum()), "of": experts}
     if bool(columns.any()):
         yield "zero_columns", {"count": int(columns.sum()), "of": len(columns)}
-    if bool((lost := numbers.lost_ranks > 0).any()):
+    if bool((lost := (numbers.lost_ranks > 0) & ~numbers.zero_A).any()):
         yield "lost_ranks", {"experts": _which(lost), "count": int(lost.sum()), "of": experts}
     if outside := far(numbers.norms.tolist()):
         median = float(numbers.norms[numbers.norms > 0].quantile(0.5))

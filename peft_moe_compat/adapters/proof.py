@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import AdapterError
 from .base_model import BaseModel
 from .decide import decide
+from .orientations import has_separate_experts
 from .readers import Target
 from .source import open_adapter
 from .stated import Stated
@@ -41,9 +42,20 @@ class Proof:
         return _SENTENCES[self.by].format(*self.details)
 
 
+_TRANSFORMERS_4 = "4.57.6"  # the last of them
+
 # Called with a written folder, its reader and the base model; None where it cannot tell. Raises `AdapterError` for one
 # that the reader would not take.
 Prover = Callable[[Path, Target, BaseModel | None], Proof | None]
+
+
+def _beside(target: Target, base: BaseModel | None) -> str:
+    """The reader, with the transformers release where that decides and was not said."""
+    if target.peft and not target.transformers and base is not None:
+        forms = [has_separate_experts(base.model_type, target.peft, beside) for beside in (None, _TRANSFORMERS_4)]
+        if forms == [False, True]:
+            return f"{target} beside transformers 5 (beside 4: --to {target},transformers=={_TRANSFORMERS_4})"
+    return str(target)
 
 
 def by_rules(folder: Path, target: Target, base: BaseModel | None) -> Proof:
@@ -67,4 +79,4 @@ def by_rules(folder: Path, target: Target, base: BaseModel | None) -> Proof:
         )
     if target.newest_known:
         return Proof("none", (f"nothing is known of {target}, and what was written is for {target.newest_known}",))
-    return Proof("rules", (target,)) if verdict.verdict == "reads" else Proof("none", (verdict.why,))
+    return Proof("rules", (_beside(target, base),)) if verdict.verdict == "reads" else Proof("none", (verdict.why,))

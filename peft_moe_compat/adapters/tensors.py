@@ -127,7 +127,7 @@ def open_tensors(folder: Path) -> AdapterTensors:
         raise AdapterFileError(
             f"{folder} holds {BIN}, a pickle, and only safetensors are read: save its tensors again, in that folder, "
             f'with `safetensors.torch.save_file(torch.load("{BIN}", weights_only=True), "{SAFETENSORS}")`, or with '
-            "PEFT's save_pretrained where it came from."
+            f"PEFT's save_pretrained where it came from. Then remove {BIN}."
         )
     else:
         found = _names(sorted(folder.iterdir())[:20]) if folder.is_dir() else "no folder"

@@ -92,7 +92,7 @@ def reader_verdict(source: AdapterSource, decision: Decision, target: Target) ->
     found = {_without(step, source, target) for step in steps}
     verdict = next(v for v in ("fails", "wrong", "unknown", "reads") if v in found or v == "reads")
     newest = target.reader == READERS[target.name][-1]
-    to = f"peft=={target.peft}" if target.peft else target.name if newest else str(target)
+    to = target.name if newest and target.peft is None else str(target)
     needed = " and ".join(dict.fromkeys(map(str, steps)))
 
     def said(to: str) -> str:

@@ -193,10 +193,11 @@ def show_merge(done: Merge, console: Console) -> None:
 def show_merge_verification(found: MergeVerification, console: Console) -> None:
     table = Table(
         title="The merged weights against base and adapter, of each projection where it is worst",
-        caption="error: norm of what merged - (base + update) should not have; rounding: the most of it that rounding "
-        "to the base's format makes, so that an error up to that is none; update: norm of what the adapter adds.",
+        caption="error: norm of merged - base - update, right up to the rounding. rounding: what the base's format "
+        "costs at most. update: norm of what the adapter adds.",
     )
-    for column in ("module", "projection", "error", "rounding", "update", ""):
+    notes = ("note",) * any(row.note for row in found.rows)
+    for column in ("module", "projection", "error", "rounding", "update", *notes):
         table.add_column(column, overflow="fold")
     alike: dict[tuple[str, str], list[MergedWeight]] = {}
     for row in sorted(found.rows, key=lambda row: (row.same, -row.error)):
@@ -205,7 +206,7 @@ def show_merge_verification(found: MergeVerification, console: Console) -> None:
         worst = max(rows, key=lambda row: row.excess)
         where = worst.name if len(rows) == 1 else f"{worst.name} and {len(rows) - 1} more"
         numbers = ("", "", "") if note else (f"{worst.error:.2g}", f"{worst.explained:.2g}", f"{worst.update:.2g}")
-        table.add_row(escape(where), escape(projection), *numbers, escape(note))
+        table.add_row(escape(where), escape(projection), *numbers, *[escape(note)] * len(notes))
     console.print(table)
     if found.absent:
         console.print("The adapter is in none of the weights compared: is this the base, or another merge?")

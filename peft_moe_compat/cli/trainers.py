@@ -46,7 +46,7 @@ LoraConfig(
 use_peft: true
 lora_target_modules: []  # or names of attention layers beside the experts
 lora_target_parameters: {json}
-# lora_dropout: 0.05 is TRL's default. Stock PEFT refuses any on experts; with peft_moe_compat active it is applied
+lora_dropout: 0.0  # TRL's default, 0.05, is refused by stock PEFT on experts; with peft_moe_compat active it is applied
 """, ("use_peft", "lora_target_modules", "lora_target_parameters", "lora_dropout"),
         "TRL 1.16.0, trainer/model_config.py"),
     "axolotl": Trainer("""\
@@ -58,8 +58,8 @@ lora_dropout: 0.0  # beside lora_target_parameters Axolotl itself refuses any ot
         "Axolotl 067b021c8, utils/schemas/peft.py"),
     "ms-swift": Trainer("""\
 # to `swift sft` or `swift rlhf`; linear layers beside the experts are --target_modules, by default all-linear
-# --lora_dropout 0.05 is the default. Stock PEFT refuses any on experts; with peft_moe_compat active it is applied
---tuner_type lora --target_parameters {words}
+# the default of --lora_dropout, 0.05, is refused by stock PEFT on experts; with peft_moe_compat active it is applied
+--tuner_type lora --lora_dropout 0 --target_parameters {words}
 """, ("tuner_type", "target_parameters", "lora_dropout", "target_modules"),
         "ms-swift 3602360a5, arguments/tuner_args.py"),
     "llamafactory": Trainer("""\
@@ -153,7 +153,10 @@ def init(
         dropout=dropout,
         seed=seed,
     )
-    typer.echo(f"{written.folder}: {written.numbers:,} numbers on {written.layers} layers of {written.model}")
+    layers = f"{written.layers} layer{'s' * (written.layers != 1)}"
+    typer.echo(f"{written.folder}: {written.numbers:,} numbers on {layers} of {written.model}")
+    if written.unreached:
+        typer.echo(f"warning: nothing in the model is called {', '.join(map(repr, written.unreached))}", err=True)
 
 
 def _listed(names: str) -> list[str]:

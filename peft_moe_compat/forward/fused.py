@@ -21,7 +21,7 @@ from ..model.packed import PackedWeight
 from ..model.weights import FP8_MODULE, is_plain, packed, stored_format
 from ..reasons import Reason, because
 from .backend import chosen
-from .grouped_mm import device_backend, fits_torch
+from .grouped_mm import device_backend, fits_torch, sizes_fit_torch
 from .kernels.interface import HeldProjection, Nonlinearity, on_device
 
 __all__ = ["backend_of", "fastest", "fused_reason", "run_fused", "runs_fused"]
@@ -182,7 +182,7 @@ def backend_of(module: Any, name: str, dropped_apart: bool = False) -> tuple[str
     reason = None if device.type == "cpu" else because("no_kernels", reason)
     weight = module._parameters[name] if is_plain(module, name) else None  # others as they are dequantised
     if weight is not None and weight.ndim == 3 and not fits_torch(weight):
-        return "loop", reason or because("not_for_torch")
+        return "loop", reason or because("unaligned" if sizes_fit_torch(weight) else "not_for_torch")
     return device_backend(device), reason
 
 

@@ -16,7 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from .backend import chosen
 
-__all__ = ["Gather", "alignment", "backend_for", "device_backend", "fits_torch", "grouped_mm", "multiply"]
+__all__ = [
+    "Gather",
+    "alignment",
+    "backend_for",
+    "device_backend",
+    "fits_torch",
+    "grouped_mm",
+    "multiply",
+    "sizes_fit_torch",
+]
 
 _ALIGNMENT_BYTES = 16
 # Public, and promised for more than bfloat16, from torch 2.10 on.
@@ -50,11 +59,15 @@ def backend_for(*operands: Tensor) -> str:
 
 def fits_torch(*operands: Tensor) -> bool:
     """Whether operands are such as the torch backend takes, wherever they are."""
+    return sizes_fit_torch(*operands) and all(t.data_ptr() % _ALIGNMENT_BYTES == 0 for t in operands)
+
+
+def sizes_fit_torch(*operands: Tensor) -> bool:
+    """Whether operands have a dtype and sizes that the torch backend takes."""
     dtype = operands[0].dtype
     unit = alignment(dtype)
     return dtype in _TORCH_DTYPES and all(
-        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) and t.data_ptr() % _ALIGNMENT_BYTES == 0
-        for t in operands
+        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) for t in operands
     )
 
 

@@ -10,7 +10,7 @@ from string import Formatter
 import pytest
 
 import peft_moe_compat.adapters
-from peft_moe_compat.adapters.conclusions import SENTENCES, Conclusion, Evidence, Settle
+from peft_moe_compat.adapters.conclusions import SENTENCES, Conclusion, Evidence, Finding, Settle
 from peft_moe_compat.adapters.stated import Stated
 
 ROOM = Path(peft_moe_compat.adapters.__file__).parent
@@ -67,3 +67,10 @@ def test_a_reason_about_a_reason_is_one_sentence():
 )
 def test_what_settles_a_conclusion_in_words(settle, remedy):
     assert Conclusion(None, "none", (Evidence("no_version"),), settle).remedy == remedy
+
+
+def test_one_and_several_are_told_apart():
+    assert "no LoRA on layer 1, " in str(Finding("missing_layers", "a", None, {"layers": [1]}))
+    assert "no LoRA on layers 1, 2, " in str(Finding("missing_layers", "a", None, {"layers": [1, 2]}))
+    far = {"experts": [3], "count": 1, "of": 8, "ratios": [100.0]}
+    assert str(Finding("far_experts", "a", None, far)).endswith("in norm: 3, 100 times it")

@@ -112,7 +112,9 @@ def test_the_hubs_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(AdapterFileError, match="no folder 'org/name', and the Hugging Face Hub .*EntryNotFound"):
+        with pytest.raises(
+            AdapterFileError, match="no folder 'org/name', and the Hugging Face Hub .*HF_HUB_OFFLINE=1.*EntryNotFound"
+        ):
             find_adapter("org/name")
         with pytest.raises(AdapterFileError, match="HFValidationError"):
             find_adapter("org/name--x")

@@ -79,6 +79,10 @@ def lose_experts_of_lora_B(factors, orientation):
     as_peft_has_them(factors, orientation)[1][5:] = 0
 
 
+def lose_experts_of_lora_A(factors, orientation):
+    as_peft_has_them(factors, orientation)[0][5:] = 0
+
+
 def lose_gate(factors, orientation):
     factors[2, "gate_up"][1][:, : SPEC.I] = 0
 
@@ -120,6 +124,7 @@ def spoil(factors, orientation):
 CASES = [
     (lose_seven_of_eight_experts, "zero_experts", {"experts": [1, 2, 3, 4, 5, 6, 7], "count": 7, "of": 8}),
     (lose_experts_of_lora_B, "untrained_experts", {"experts": [5, 6, 7], "count": 3, "of": 8}),
+    (lose_experts_of_lora_A, "zero_experts", {"experts": [5, 6, 7], "count": 3, "of": 8}),
     (lose_gate, "zero_half", {"half": "gate"}),
     (lose_seven_of_eight_rows, "zero_rows", {"count": 14, "of": 16}),
     (lose_rows_of_some_experts, "sparse_experts", {"experts": [1, 2, 3, 4, 5, 6, 7], "count": 7, "of": 8}),
