@@ -137,3 +137,11 @@ def test_a_renamed_adapter_is_not_tried_on_the_model_of_the_old_paths(tmp_path):
     assert done.proof.by != "model"
     with pytest.raises(AdapterError, match="would not take"):
         convert_adapter(tmp_path / "in", tmp_path / "no", rename=rename, model=tmp_path / "base")
+
+
+def test_where_the_transformers_release_decides_it_is_named(tmp_path):
+    spec = Spec()
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")))
+    how = {"model": spec.model(), "packing": "rank_major", "orientation": "linear"}
+    done = convert_adapter(source, tmp_path / "out", to="peft==0.18.1", **how)
+    assert "--to peft==0.18.1,transformers==4.57.6" in str(done.proof)
