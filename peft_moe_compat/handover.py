@@ -7,8 +7,9 @@ gathered where they are spread over processes. One plan (`adapters.plan`) serves
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .adapters.safetensors_io import TensorInfo
 from .adapters.source import AdapterSource, source_of
 from .adapters.stated import Stated
 from .adapters.steps import Step
-from .adapters.tensors import HeldTensors
+from .adapters.tensors import HeldTensors, check_finite
 from .errors import AdapterError
 from .model.experts import bare
 from .model.sharding import whole
@@ -36,9 +37,62 @@ from .proving import prove
 __all__ = ["AdapterStream", "adapter_tensors", "save_adapter"]
 
 
+class _Places(Mapping[str, Tensor]):
+    """Tensors of a model by name, as they are when they are asked for: parameters may be replaced meanwhile."""
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._model, self._tensors = model, tensors
+        places = {
+            id(tensor): (path, local)
+            for path, module in model.named_modules(remove_duplicate=False)
+            for held in (module._parameters, module._buffers)
+            for local, tensor in held.items()
+        }
+        self._places = {name: places.get(id(tensor)) for name, tensor in tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self._places[name]
+        if place is None:  # what a module's own state dict makes
+            return self._tensors[name]
+        try:
+            module = self._model.get_submodule(place[0])
+        except AttributeError:
+            raise KeyError(name) from None
+        tensor = module._parameters.get(place[1], module._buffers.get(place[1]))
+        if tensor is None:
+            raise KeyError(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 @dataclass
 class _LiveTensors(HeldTensors):
-    """The adapter's tensors in a model: parameters, whole ones or this process's pieces."""
+    """The adapter's tensors in a model: parameters, whole ones or this process's pieces.
+
+    Attributes:
+        config: What its adapter_config.json would say now.
+        planned: What it said when the plan was made.
+    """
+
+    config: Callable[[], Any] = dict
+    planned: Any = None
+
+    def check(self) -> None:
+        """Raises `AdapterError` where the adapter is not that of the plan any more."""
+        now = {name: self.held.get(name) for name in self.infos}
+        known = {name: (info.shape, info.dtype) for name, info in self.infos.items()}
+        changed = [name for name, t in now.items() if t is None or (_shape(t), t.dtype) != known[name]]
+        if changed or self.config() != self.planned:
+            what = f"{len(changed)} of its tensors, {changed[0]} among them," if changed else "its config"
+            raise AdapterError(
+                f"The adapter is another than when this stream was made: {what} changed, by a hot swap or a cast, say. "
+                "Make another stream: adapter_tensors(model, ...)."
+            )
 
     @contextmanager
     def reading(self, names: Any) -> Iterator[dict[str, Tensor]]:
@@ -81,10 +135,12 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 class AdapterStream:
     """(name, tensor) pairs of an adapter as a reader takes them: an iterable that may be gone through again and again.
 
-    Every round reads the model's weights of that moment, so one stream serves a whole run. A tensor is valid until the
-    next one is asked for, and may be a view of the model's own weights: copy what you keep. Where weights are spread
-    over processes (FSDP2, expert parallelism, ZeRO-3) going through it is a collective operation: every rank does, and
-    gets all.
+    Every round reads the model's weights of that moment, so one stream serves a whole run: train between rounds, not
+    in the middle of one. An adapter of other shapes, dtypes or config than it was made for is an `AdapterError`.
+
+    A tensor is valid until the next one is asked for, and may be a view of the model's own weights: copy what you keep.
+    Where weights are spread over processes (FSDP2, expert parallelism, ZeRO-3) going through it is a collective
+    operation: every rank does, and gets all.
 
     Attributes:
         target: The reader, as `to` named it.
@@ -95,11 +151,17 @@ class AdapterStream:
     layout: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     _source: AdapterSource
     _plan: Plan
+    _made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # the layout before `dtype`
     _dtype: torch.dtype | None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(self._source.tensors, _LiveTensors):
+            self._source.tensors.check()
         for name, tensor in emitted(self._source, self._plan):
-            yield name, tensor.to(_dtype_of(tensor.dtype, self._dtype))
+            cast = tensor.to(_dtype_of(tensor.dtype, self._dtype))
+            if cast.dtype == torch.float16 and tensor.dtype != torch.float16:  # of a smaller range
+                check_finite(name, cast)
+            yield name, cast
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -119,8 +181,9 @@ class AdapterStream:
 
     @property
     def exactness(self) -> str:
-        """`"bits"`, `"round-off"` or `"lossy"`; see `Conversion`."""
-        return self._plan.exactness
+        """`"bits"`, `"round-off"` or `"lossy"`; see `Conversion`. A `dtype` of fewer bits rounds."""
+        rounds = any(torch.promote_types(a[2], b[2]) != b[2] for a, b in zip(self._made, self.layout, strict=True))
+        return "round-off" if rounds and self._plan.exactness == "bits" else self._plan.exactness
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -157,13 +220,17 @@ def adapter_tensors(
         allow_lossy: See `convert_adapter`.
 
     Raises:
-        AdapterError: There is no such adapter or several are active, or what `convert_adapter` raises for its file.
+        AdapterError: There is no such adapter or several are active, `dtype` has no floating point, or what
+            `convert_adapter` raises for its file.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise AdapterError(f"An adapter's weights are floating-point numbers; dtype={dtype} cannot hold them.")
     source, stated = _live(model, adapter_name)
     target = parse_target(to)
     _, plan = planned(source, stated, target, False, allow_lossy)
-    layout = tuple((name, shape, _dtype_of(found, dtype)) for name, shape, found in layout_of(source, plan))
-    return AdapterStream(str(target), layout, source, plan, dtype)
+    made = tuple(layout_of(source, plan))
+    layout = tuple((name, shape, _dtype_of(found, dtype)) for name, shape, found in made)
+    return AdapterStream(str(target), layout, source, plan, made, dtype)
 
 
 def save_adapter(
@@ -231,7 +298,10 @@ def _live(model: Any, adapter_name: str | None) -> tuple[AdapterSource, Stated]:
     where = Path(f"adapter {name!r} of the model")
     infos = {key: TensorInfo(key, shapes[key], tensor.dtype, where, 0) for key, tensor in held.items()}
     stated = Stated(_base_of(model))
-    return source_of(where, raw, _LiveTensors(infos, metadata, held=held), stated), stated
+    live = _LiveTensors(
+        infos, metadata, held=_Places(model, held), config=lambda: config_of(model, name), planned=deepcopy(raw)
+    )
+    return source_of(where, raw, live, stated), stated
 
 
 def _adapter(model: Any, wanted: str | None) -> str:
@@ -243,6 +313,8 @@ def _adapter(model: Any, wanted: str | None) -> str:
         return wanted
     found: Any = getattr(model, "active_adapters", []) if configs else []
     active: list[str] = list(found() if callable(found) else found)
+    if not configs:
+        raise AdapterError("The model has no adapter. Pass the PeftModel itself: model.module of DDP's wrapper, say.")
     if len(active) != 1:
         raise AdapterError(f"{len(active)} adapters of the model are active, not one; {has}. Pass adapter_name.")
     return active[0]

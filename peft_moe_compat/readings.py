@@ -75,7 +75,8 @@ class ExpertReadings:
                 return
             if path not in self._counts:
                 # One more for what is routed to the experts of other ranks.
-                self._counts[path] = torch.zeros(num_experts + 1, dtype=torch.int64, device=index.device)
+                with torch.inference_mode(False):  # a first forward in it counts in training too
+                    self._counts[path] = torch.zeros(num_experts + 1, dtype=torch.int64, device=index.device)
             flat = index.detach().reshape(-1).clamp(max=num_experts)
             self._counts[path].scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
 

@@ -103,11 +103,42 @@ def test_gradients_stay_on_while_streams_are_gone_through_and_when_one_is_left_h
     assert torch.is_grad_enabled()
 
 
+def test_a_dtype_that_cannot_hold_the_weights_is_refused():
+    model = zoo.peft_model(zoo.tiny_model(FAMILIES[0]))
+    with pytest.raises(AdapterError, match="int8 cannot hold them"):
+        adapter_tensors(model, "peft", dtype=torch.int8)
+    with torch.no_grad():
+        zoo.wrappers(model)[0].lora_A["default"].weight[0, 0] = 1e6
+    with pytest.raises(AdapterError, match="1 infinite"):
+        dict(adapter_tensors(model, "peft", dtype=torch.float16))
+
+
+def test_a_stream_reads_parameters_that_took_the_place_of_others():
+    model, other = (zoo.peft_model(zoo.tiny_model(FAMILIES[0])) for _ in range(2))
+    stream = adapter_tensors(model, "per-expert")
+    model.load_state_dict(other.state_dict(), assign=True)
+    expected = {name: tensor.clone() for name, tensor in adapter_tensors(other, "per-expert")}
+    assert equal({name: tensor.clone() for name, tensor in stream}, expected)
+
+
+@pytest.mark.parametrize("change", ["dtype", "config"])
+def test_a_stream_of_an_adapter_that_is_another_now_is_refused(change):
+    model = zoo.peft_model(zoo.tiny_model(FAMILIES[0]))
+    stream = adapter_tensors(model, "per-expert")
+    if change == "dtype":
+        model.to(torch.bfloat16)
+    else:
+        model.peft_config["default"].lora_alpha += 1
+    with pytest.raises(AdapterError, match="Make another stream"):
+        next(iter(stream))
+
+
 def test_in_another_dtype():
     model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
     plain = {name: tensor.clone() for name, tensor in adapter_tensors(model, "vllm")}
     stream = adapter_tensors(model, "vllm", dtype=torch.bfloat16)
     assert {dtype for _, _, dtype in stream.layout} == {torch.bfloat16}
+    assert (stream.exactness, adapter_tensors(model, "peft").exactness) == ("round-off", "bits")
     assert equal(dict(stream), {name: tensor.bfloat16() for name, tensor in plain.items()})
     assert repr(stream) == f"AdapterStream({len(stream)} tensors for vllm, {stream.exactness})"
 
@@ -128,7 +159,7 @@ def test_of_several_adapters_the_one_that_is_named(tmp_path):
 
 
 def test_a_model_without_an_adapter_and_a_diverged_one(tmp_path):
-    with pytest.raises(AdapterError, match="it has none"):
+    with pytest.raises(AdapterError, match="model.module of DDP"):
         adapter_tensors(zoo.tiny_model("gpt_oss"))
     model = zoo.peft_model(zoo.tiny_model("gpt_oss"))
     with torch.no_grad():
@@ -163,6 +194,8 @@ def taken_while(make_trainer):
         taken.append((step, handed, {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}))
 
     model = zoo.peft_model(zoo.tiny_model(zoo.FAMILIES[-1]))
+    with pytest.raises(ValueError, match="1 or more"):
+        peft_moe_compat.HandoverCallback(take, "per-expert", every=0)
     trainer = make_trainer(model, [peft_moe_compat.HandoverCallback(take, "per-expert")])
     trainer.train()
     return model, taken

@@ -53,6 +53,16 @@ def test_tokens_are_those_of_the_routing(checkpointed):
     assert all(not any(reading.tokens) for reading in readings.read() if reading.parameter is None)
 
 
+def test_a_first_forward_in_inference_mode_counts_like_any():
+    model, ids = zoo.peft_model(zoo.tiny_model(FAMILY)), zoo.token_ids()
+    readings = ExpertReadings(model)
+    with torch.inference_mode():
+        model(ids)
+    zoo.loss_and_gradients(model, ids)
+    each = [index.numel() for index in routed(model, ids)]  # the third
+    assert [sum(r.tokens) for r in readings.read() if r.parameter is None] == [3 * n for n in each]
+
+
 def test_classes_that_are_not_called_with_the_routing_have_no_tokens():
     """aria's older class is given numbers of tokens, "E"."""
     model = zoo.peft_model(zoo.tiny_model(FAMILY))

@@ -42,9 +42,14 @@ class HandoverCallback(TrainerCallback):  # type: ignore[misc]  # Any to mypy
         to: The reader, as `adapter_tensors` takes it.
         every: Steps from one time to the next.
         options: Further ones of `adapter_tensors`.
+
+    Raises:
+        ValueError: `every` is no positive integer.
     """
 
     def __init__(self, take: Callable[[AdapterStream, int], None], to: str, *, every: int = 1, **options: Any) -> None:
+        if every != int(every) or every < 1:
+            raise ValueError(f"every={every!r}: a number of steps was needed, 1 or more.")
         self._take, self._to, self._every, self._options = take, to, every, options
         self._stream: AdapterStream | None = None
 

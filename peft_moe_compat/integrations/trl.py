@@ -6,12 +6,12 @@ adapter out again, which in bfloat16 leaves the weights changed. It has no hook 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from trl.generation import vllm_generation
 
@@ -66,7 +66,8 @@ class _AdapterGeneration(vllm_generation.VLLMGeneration):  # type: ignore[misc] 
                     "vLLM in server mode loads an adapter from a folder; pass one that both see: "
                     "adapter_in_vllm('/dev/shm/adapter')."
                 )
-            self._folder, self._written = Path(folder).resolve(), 0
+            # Of this trainer alone, whatever others write there; only the first process's name counts.
+            self._folder, self._own, self._written = Path(folder).resolve(), f"{_NAME}-{uuid4().hex[:12]}", 0
             init(self)
             return
         rank = max([config["r"], *config.get("rank_pattern", {}).values()])
@@ -90,7 +91,7 @@ class _AdapterGeneration(vllm_generation.VLLMGeneration):  # type: ignore[misc] 
 
     def _load_in_server(self) -> None:
         # In a folder of its own: vLLM may know the last one's results by its path.
-        last, out = (self._folder / f"{_NAME}-{os.getpid()}-{self._written + n}" for n in (0, 1))
+        last, out = (self._folder / f"{self._own}-{self._written + n}" for n in (0, 1))
         main = self.accelerator.is_main_process
         if main:
             self._folder.mkdir(parents=True, exist_ok=True)

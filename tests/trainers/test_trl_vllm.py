@@ -281,6 +281,12 @@ def test_the_server_is_handed_the_adapter(base, tmp_path, server):
     assert list(folder.iterdir()) == folders[-1:]
 
 
+def test_trainers_one_after_the_other_share_the_folder(base, tmp_path, server):
+    for name in ("first", "second"):
+        trained(base, tmp_path / name, make=lambda: adapter_in_vllm(tmp_path / "handed"), **SERVER)
+    assert len({loaded for loaded, _, _ in server.loaded}) == 2 * STEPS
+
+
 def test_a_server_that_does_not_load_it(base, tmp_path, server):
     server.refuses = True
     with pytest.raises(AdapterError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
