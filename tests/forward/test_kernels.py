@@ -242,11 +242,9 @@ def test_a_base_parameter_that_trains_gets_its_gradient(name):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("ranks", [(4, 8), (70, 33)], ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16 if INTERPRETED else torch.bfloat16, 4e-2)], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_tiled_product(monkeypatch, transposed, ranks, dtype, tolerance, capability):
+def test_the_tiled_product(monkeypatch, transposed, ranks, dtype, capability):
     """Its tiles are too large for the cases above, so here they are made small."""
     tiling = gemm.TILINGS[capability]
     if INTERPRETED:
@@ -256,7 +254,7 @@ def test_the_tiled_product(monkeypatch, transposed, ranks, dtype, tolerance, cap
     torch.manual_seed(0)
     index = torch.randint(0, 3, (75 if INTERPRETED else 400, 2))
     flags = {"transposed": transposed, "biased": True}
-    check((3, 64, 128, index, flags, "default", "silu", ranks, 0), dtype, tolerance)
+    check((3, 64, 128, index, flags, "default", "silu", ranks, 0), dtype, 2e-5 if dtype == torch.float32 else 4e-2)
 
 
 @pytest.mark.parametrize("E", [1, 5, 130])
