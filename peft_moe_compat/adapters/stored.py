@@ -88,6 +88,7 @@ class BlockFP8(Format):
     def encode(self, tensors: Sequence[Tensor], matrix: Tensor) -> None:
         weight, scale = tensors
         most = torch.finfo(weight.dtype).max
+        end = most + _half_steps(weight, matrix.new_tensor(most))
         largest = self._largest(matrix.abs())
         wanted = (largest / most).clamp(min=torch.finfo(torch.float32).tiny)
         numbers, scales, errors = None, scale, None
@@ -97,7 +98,8 @@ class BlockFP8(Format):
             rounded = (matrix / spread).clamp(-most, most).to(weight.dtype)
             error = self._total((rounded.to(matrix.dtype) * spread - matrix).square())
             if numbers is None or errors is None:
-                numbers, errors = rounded, error
+                fits = largest <= end * self._scale(candidate, matrix.dtype)  # cuts none off by more than rounding
+                numbers, errors = rounded, error.where(fits, torch.inf)
                 continue
             better = error < errors
             numbers = _where(self._spread(better, weight), rounded, numbers)

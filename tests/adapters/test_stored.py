@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peft_moe_compat.adapters.stored import MXFP4, BlockFP8, Plain
@@ -119,6 +119,7 @@ def test_fp8_is_read_as_it_is_defined_and_stays_what_it_is(rows, columns, block,
 @pytest.mark.parametrize("dtype", SCALES)
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**31), power=st.floats(-15, 10))
+@example(seed=455, power=0.0)  # the scale that is there errs less in all, and cuts one number off
 def test_fp8_is_written_within_half_a_step(dtype, seed, power):
     block = (4, 4)
     generator = torch.Generator().manual_seed(seed)
