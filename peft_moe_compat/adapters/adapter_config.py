@@ -145,7 +145,8 @@ def _check_expressions(raw: Mapping[str, Any]) -> None:
             Expression(pattern)
     for field, whole in _EXPRESSIONS.items():
         value = raw.get(field)
-        names = [name for name in ([value] if isinstance(value, str) else value or ()) if isinstance(name, str)]
+        listed = value if isinstance(value, list) else [value]
+        names = [name for name in listed if isinstance(name, str)]
         if len(names) > MAX_EXPRESSIONS or sum(map(len, names)) > _MAX_CHARACTERS:
             raise AdapterFileError(
                 f"{CONFIG_NAME} has {len(names)} names or patterns in {field}; at most {MAX_EXPRESSIONS}, of "

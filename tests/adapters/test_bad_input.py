@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.adapter_files import PREFIX, Spec, load, read_config, save, save_fused, save_per_expert
 from typer.testing import CliRunner
@@ -259,6 +259,7 @@ FIELDS = [
 
 @settings(max_examples=80, deadline=None)
 @given(values=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2), apart=st.booleans())
+@example(values={"modules_to_save": True}, apart=False)
 def test_fuzzed_config_values(values, apart):
     with tempfile.TemporaryDirectory() as name:
         if apart:
