@@ -9,7 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from types import CodeType, ModuleType
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from ..errors import CompatWarning
@@ -52,7 +53,7 @@ def sentence(reason: Reason) -> str:
 
 def _plain(function: Any) -> Any:
     """Of a class method, or a bound one, its function."""
-    return getattr(function, "__func__", function)
+    return function.__func__ if isinstance(function, MethodType | classmethod | staticmethod) else function
 
 
 def _holds(function: Any, ours: Any, owner: Any, seen: set[int]) -> bool:
@@ -68,14 +69,16 @@ def _holds(function: Any, ours: Any, owner: Any, seen: set[int]) -> bool:
 
 def _held(function: Any, owner: Any) -> list[Any]:
     """The callables of a function's cells, defaults and attributes, and those it names: globals, and theirs."""
-    found = [*getattr(function, "__dict__", {}).values(), getattr(function, "func", None)]
-    found += [*getattr(function, "args", ()), *(getattr(function, "__defaults__", None) or ())]
-    found += (getattr(function, "__kwdefaults__", None) or {}).values()
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # not filled yet
-            found.append(cell.cell_contents)
-    names = set(_names(getattr(function, "__code__", None)))
-    found += [value for name, value in getattr(function, "__globals__", {}).items() if name in names]
+    found, names = [*getattr(function, "__dict__", {}).values()], set[str]()
+    if isinstance(function, partial):
+        found += [function.func, *function.args]
+    if isinstance(function, FunctionType):  # other objects may have any attribute that they are asked for
+        found += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # not filled yet
+                found.append(cell.cell_contents)
+        names.update(_names(function.__code__))
+        found += [value for name, value in function.__globals__.items() if name in names]
     for holder in (owner, *found):
         if isinstance(holder, type | ModuleType):
             found += [vars(holder)[name] for name in names & vars(holder).keys()]

@@ -79,13 +79,13 @@ def test_a_mock_around_ours_is_too():
         assert list(displaced.displaced_functions()) == []
 
 
-@pytest.mark.parametrize("name", ["load_adapter", "from_pretrained"])
+@pytest.mark.parametrize("name", ["load_adapter", "from_pretrained", "save_pretrained"])
 def test_one_that_does_not_is_named_when_it_is_used_and_in_the_report(name, tmp_path):
     model, fresh = save(tmp_path / "a", family=FAMILY)
     setattr(peft.PeftModel, name, copied(vars(peft.PeftModel)[name]))
-    named = rf"PeftModel.{name} is that of somebodys.loader.*activate\(\)"
+    saves, named = name == "save_pretrained", rf"PeftModel.{name} is that of somebodys.loader.*activate\(\)"
     with pytest.warns(CompatWarning, match=named) as said:
-        peft.PeftModel.from_pretrained(fresh(), tmp_path / "a")
+        model.save_pretrained(tmp_path / "b") if saves else peft.PeftModel.from_pretrained(fresh(), tmp_path / "a")
     assert len([warning for warning in said if "somebodys" in str(warning.message)]) == 1
     assert [f"PeftModel.{name}" in warning for warning in report(model).warnings] == [True]
     peft_moe_compat.activate()  # which puts ours on top
