@@ -151,7 +151,6 @@ class AdapterStream:
     layout: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     _source: AdapterSource
     _plan: Plan
-    _made: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # the layout before `dtype`
     _dtype: torch.dtype | None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -182,7 +181,8 @@ class AdapterStream:
     @property
     def exactness(self) -> str:
         """`"bits"`, `"round-off"` or `"lossy"`; see `Conversion`. A `dtype` of fewer bits rounds."""
-        rounds = any(torch.promote_types(a[2], b[2]) != b[2] for a, b in zip(self._made, self.layout, strict=True))
+        made = layout_of(self._source, self._plan)
+        rounds = any(torch.promote_types(a[2], b[2]) != b[2] for a, b in zip(made, self.layout, strict=True))
         return "round-off" if rounds and self._plan.exactness == "bits" else self._plan.exactness
 
     @property
@@ -228,9 +228,8 @@ def adapter_tensors(
     source, stated = _live(model, adapter_name)
     target = parse_target(to)
     _, plan = planned(source, stated, target, False, allow_lossy)
-    made = tuple(layout_of(source, plan))
-    layout = tuple((name, shape, _dtype_of(found, dtype)) for name, shape, found in made)
-    return AdapterStream(str(target), layout, source, plan, made, dtype)
+    layout = tuple((name, shape, _dtype_of(found, dtype)) for name, shape, found in layout_of(source, plan))
+    return AdapterStream(str(target), layout, source, plan, dtype)
 
 
 def save_adapter(
@@ -311,10 +310,10 @@ def _adapter(model: Any, wanted: str | None) -> str:
         if wanted not in configs:
             raise AdapterError(f"The model has no adapter {wanted!r}; {has}.")
         return wanted
-    found: Any = getattr(model, "active_adapters", []) if configs else []
-    active: list[str] = list(found() if callable(found) else found)
     if not configs:
         raise AdapterError("The model has no adapter. Pass the PeftModel itself: model.module of DDP's wrapper, say.")
+    found: Any = getattr(model, "active_adapters", [])
+    active: list[str] = list(found() if callable(found) else found)
     if len(active) != 1:
         raise AdapterError(f"{len(active)} adapters of the model are active, not one; {has}. Pass adapter_name.")
     return active[0]
