@@ -51,11 +51,18 @@ class Mixed(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Where each group of routed rows ends, "E" of an expert and "(E N)" of its adapters; and each row's adapter."""
+    """Routed rows sorted by expert, and those of an expert by adapter.
+
+    Attributes:
+        experts, adapters: "E" and "(E N)", where each one's rows end.
+        of_row: "S", each row's adapter, where they differ.
+        places: "S", which row of the whole batch each is; None where a dropout takes them one after the other.
+    """
 
     experts: Tensor
     adapters: Tensor
-    of_row: Tensor | None
+    of_row: Tensor | None = None
+    places: Tensor | None = None
 
 
 def lora_term(
@@ -64,18 +71,20 @@ def lora_term(
     """scaling * (x A^T) B^T of each row's own expert, and adapter: "S in" -> "S out", computed in `dtype`."""
     lora, offs = update.canonical(), groups.adapters
     if isinstance(update, MixedLora) and any(update.dropout):
-        x = dropped(x, torch.tensor(update.dropout, device=x.device)[groups.of_row].unsqueeze(1))
+        p = torch.tensor(update.dropout, device=x.device)[groups.of_row].unsqueeze(1)
+        x = dropped(x, p, groups.places)
     A, B = lora.A, lora.B * lora.scaling  # scaled before any rounding to `dtype`
     if pad := -lora.rank % alignment(dtype):
         A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
-    low_rank = _low_rank(x, A.to(dtype).transpose(1, 2), lora.dropout, offs, gather)
+    low_rank = _low_rank(x, A.to(dtype).transpose(1, 2), lora.dropout, groups, gather)
     return grouped_mm(low_rank, B.to(dtype).transpose(1, 2), offs)
 
 
 def _low_rank(
-    x: Tensor, A: Tensor, dropout: tuple[tuple[int, float], ...], offs: Tensor, gather: Gather | None
+    x: Tensor, A: Tensor, dropout: tuple[tuple[int, float], ...], groups: Groups, gather: Gather | None
 ) -> Tensor:
     """x A of each row's own expert, "S in", "E in r" -> "S r", with a mask of x for each run of ranks that has one."""
+    offs = groups.adapters
     if not dropout:
         return grouped_mm(x, A, offs, gather)
     if gather is not None:  # each routed row has its own mask, and what its group has none of is undefined
@@ -84,7 +93,7 @@ def _low_rank(
     ranks = [rank for rank, _ in dropout]
     ranks[-1] += A.shape[2] - sum(ranks)  # what was padded
     runs = zip(torch.split(A, ranks, 2), dropout, strict=True)
-    return torch.cat([grouped_mm(dropped(x, p), run, offs) for run, (_, p) in runs], 1)
+    return torch.cat([grouped_mm(dropped(x, p, groups.places), run, offs) for run, (_, p) in runs], 1)
 
 
 def weight_of(
@@ -152,6 +161,7 @@ def experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     mixed: Mixed | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Forward of an experts module made by transformers' `@use_experts_implementation`, with LoRA on its weights.
 
@@ -164,6 +174,7 @@ def experts_forward(
         top_k_index: "T k", ids of the experts; ids >= E (expert parallelism) mark rows computed elsewhere.
         top_k_weights: "T k", or "T E" (transformers 5.0), the routing weights.
         mixed: Where tokens take different adapters: all updates are then `MixedLora` of as many.
+        places: "T k", which row of the whole batch each is, by which a dropout is drawn; its place here without.
 
     Returns:
         "T H", in the dtype of `hidden_states`.
@@ -194,6 +205,7 @@ def experts_forward(
 
     held_up = held(up_proj, hidden_states.shape[1], read)
     expert_ids, order, groups = _sorted(top_k_index, E, mixed)
+    groups = groups._replace(places=order if places is None else places.reshape(-1)[order])
     # Sentinel rows sort to the tail, past offs[-1], where the grouped products leave results undefined.
     elsewhere = (expert_ids >= E).unsqueeze(-1) if getattr(module, "_is_expert_parallel", True) else None
     expert_ids = expert_ids.clamp(max=E - 1)
@@ -229,7 +241,7 @@ def _sorted(top_k_index: Tensor, E: int, mixed: Mixed | None) -> tuple[Tensor, T
     if mixed is None:
         expert_ids, order = torch.sort(ids)
         offs = group_ends(expert_ids, E)
-        return expert_ids, order, Groups(offs, offs, None)
+        return expert_ids, order, Groups(offs, offs)
     N = mixed.adapters
     group_ids, order = torch.sort(ids * N + mixed.of_token.repeat_interleave(top_k_index.shape[1]))
     ends = group_ends(group_ids, E * N)

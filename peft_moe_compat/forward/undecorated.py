@@ -27,9 +27,7 @@ def _projected(
         whole = lora.canonical()
         lora = ExpertLora(whole.A[:first], whole.B[:first], whole.scaling, whole.dropout)
     before_activation = name == "gate_up_proj"
-    return project(
-        rows, module, name, (weight, None, lora), Groups(offs, offs, None), offs, transposed, before_activation
-    )
+    return project(rows, module, name, (weight, None, lora), Groups(offs, offs), offs, transposed, before_activation)
 
 
 def _one_projection(module: Any, expert_lora: LoraOf, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -38,7 +36,7 @@ def _one_projection(module: Any, expert_lora: LoraOf, rows: Tensor, *args: Any, 
     offs = torch.as_tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
     lora = expert_lora.get("weight")
     weight: Tensor = weight_of(module, "weight", bool(is_transposed(module)), rows.shape[1], lora, rows, read)
-    groups = Groups(offs, offs, None)
+    groups = Groups(offs, offs)
     out = project(rows, module, "weight", (weight, None, None), groups, offs, bool(is_transposed(module)), False)
     if lora is None:
         return out
@@ -115,7 +113,7 @@ def _of_matrix(module: Any, expert_lora: LoraOf, name: str, rows: Tensor, offs: 
         return y
     # Not rounded once more, as in `experts_forward`.
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    return wide + lora_term(rows, lora, weight.dtype, Groups(offs, offs, None), None)
+    return wide + lora_term(rows, lora, weight.dtype, Groups(offs, offs), None)
 
 
 # As `families.OWN_FORWARDS` names them: module, LoRA, and what the class's own forward takes -> what it gives.

@@ -26,6 +26,7 @@ from ..reasons import Reason
 from .weights import held_as, is_plain, stored_format
 
 __all__ = [
+    "batch_of",
     "check_zero3",
     "exchanges_tokens",
     "expert_mesh",
@@ -44,6 +45,18 @@ def exchanges_tokens(experts: Any) -> bool:
         return False
     name: str = getattr(experts.__dict__["forward"], "__globals__", {}).get("__name__", "")
     return name.startswith("transformers.distributed.")
+
+
+def batch_of(config: Any) -> int:
+    """Which of the batches that the ranks of a model have this rank has; 0 where transformers has not spread it.
+
+    The ranks of a tensor-parallel group share theirs, and follow each other.
+    """
+    distributed = getattr(config, "distributed_config", None)
+    batches = getattr(distributed, "dp_size", getattr(distributed, "fsdp_size", None)) or 1
+    if batches == 1:
+        return 0
+    return torch.distributed.get_rank() * batches // torch.distributed.get_world_size()
 
 
 def expert_mesh(experts: Any, name: str) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import cache, wraps
 from inspect import signature
 from typing import Any
@@ -38,7 +37,7 @@ from ..model.wrappers import (
 )
 from ..releases import LayoutRule
 from .dropout import no_dropout
-from .handed_down import ROUTED, Handover, forward_of_samples
+from .handed_down import ROUTED, Handover, carried, forward_of_samples
 from .reach import TAKEN_FROM_US, passed_by, warn_of
 from .reach import state as reach
 
@@ -49,10 +48,6 @@ KEYWORD = "expert_lora"
 _ARGUMENT_ALIASES = {"router_indices": "top_k_index", "routing_weights": "top_k_weights"}
 # What dbrx calls its routing, in transformers 5 and 4.
 _ROUTING = ("top_k_index", "top_experts"), ("top_k_weights", "top_weights")
-
-# What the registered experts function looks for where the exchange of tokens takes no keyword arguments. Set for one
-# call within one thread; a recomputation sets it again.
-_carried: ContextVar[Any] = ContextVar("peft_moe_compat_carried", default=None)
 
 
 def experts_registry(module: str = REGISTRY_MODULE) -> Any:
@@ -121,11 +116,11 @@ def _wrapper_forward(peft_forward: Any, rule: LayoutRule) -> Any:
         base_layer = self._modules["base_layer"]
         if handover.exchanges and base_layer is experts:
             del kwargs[KEYWORD]
-            token = _carried.set(handover)
+            token = carried.set(handover)
             try:
                 result = base_layer(x, *args, **kwargs)
             finally:
-                _carried.reset(token)
+                carried.reset(token)
         else:
             result = base_layer(x, *args, **kwargs)
         if outermost and not handover.arrived:
@@ -158,7 +153,7 @@ def registered_forward(stock: Any) -> Any:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         exchanges, names = exchanges_tokens(self), None
-        handover = _carried.get() if exchanges else kwargs.pop(KEYWORD, None)
+        handover: Any = carried.get() if exchanges else kwargs.pop(KEYWORD, None)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if handover is not None:
             handover.arrived = True
@@ -169,6 +164,9 @@ def registered_forward(stock: Any) -> Any:
             handover = {}
         named = {_ARGUMENT_ALIASES.get(key, key): value for key, value in kwargs.items()}
         if names is None:
+            index = args[1] if len(args) > 1 else named["top_k_index"]
+            if isinstance(handover, Handover):
+                named["places"] = handover.places(index)
             return experts_forward(self, handover, *args, **named)
         given = dict(zip(ROUTED, args, strict=False)) | named
         return forward_of_samples(self, handover, names, *(given[name] for name in ROUTED))

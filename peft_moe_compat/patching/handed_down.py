@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import layout
@@ -14,16 +16,20 @@ from ..forward.fused import runs_fused
 from ..forward.layer import Mixed, experts_forward
 from ..layout import ExpertLora, FlatLora, MixedLora
 from ..model.experts import is_transposed
-from ..model.sharding import exchanges_tokens, still_sharded
-from ..model.wrappers import held_weight, read_adapter
+from ..model.sharding import batch_of, exchanges_tokens, still_sharded
+from ..model.wrappers import dropout_of, held_weight, read_adapter
 from ..releases import LayoutRule
 
-__all__ = ["ROUTED", "Handover", "forward_of_samples"]
+__all__ = ["ROUTED", "Handover", "carried", "forward_of_samples"]
 
 ROUTED = ("hidden_states", "top_k_index", "top_k_weights")
 # Tokens that make a pass of the fused kernels worth it where another one has all adapters. On an H100, a layer of
 # Qwen3-30B's sizes, forward and backward, each pass takes 1.5 ms and 0.3 per 1024 tokens, torch's 2.5 and 1.4.
 _TOKENS_OF_A_PASS = 1024
+
+# What the registered experts function looks for where the exchange of tokens takes no keyword arguments. Set for one
+# call within one thread; a recomputation sets it again.
+carried: ContextVar[Handover | None] = ContextVar("peft_moe_compat_carried", default=None)
 
 
 class Handover:
@@ -41,6 +47,7 @@ class Handover:
         self.wrappers: list[tuple[Any, list[str], tuple[int, int] | None]] = []
         self.of_sample: list[str] | None = None  # the adapter of each, where they differ
         self.arrived = False
+        self.received: Tensor | None = None  # of rows that other ranks have sent, which of the whole batch they are
 
     def get(self, name: str) -> ExpertLora | FlatLora | MixedLora | None:
         """The update of a parameter, read when it is asked for: a device has something to do by then.
@@ -73,6 +80,19 @@ class Handover:
                 lora = read_adapter(wrapper, adapter_name, bool(self.is_transposed), self.rule, held)
                 loras.setdefault(adapter_name, []).append(lora)
         return loras
+
+    def drops(self) -> bool:
+        """Whether a dropout is at work."""
+        return any(dropout_of(wrapper, name) for wrapper, names, _ in self.wrappers for name in names)
+
+    def places(self, index: Tensor) -> Tensor | None:
+        """Which row of the whole batch each of "T k" is, where a dropout has to know that and this rank has a part."""
+        if not (dist.is_available() and dist.is_initialized() and self.drops()):
+            return None
+        if self.received is not None:  # of no rows it is, but for one that keeps the others' backward going
+            return self.received.view(index.shape) if self.received.numel() == index.numel() else None
+        first = index.numel() * batch_of(getattr(self.experts, "config", None))
+        return torch.arange(first, first + index.numel(), device=index.device).view(index.shape) if first else None
 
     def of_adapter(self, adapter_name: str) -> OfAdapter:
         return OfAdapter(lambda name: _sum(self._read(name, adapter_name).get(adapter_name, ())))

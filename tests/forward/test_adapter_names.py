@@ -122,10 +122,10 @@ def test_each_has_its_own_dropout(monkeypatch):
         torch.testing.assert_close(logits[i], (base if name == "second" else expected)[i], rtol=0, atol=1e-4)
         assert name == "__base__" or (base[i] - expected[i]).abs().max() > 1e-3
     rows = torch.ones(2, 10_000)
-    mask = dropout.kept(rows, torch.tensor([[0.25], [0.5]]), 3)
+    mask = dropout.kept(rows, torch.tensor([[0.25], [0.5]]), 3, torch.arange(2))
     assert [round(share, 1) for share in mask.count_nonzero(1).div(1e4).tolist()] in ([0.7, 0.5], [0.8, 0.5])
     torch.testing.assert_close(mask[0].unique(), torch.tensor([0, 4 / 3]))
-    assert torch.equal(dropout.kept(rows, torch.tensor([[0.25], [0.5]]), 3), mask)
+    assert torch.equal(dropout.kept(rows, torch.tensor([[0.25], [0.5]]), 3, torch.arange(2)), mask)
 
 
 @zoo.needs_registry

@@ -106,12 +106,50 @@ def test_every_routed_row_has_a_mask_of_its_own(p, compiled):
 
 @pytest.mark.parametrize("p", [0.5, torch.tensor([[0.2], [0.0], [0.9]] * 10)], ids=["one", "each row's"])
 def test_a_mask_is_of_its_seed_however_the_rows_are_strided(p):
-    rows = torch.rand(8, 30).T
-    assert torch.equal(dropout.kept(rows, p, 5), dropout.kept(rows.contiguous(), p, 5))
+    rows, places = torch.rand(8, 30).T, torch.arange(30)
+    assert torch.equal(dropout.kept(rows, p, 5, places), dropout.kept(rows.contiguous(), p, 5, places))
     rows.requires_grad_()
     out = dropout.dropped(rows, p)
     gradient = torch.ones_like(out, memory_format=torch.contiguous_format)
     assert torch.equal(torch.autograd.grad(out, rows, gradient)[0] * rows, out)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_masks_are_as_independent_as_chance_has_them(p):
+    """Of rows, of columns, and of the four corners of rectangles; seeds and rows beside each other, too."""
+    n = 512
+    for seed, first in ((0, 0), (1, 0), (2**63 - 2, 2**40)):
+        places = torch.arange(first, first + n)
+        mask, other = (dropout.kept(torch.empty(n, n - 2), p, s, places).double() for s in (seed, seed + 1))
+        assert torch.equal(mask != 0, mask > 1)
+        assert abs(mask.max() * (1 - p) - 1) < 1e-4
+        unit = [((each != 0).double() - (1 - p)) / (p * (1 - p)) ** 0.5 for each in (mask, other)]
+        assert all(abs(each.mean()) * n < 5 for each in unit)
+        assert abs((unit[0] * unit[1]).mean()) * n < 5
+        for rows in (unit[0], unit[0].T):
+            correlations = (rows @ rows.T / rows.shape[1]).fill_diagonal_(0)
+            assert correlations.abs().max() * n**0.5 < 8
+            assert abs(correlations.square().sum() / (n * (n - 1) / rows.shape[1]) - 1) < 0.05
+
+
+def test_a_row_has_one_mask_whoever_computes_it():
+    """A batch whole, and in two parts that are told which of its rows they have, which no two rows share."""
+    E, H, k = 4, 16, 2
+    torch.manual_seed(0)
+    experts = Experts(E, H, H, gated=True, transposed=False, biased=False)
+    loras = dropping(factors(experts, E, H, H, (4, 4), 1.0), 0.5)
+    hidden, weights = (torch.rand(12, n, dtype=torch.float64) for n in (H, k))
+    index, places = torch.rand(12, E).argsort(1)[:, :k], torch.arange(12 * k).view(12, k)
+    routed = hidden, index, weights
+    whole = after(7, experts_forward, experts, loras, *routed)
+    parts = [
+        after(7, experts_forward, experts, loras, *(t[at] for t in routed), None, places[at])
+        for at in (torch.arange(0, 12, 2), torch.arange(11, 0, -2))
+    ]
+    compare(torch.stack([parts[0], parts[1].flip(0)], 1).flatten(0, 1), whole, 1e-12)
+    assert (after(7, experts_forward, experts, loras, *(t[6:] for t in routed)) - whole[6:]).abs().min(1)[0].max() > 0
+    drawn = dropout.kept(torch.empty(64, 64), 0.5, 7, torch.arange(64))
+    assert len(drawn.unique(dim=0)) == 64
 
 
 def test_no_mask_is_kept_for_the_backward():
@@ -128,7 +166,7 @@ def test_no_mask_is_kept_for_the_backward():
         return sum(kept.values())
 
     one = {name: ExpertLora(lora.A, lora.B, 1.0, ((lora.rank, 0.5),)) for name, lora in loras.items()}
-    assert saved(one) <= saved(loras)
+    assert saved(one) <= saved(loras) + 8 * index.numel()  # each row's place
 
 
 def model_of(family, p=0.3, **config):

@@ -43,11 +43,11 @@ def _name(layout) -> str:
     return ", ".join(f"{key.removesuffix('_size')} {value}" for key, value in layout.items())
 
 
-def _train(model, layout):
+def _train(model, layout, steps=models.STEPS):
     """As `models.train`, for ranks of which some share a batch."""
     tp_size = layout.get("tp_size", 1)
     rank, of = dist.get_rank() // tp_size, dist.get_world_size() // tp_size
-    rows = [batch.chunk(of)[rank].repeat(dist.get_world_size(), 1) for batch in models.batches()]
+    rows = [batch.chunk(of)[rank].repeat(dist.get_world_size(), 1) for batch in models.batches(steps)]
     return models.train(model, rows)
 
 
@@ -69,12 +69,22 @@ def _made(folder, layout):
     return {"initial": {name: whole(p) for name, p in lora.items() if "lora_A" in name}, "held": held}
 
 
+def _with_dropout(model):
+    """Of LoRA on experts alone: PEFT's own, of linears, draws as many numbers as a rank has tokens."""
+    for wrapper in zoo.wrappers(model):
+        wrapper.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    torch.manual_seed(3)
+    return model
+
+
 def _checkpointed(folder, layout):
+    """What training finds, and what it goes on to find with a dropout."""
     base = load(f"{folder}/base", layout)
     model = PeftModel.from_pretrained(base, f"{folder}/adapter", is_trainable=True, low_cpu_mem_usage=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    return _train(model, layout)
+    trained = _train(model, layout)
+    return {"checkpointed": trained, "dropped": _train(_with_dropout(model), layout, 1)}
 
 
 def _idle(folder, layout):
@@ -116,7 +126,7 @@ def _on_ranks(folder, layouts):
     for layout in layouts:
         found[_name(layout)] = {
             "trained": _trained(folder, layout),
-            "checkpointed": _checkpointed(folder, layout),
+            **_checkpointed(folder, layout),
             "idle": _idle(folder, layout),
             **_made(folder, layout),
         }
@@ -152,6 +162,10 @@ def cell(request, tmp_path_factory):
         zoo.randomise(model)
         model.save_pretrained(folder / "adapter")
         expected = _by_stock(folder)
+    one = PeftModel.from_pretrained(load(f"{folder}/base"), folder / "adapter", is_trainable=True)
+    models.train(one, models.batches())
+    expected["dropped"] = models.train(_with_dropout(one), models.batches(1))
+    assert abs(expected["dropped"]["0.loss"] - models.train(one.eval(), models.batches(1))["0.loss"]) > 1e-2
     found = {}
     for count, layouts in LAYOUTS.items():
         ranks = run(count, _on_ranks, str(folder), layouts, timeout=600)
@@ -166,6 +180,17 @@ def test_training_equals_one_process_on_the_whole_batch(cell, layout):
     for rank in found[layout]:
         zoo.assert_same(rank["trained"], expected["trained"], TOLERANCE)
         zoo.assert_same(rank["checkpointed"], expected["trained"], TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", [_name(layout) for _, layout in EVERY])
+def test_dropout_is_that_of_one_process_on_the_whole_batch(cell, layout):
+    """Each row of each batch is dropped alike wherever it is computed, and computed again: no two batches share masks.
+
+    What one process drops is tested in `forward`.
+    """
+    _, expected, found = cell
+    for rank in found[layout]:
+        zoo.assert_same(rank["dropped"], expected["dropped"], TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", [_name(layout) for _, layout in EVERY])
