@@ -32,6 +32,7 @@ parser.add_argument("--model", choices=["qwen3-30b", "glm-4.5-air"], default="qw
 parser.add_argument("--ep-size", type=int, help="of ep-fsdp2; by default all ranks")
 parser.add_argument("--tp-size", type=int, default=1, help="of ep-fsdp2; FSDP2 has the rest of the ranks")
 parser.add_argument("--ep-implementation", default="all_to_all")
+parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
 parser.add_argument("--batch", type=int, default=4)
 parser.add_argument("--trace", action="store_true")
 parser.add_argument("--layers", type=int, help="by default as many as the model has")
@@ -89,7 +90,8 @@ def with_lora(model: torch.nn.Module) -> torch.nn.Module:
     frozen = args.method == "frozen"
     targets = [] if frozen else peft_moe_compat.expert_parameters(model)
     linears = ["q_proj", "k_proj", "v_proj", "o_proj"] if frozen or args.attention else []
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=linears, target_parameters=targets))
+    where = {"target_modules": linears, "target_parameters": targets}
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=args.dropout, **where))
 
 
 def by_fsdp2(config: transformers.PretrainedConfig) -> torch.nn.Module:
@@ -263,6 +265,7 @@ def main() -> None:
         "ep_size": args.ep_size,
         "tp_size": args.tp_size,
         "method": args.method,
+        "dropout": args.dropout,
         "attention": args.attention or args.method == "frozen",
         "layers": SIZES["num_hidden_layers"],
         "tokens a rank": ids.numel(),
