@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .packed import CODES, E2M1, INT8, INT8_STEP, Codec, PackedWeight
+from .packed import CODES, INT8, INT8_STEP, Codec, PackedWeight
 
 __all__ = ["DECODERS"]
 
@@ -36,13 +34,8 @@ def _int8_rows(data: Tensor, parametrization: Any) -> PackedWeight | None:
 def _mxfp4(data: Tensor, parametrization: Any) -> PackedWeight | None:
     """Blocks "E out in/32 16" and exponents "E out in/32", low half first; read as "E in out"."""
     E, columns, rows = parametrization.shape
-    codec, table = Codec(CODES, height=1, width=32, exponent=True), _e2m1(data.device)
-    return PackedWeight(codec, parametrization.dtype, (E, rows, columns), False, data, parametrization.scales, table)
-
-
-@cache
-def _e2m1(device: torch.device) -> Tensor:
-    return torch.tensor(E2M1, device=device)
+    codec = Codec(CODES, height=1, width=32, exponent=True)
+    return PackedWeight(codec, parametrization.dtype, (E, rows, columns), False, data, parametrization.scales)
 
 
 # (module, name) of a parametrization's class -> its packed form, from what it keeps as `original` and itself.

@@ -28,7 +28,8 @@ class Codec(NamedTuple):
         high_first: Of `CODES`: whether a byte's high half is the first of its two weights.
         height, width: Rows and columns of an expert that share a scale. Height 0: `width` consecutive weights do,
             wherever rows end.
-        exponent: Whether a scale is an exponent of two, biased by 127, rather than a float.
+        exponent: Whether a scale is an exponent of two, biased by 127, rather than a float; the numbers of `CODES` are
+            then `E2M1`, without a table.
         zeros: Whether each scale has a zero point, which is subtracted first.
         nested: How many consecutive scales, a byte each, share a scale of their own; 0 where scales are plain.
         factor: Multiplied last.
@@ -54,7 +55,7 @@ class PackedWeight(NamedTuple):
         rows_are_in: Whether the rows of that are in-features, in the view at hand; see `mT`.
         data: uint8 or int8, contiguous.
         scales: Contiguous: float32, or uint8 for exponents and nested scales.
-        table: 16 floats of `CODES`.
+        table: 16 floats of `CODES`; None where these are `E2M1`.
         zero_points: int8, one for each scale.
         scale_table, scale_scales, scale_offset: 256 floats, one float for each `nested` scales, and one added to all.
     """
@@ -131,13 +132,14 @@ class PackedWeight(NamedTuple):
         if codec.kind == CODES:
             bytes_ = self.data.reshape(-1).view(torch.uint8).int()
             halves = [bytes_ >> 4, bytes_ & 15] if codec.high_first else [bytes_ & 15, bytes_ >> 4]
-            number = self.table[torch.stack(halves, -1)]  # type: ignore[index]
+            table = torch.tensor(E2M1, device=bytes_.device) if self.table is None else self.table
+            number = table[torch.stack(halves, -1)]
         else:
             form = torch.int8 if codec.kind == INT8 else torch.float8_e4m3fn
             number = self.data.reshape(-1).view(form).float()
         number = number.view(self.stored)
         if codec.zeros:
-            number = number - self._spread(self.zero_points.float())  # type: ignore[union-attr,operator]
+            number = number - self._spread(self.zero_points.float())  # type: ignore[union-attr]
         value = number * self.scale_of_each()
         if codec.factor != 1.0:
             value = value * codec.factor
@@ -147,8 +149,9 @@ class PackedWeight(NamedTuple):
 def encoded(exact: Tensor, codec: Codec, dtype: torch.dtype) -> PackedWeight:
     """The nearest numbers of a codec to a stack "E rows columns": for trials, no quantiser of any format."""
     E, rows, columns = exact.shape
-    table = torch.linspace(-1, 1, 16, device=exact.device) if codec.kind == CODES else None
-    largest = {CODES: 1.0, INT8: 127.0, FLOAT8: 448.0}[codec.kind] * codec.factor
+    looked_up = codec.kind == CODES and not codec.exponent
+    table = torch.linspace(-1, 1, 16, device=exact.device) if looked_up else None
+    largest = {CODES: 1.0 if looked_up else E2M1[7], INT8: 127.0, FLOAT8: 448.0}[codec.kind] * codec.factor
     height, width = (codec.height, codec.width) if codec.height else (1, columns)
     down, across = -(-rows // height), -(-columns // width)
     padded = torch.nn.functional.pad(exact.float(), (0, across * width - columns, 0, down * height - rows))
@@ -170,8 +173,11 @@ def encoded(exact: Tensor, codec: Codec, dtype: torch.dtype) -> PackedWeight:
     result = PackedWeight(codec, dtype, (E, rows, columns), True, data, scales, table, zeros, *more)
     scaled = exact.float() / result.scale_of_each()
     if codec.kind == CODES:
-        codes = ((scaled.clamp(-1, 1) + 1) * 7.5).round().to(torch.uint8).view(-1, 2)
-        first, second = codes.unbind(1)
+        codes = ((scaled.clamp(-1, 1) + 1) * 7.5).round()
+        if not looked_up:
+            sizes = torch.tensor(E2M1[:8], device=exact.device)
+            codes = torch.bucketize(scaled.abs(), (sizes[1:] + sizes[:-1]) / 2) + 8 * (scaled < 0)
+        first, second = codes.to(torch.uint8).view(-1, 2).unbind(1)
         data = first << 4 | second if codec.high_first else second << 4 | first
     elif codec.kind == INT8:
         data = (scaled / codec.factor).round().clamp(-127, 127).to(torch.int8)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from ...model.packed import CODES, FLOAT8, INT8, PackedWeight
+from ...model.packed import CODES, Codec, PackedWeight
 from ..grouped_mm import grouped_mm
 from . import gemm
 from .common import Config, Factor, capability_of, cdiv, dot_precision, tile_rows
@@ -21,7 +21,7 @@ __all__ = ["linear", "unpacking_of"]
 
 # Columns of a tile that is decoded in the product, and its steps along K. Nothing is loaded ahead where a table is
 # read: its entries would go through shared memory, one by one.
-UNPACKING = {CODES: (Config(64, 4, 1), 64), INT8: (Config(64, 4, 3), 64), FLOAT8: (Config(64, 4, 3), 64)}
+UNPACKING, UNPACKING_BY_TABLE = (Config(64, 4, 3), 64), (Config(64, 4, 1), 64)
 SCRATCH = 127 * 2**20  # bytes of weights that are decoded at a time: fewer lose more to the tails of launches
 
 
@@ -88,11 +88,11 @@ def _unpacking_product(
     tl.store(at, result.to(dtype), mask=here[:, None] & (n[None, :] < N))
 
 
-def unpacking_of(kind: int, capability: int) -> tuple[Config, int]:
-    """The row of `UNPACKING` for a codec's kind on a device of compute capability 9.0 as 90, say."""
-    config, depth = UNPACKING[kind]
+def unpacking_of(codec: Codec, capability: int) -> tuple[Config, int]:
+    """Which of the two above, on a device of compute capability 9.0 as 90, say."""
+    config, depth = UNPACKING_BY_TABLE if codec.kind == CODES and not codec.exponent else UNPACKING
     # triton 3.6 cannot compile products of 64 such columns for Blackwell: its compiler fails in a pass.
-    return (config._replace(columns=32), depth) if kind == CODES and capability >= 100 else (config, depth)
+    return (config._replace(columns=32), depth) if codec.kind == CODES and capability >= 100 else (config, depth)
 
 
 def linear(
@@ -190,7 +190,7 @@ def _unpacked_in_product(
 ) -> Tensor:
     """The same for few rows, each weight decoded once for each tile of rows."""
     (_, K, N), tiles = weight.shape, route.small
-    (block_n, num_warps, num_stages), depth = unpacking_of(weight.codec.kind, capability_of(x.device))
+    (block_n, num_warps, num_stages), depth = unpacking_of(weight.codec, capability_of(x.device))
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, arguments, R = low_rank(y, low, factor, bias)
     _unpacking_product(

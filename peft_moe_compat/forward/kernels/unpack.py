@@ -51,10 +51,21 @@ def _scales(scales, zero_points, scale_table, scale_scales, scale_offset, expert
 
 
 @triton.jit
+def _e2m1(code):
+    """The number of a code of `model.packed.E2M1`, whose bits are those of a float32 below its normal ones."""
+    bits = (code & 8) << 28 | (code & 7) << 22
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126
+
+
+@triton.jit
 def _numbers(byte, table, CODEC: tl.constexpr):
     """(first, second) numbers of a byte as float32; the same twice where it holds one."""
     if CODEC[0] == 0:
-        high, low = tl.load(table + (byte >> 4).to(tl.int32)), tl.load(table + (byte & 15).to(tl.int32))
+        high, low = (byte >> 4).to(tl.int32), (byte & 15).to(tl.int32)
+        if CODEC[4]:
+            high, low = _e2m1(high), _e2m1(low)
+        else:
+            high, low = tl.load(table + high), tl.load(table + low)
         if CODEC[1]:
             first, second = high, low
         else:
