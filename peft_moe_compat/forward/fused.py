@@ -227,7 +227,8 @@ def _trial_fails(
     (hidden, index, _), compiling = routed, torch.compiler.is_compiling()
     if hidden.device.type not in _TRIED_ON:
         return False
-    sizes = trial.rows_of_every_kind(up[0].shape[0], index.shape[1]) if compiling else [index.numel()]
+    some_packed = any(isinstance(held[0], PackedWeight) for held in (up, down))
+    sizes = trial.rows_of_every_kind(up[0].shape[0], index.shape[1], some_packed) if compiling else [index.numel()]
     kinds = [(trial.kind_of(nonlinearity, routed, up, down, rows), rows) for rows in sizes]
     return any(_trial_reason(hidden.device, kind, rows) is not None for kind, rows in kinds)
 

@@ -144,9 +144,9 @@ def unpacking(capability, codec, rows_are_in):
     span = unpack.span_of(weight, 256)
     sizes = {"ROWS": 128, "COLUMNS": 256, "SPAN": span, "SPANS": unpack.UNPACKED // span}
     yield f"unpack, {name}", unpack._unpack, {**known, **sizes}, Config(0, 4, 1), types
-    config, depth = packed_gemm.unpacking_of(codec, capability)
-    span = unpack.span_of(weight, min(config.columns, depth))
-    for block in (16, 64):
+    for block in (16, 64, 128) if packed_gemm.unpacks_many(codec, capability) else (16, 64):
+        config, depth = packed_gemm.unpacking_of(codec, capability, block)
+        span = unpack.span_of(weight, min(config.columns, depth))
         sizes = {"R": 16, "BIAS": True, "SPAN": span, "BLOCK": block, "BLOCK_N": config.columns, "BLOCK_K": depth}
         known["PRECISION"] = "tf32"
         yield f"in the product, {name}", packed_gemm._unpacking_product, {**known, **sizes}, config, types

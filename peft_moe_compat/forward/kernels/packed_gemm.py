@@ -7,21 +7,25 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from ...model.packed import CODES, Codec, PackedWeight
+from ...model.packed import CODES, FLOAT8, INT8, Codec, PackedWeight
 from ..grouped_mm import grouped_mm
 from . import gemm
 from .common import Config, Factor, capability_of, cdiv, dot_precision, tile_rows
 from .gemm import Tiling, add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
 from .interface import next_power
 from .launch import Repeated, kernel
-from .routing import Route
+from .routing import Route, Tiles
 from .unpack import Unpacking, codec_of, packed_arguments, span_of, unpack, weight_tile
 
-__all__ = ["linear", "unpacking_of"]
+__all__ = ["AHEAD_FROM", "linear", "unpacking_of", "unpacks_many"]
 
 # Columns of a tile that is decoded in the product, and its steps along K. Nothing is loaded ahead where a table is
 # read: its entries would go through shared memory, one by one.
 UNPACKING, UNPACKING_BY_TABLE = (Config(64, 4, 3), 64), (Config(64, 4, 1), 64)
+# The same for more rows, on Hopper and large Blackwells alone: others have no registers for it. And on average of how
+# many rows to an expert a stack is decoded ahead of the product instead.
+UNPACKING_FOR_MANY = {INT8: (Config(64, 4, 3), 64), FLOAT8: (Config(128, 8, 3), 64)}
+AHEAD_FROM = 192
 SCRATCH = 127 * 2**20  # bytes of weights that are decoded at a time: fewer lose more to the tails of launches
 
 
@@ -88,8 +92,15 @@ def _unpacking_product(
     tl.store(at, result.to(dtype), mask=here[:, None] & (n[None, :] < N))
 
 
-def unpacking_of(codec: Codec, capability: int) -> tuple[Config, int]:
-    """Which of the two above, on a device of compute capability 9.0 as 90, say."""
+def unpacks_many(codec: Codec, capability: int) -> bool:
+    """Whether the product decodes, below `AHEAD_FROM`, for tiles of 128 rows too."""
+    return codec.kind in UNPACKING_FOR_MANY and 90 <= capability < 120
+
+
+def unpacking_of(codec: Codec, capability: int, rows: int) -> tuple[Config, int]:
+    """Which of those above, for tiles of so many rows on a device of compute capability 9.0 as 90, say."""
+    if rows > 64:
+        return UNPACKING_FOR_MANY[codec.kind]
     config, depth = UNPACKING_BY_TABLE if codec.kind == CODES and not codec.exponent else UNPACKING
     # triton 3.6 cannot compile products of 64 such columns for Blackwell: its compiler fails in a pass.
     return (config._replace(columns=32), depth) if codec.kind == CODES and capability >= 100 else (config, depth)
@@ -135,8 +146,10 @@ def _packed_linear(
     ahead of the tiled product, or all at once where that does not run."""
     E, rows, columns = weight.stored
     _, K, N = weight.shape
-    if route.large.block < 128:
-        return _unpacked_in_product(x, weight, route, low, factor, bias)
+    few = route.large.block < 128
+    if few or (route.rows < AHEAD_FROM * E and unpacks_many(weight.codec, capability_of(x.device))):
+        tiles = route.small if few else route.large
+        return _unpacked_in_product(x, weight, route, tiles, low, factor, bias)
     tiling = tiling_of(x)
     if not tiling or K % tiling.depth or N % (16 // x.element_size()):
         whole = unpack(weight, route.offs, (0, E), (0, rows), (0, columns))
@@ -186,11 +199,12 @@ def _ahead(
 
 
 def _unpacked_in_product(
-    x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: PackedWeight, route: Route, tiles: Tiles, low: Tensor | None, factor: Factor | None,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The same for few rows, each weight decoded once for each tile of rows."""
-    (_, K, N), tiles = weight.shape, route.small
-    (block_n, num_warps, num_stages), depth = unpacking_of(weight.codec, capability_of(x.device))
+    _, K, N = weight.shape
+    (block_n, num_warps, num_stages), depth = unpacking_of(weight.codec, capability_of(x.device), tiles.block)
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, arguments, R = low_rank(y, low, factor, bias)
     _unpacking_product(

@@ -22,6 +22,7 @@ from .decode import MOST_PACKED_ROWS, MOST_ROWS, few_rows, most_rows
 from .gemm import add_to
 from .interface import HeldProjection, Nonlinearity
 from .layer import Projection, any_trains, backward_pass, forward_pass, tile_sizes
+from .packed_gemm import AHEAD_FROM
 from .routing import Route, Tiles, route, steps
 
 __all__ = ["Kind", "kind_of", "rows_of_every_kind", "worst_error"]
@@ -63,6 +64,7 @@ class Kind(NamedTuple):
         trains: Whether there is a backward.
         tiles: Rows of the small and large tiles; None for the kernels of few rows.
         sparse: Whether there are fewer rows than experts.
+        ahead: Whether a quantised stack has so many rows that any format is decoded ahead of the product.
         steps: The routing's.
     """
 
@@ -76,6 +78,7 @@ class Kind(NamedTuple):
     trains: bool
     tiles: tuple[int, int] | None
     sparse: bool
+    ahead: bool
     steps: tuple[int, ...]
 
 
@@ -139,14 +142,15 @@ def kind_of(
         trains,
         None if few else tile_sizes(rows, E),
         not few and rows < E,
+        rows >= AHEAD_FROM * E and isinstance(up[0], PackedWeight) | isinstance(down[0], PackedWeight),
         () if few else (E, *steps(rows, E)),
     )
 
 
-def rows_of_every_kind(E: int, k: int) -> list[int]:
+def rows_of_every_kind(E: int, k: int, packed: bool) -> list[int]:
     """Numbers of rows, one at least for every size of tiles: for a graph, which does not know its own."""
     E, k = constant(E), constant(k)
-    return [k, MOST_PACKED_ROWS + 1, MOST_ROWS + 1, E, 16 * E, 64 * E]
+    return [k, MOST_PACKED_ROWS + 1, MOST_ROWS + 1, E, 16 * E, 64 * E, *[AHEAD_FROM * E] * packed]
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -313,7 +317,8 @@ def worst_error(device: torch.device, values: tuple[Any, ...], rows: int) -> flo
     (E, H, I), (of_hidden, _, of_weights, _) = kind.sizes, kind.dtypes
     # Two and a half of the larger tiles. 60 % of the rows go to one expert, which makes a full tile and a ragged one;
     # none to another where there are four, and some to those of another rank.
-    T = 1 if kind.sparse else -(-(kind.tiles[1] * 5 // 2 if kind.tiles else 8) // k)
+    least = AHEAD_FROM * E if kind.ahead else kind.tiles[1] * 5 // 2 if kind.tiles else 8
+    T = 1 if kind.sparse else -(-least // k)
     index = drawn.index(T, [0] * 12 + [E - 1] * 5 + [1 % E] * 2 + [E])
     index[0, 0] = 0
     mean = drawn.one_of([-1.0, 1.0], H)
