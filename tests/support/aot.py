@@ -21,6 +21,7 @@ from peft_moe_compat import layout
 from peft_moe_compat.forward.kernels import (
     activation,
     decode,
+    dropout,
     gemm,
     gradients,
     layer,
@@ -38,8 +39,10 @@ from peft_moe_compat.model.packed import CODES, FLOAT8, INT8, Codec, encoded
 TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
 TYPES |= {
     "dweights": "*fp32",
+    "words": "*i32",
     "seed": "*i64",
-    "p": "fp32",
+    "count": "i32",
+    "digits": "i32",
     "alpha": "fp32",
     "limit": "fp32",
     "scaling": "fp32",
@@ -107,6 +110,7 @@ def bound_by_memory(capability, dtype, R):
         yield f"gather{what}", rows._gather, {"DOTS": False, **tile}, gather
         tile = {"GATHER": True, "DROP": drop, "BLOCK": 128, "BLOCK_D": gradient.columns, **precision}
         yield f"gradient{what}", gradients._factor_gradient, {"WEIGHTED": False, **tile}, gradient
+    yield "draw", dropout._draw, {"BLOCK": dropout.WORDS}, Config(0, 4, 3)
     tile = {"BIAS": False, "DROP": True, "BLOCK": 64, "BLOCK_N": 128 if R <= 64 else 64, **precision}
     yield "add, dropping", gemm._add, tile, Config(0, 4, 3)
     yield "backward", activation._backward, {"WAIT": False, **last}, backward
@@ -118,10 +122,11 @@ def bound_by_memory(capability, dtype, R):
             yield f"backward, {name}", activation._backward, {"WAIT": False, **last, **other}, backward
 
 
-def product(capability, R, along_k):
+def product(capability, R, along_k, drop=False):
     config, depth, described = gemm.TILINGS[max(least for least in gemm.TILINGS if least <= capability)]
     constants = {
-        "R": R, "BIAS": True, "ALONG_K": along_k, "BLOCK": 128, "BLOCK_N": config.columns, "BLOCK_K": depth,
+        "R": R, "BIAS": not drop, "DROP": drop, "ALONG_K": along_k,
+        "BLOCK": 128, "BLOCK_N": config.columns, "BLOCK_K": depth,
         "GROUP": gemm.GROUP_TILES, "EARLY": 32, "PRECISION": "tf32", "DESCRIBED": described,
     }  # fmt: skip
     types = {"limit": "i32"}
@@ -166,7 +171,7 @@ class Nowhere:
 
 
 def _layer(H, up, down, tokens):
-    """Forward and backward of so many tokens, and a forward alone of those of the last."""
+    """Forward and backward of so many tokens, dropping where H is 96, and a forward alone of those of the last."""
     E, k = up.shape[0], 2
     base = []
     for weight in (up, down):
@@ -177,7 +182,8 @@ def _layer(H, up, down, tokens):
         hidden = torch.empty(T, H, dtype=torch.bfloat16, requires_grad=grad)
         index, weights = torch.zeros(T, k, dtype=torch.int64), torch.empty(T, k, dtype=torch.bfloat16)
         for _ in range(1 + grad):  # twice, since the second backward finds what the first has spent
-            of_up, of_down = (layer.Projection.of(*held) for held in base)
+            drops = ((16, 0.5),) if grad and H == 96 else ()
+            of_up, of_down = (layer.Projection.of(*held, lora._replace(dropout=drops)) for *held, lora in base)
             for factor in (*of_up[2:4], *of_down[2:4]):
                 factor.tensor.requires_grad_(grad)
             routed = hidden, index, weights
@@ -200,7 +206,7 @@ def launched():
             for shape in ((128, 256), (128, 128))
         )
         _layer(128, up if transposed else up.mT, down if transposed else down.mT, (256, 20, 4))
-    modules = activation, decode, _factors, gemm, gradients, packed_gemm, routing, rows, unpack
+    modules = activation, decode, dropout, _factors, gemm, gradients, packed_gemm, routing, rows, unpack
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
     return {"defined": sorted({kernel.jit.__name__ for kernel in kernels}), "launched": sorted(set(names))}
 
@@ -223,6 +229,8 @@ def main():
             found.append(usage(name, capability, "bf16", 16, result))
     for capability, R, along_k in itertools.product(CAPABILITIES, (16, 32), (True, False)):
         found.append(usage("product", capability, "bf16", R, product(capability, R, along_k)))
+        if R == 16:
+            found.append(usage("product, dropping", capability, "bf16", R, product(capability, R, along_k, drop=True)))
     json.dump(found, sys.stdout)
 
 

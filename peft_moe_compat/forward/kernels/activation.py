@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Config, Factor, dot_precision, factor_tile, fitting, roomy, tile_rows
-from .dropout import Drop, arguments, kept
+from .dropout import Kept, enlarged, stored
 from .interface import Nonlinearity, padded_rank
 from .launch import kernel
 from .routing import Route, Tiles
@@ -108,11 +108,11 @@ def _load_up(
 @kernel()
 def _activate(
     up, h, low, offs, tiles, I, alpha, limit,
-    factor, rank, stride_e, stride_r, stride_d, scaling, seed, p,
+    factor, rank, stride_e, stride_r, stride_d, scaling, words,
     R: tl.constexpr, DROP: tl.constexpr, NAME: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows: h from up, and low = dropped h @ factor^T."""
+    """One tile of rows: h from up, and low = kept h @ factor^T."""
     expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK, PARTS)
     if expert < 0:
         return
@@ -131,7 +131,7 @@ def _activate(
         if R:
             f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, i, I, R, dtype)
             if DROP:
-                value = (value.to(tl.float32) * kept(seed, p, s, start, BLOCK, BLOCK_I)).to(dtype)
+                value = tl.where(stored(words, s, here, start, I, BLOCK, BLOCK_I), value, 0.0)
             product = tl.dot(value, f.trans(), product, input_precision=PRECISION)
     if R:
         at = low + s.to(tl.int64)[:, None] * R + tl.arange(0, R)[None, :]
@@ -145,17 +145,17 @@ def _parts(tiles: Tiles) -> tuple[int, int]:
 
 
 def activate(
-    up: Tensor, nonlinearity: Nonlinearity, route: Route, factor: Factor | None, drop: Drop | None = None
+    up: Tensor, nonlinearity: Nonlinearity, route: Route, factor: Factor | None, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The activation of every row, and its product with the expert's factor.
 
     Args:
         up: "S (2 I)", or "S I" where not gated.
         factor: "E r I", lora_A of the down projection.
-        drop: Of h where it meets that.
+        kept: Of h where it meets that.
 
     Returns:
-        h "S I" and dropped h @ factor^T "S R" (None without a factor).
+        h "S I" and kept h @ factor^T "S R" (None without a factor).
     """
     S, I = up.shape[0], up.shape[1] // (2 if nonlinearity.gated else 1)
     h = up.new_empty(S, I)
@@ -166,8 +166,8 @@ def activate(
     _activate(
         (tiles.limit * parts, 1, 1), up, h, low if factor else h, route.offs, tiles.table, I,
         nonlinearity.alpha, nonlinearity.limit,
-        *(factor or (h, 0, 0, 0, 0, 1.0)), *arguments(drop, h),
-        R=R, DROP=drop is not None,
+        *(enlarged(factor, kept) if factor else (h, 0, 0, 0, 0, 1.0)), h if kept is None else kept.words,
+        R=R, DROP=kept is not None,
         NAME=nonlinearity.name, GATED=nonlinearity.gated, INTERLEAVED=nonlinearity.interleaved,
         BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,

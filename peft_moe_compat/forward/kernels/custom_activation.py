@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .common import Factor
-from .dropout import Drop
+from .dropout import Kept
 from .routing import Route
 from .rows import project
 
@@ -18,12 +18,12 @@ Rows = Callable[[Tensor], Tensor]
 
 
 def activate(
-    up: Tensor, function: Rows, route: Route, factor: Factor | None, drop: Drop | None = None
+    up: Tensor, function: Rows, route: Route, factor: Factor | None, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `activation.activate`, of any row-wise function."""
     with torch.no_grad():  # which may have parameters
         h = function(up.float()).to(up.dtype).contiguous()
-    return h, project(h, route, factor, drop)
+    return h, project(h, route, factor, kept)
 
 
 def activate_backward(

@@ -1,4 +1,7 @@
-"""What rows that meet lora_A are multiplied by: from a counter, so that a forward and a backward need but a seed."""
+"""Which elements of the rows that meet lora_A are kept: from a counter, so that all a forward leaves is a seed.
+
+Drawn ahead of the kernels that read it, as a bit for each: a sixteenth of the rows, which no forward leaves either.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import ExpertLora, FlatLora
+from .common import Factor, cdiv
+from .launch import kernel
 
-__all__ = ["Drop", "arguments", "drawn", "kept"]
+__all__ = ["Drop", "Kept", "drawn", "enlarged", "kept_of", "stored"]
 
 
 class Drop(NamedTuple):
@@ -26,6 +31,18 @@ class Drop(NamedTuple):
     p: float
 
 
+class Kept(NamedTuple):
+    """What it has kept of rows.
+
+    Attributes:
+        words: "S (in / 32)" int32, rounded up: a bit for each element, of the first column the lowest one.
+        p: The probability.
+    """
+
+    words: Tensor
+    p: float
+
+
 def drawn(lora: ExpertLora | FlatLora | None, device: torch.device) -> Drop | None:
     """That of an update all of whose ranks share a mask; the seed is from torch's generator of the device."""
     if lora is None or not lora.dropout:
@@ -34,20 +51,66 @@ def drawn(lora: ExpertLora | FlatLora | None, device: torch.device) -> Drop | No
     return Drop(torch.randint(2**63 - 1, (), device=device), p)
 
 
-def arguments(drop: Drop | None, stand_in: Tensor) -> tuple[Tensor, float]:
-    """What a kernel takes of it."""
-    return drop or (stand_in, 0.0)
+def enlarged(factor: Factor, kept: Kept | None) -> Factor:
+    """A factor for rows whose kept elements are to be multiplied by 1 / (1 - p)."""
+    return factor if kept is None or kept.p >= 1 else factor._replace(scaling=factor.scaling / (1 - kept.p))
 
 
 @triton.jit
-def kept(seed, p, s, start, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The multipliers of rows `s` and WIDE columns from `start`, both multiples of 4: 0 or 1 / (1 - p).
+def _philox(low, high, key):
+    """Philox4x32-7 of the counter (low, high, 0, 0): four words, each product one instruction.
 
-    Four neighbours are one draw of Philox4x32-7, whose seven rounds pass what the usual ten do (Salmon et al. 2011).
+    Seven rounds pass what the usual ten do (Salmon et al. 2011).
     """
-    q = (start // 4 + tl.arange(0, WIDE // 4))[None, :]
-    row, zero = s[:, None] + q * 0, s[:, None] * 0 + q * 0
-    a, b, c, d = tl.philox(tl.load(seed), q + zero, row, zero, zero, 7)
-    bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK, WIDE])
-    drawn = tl.uint_to_uniform_float(bits)
-    return tl.where(drawn >= p, 1 / (1 - p), 0.0)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    a, b = low.to(tl.uint32), high.to(tl.uint32)
+    c, d = a * 0, b * 0
+    for _ in tl.static_range(7):
+        from_a, from_c = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
+        a, c = (from_c >> 32).to(tl.uint32) ^ b ^ k0, (from_a >> 32).to(tl.uint32) ^ d ^ k1
+        b, d = from_c.to(tl.uint32), from_a.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return a, b, c, d
+
+
+@triton.jit
+def _digit(word, random, digits, i: tl.constexpr):
+    """Bits set with probability q -> (q + the i-th binary digit of `digits`) / 2."""
+    one = ((digits >> i) & 1).to(tl.uint32) * 0xFFFFFFFF
+    return (word & random) | (one & (word | random))
+
+
+WORDS = 512  # of a program
+
+
+@kernel("count", "digits")
+def _draw(words, seed, count, digits, BLOCK: tl.constexpr):
+    """Words whose bits are set with a probability of `digits` / 65536: a random bit for each binary digit."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key, word = tl.load(seed).to(tl.uint64), (at * 0).to(tl.uint32)
+    for i in tl.static_range(4):
+        a, b, c, d = _philox(at, at * 0 + i, key)
+        word = _digit(_digit(word, a, digits, 4 * i), b, digits, 4 * i + 1)
+        word = _digit(_digit(word, c, digits, 4 * i + 2), d, digits, 4 * i + 3)
+    tl.store(words + at, word.to(tl.int32, bitcast=True), mask=at < count)
+
+
+def kept_of(drop: Drop | None, S: int, D: int) -> Kept | None:
+    """What a dropout keeps of rows "S D"; None without one."""
+    if drop is None:
+        return None
+    words = torch.empty((S, cdiv(D, 32)), dtype=torch.int32, device=drop.seed.device)
+    digits = min(round((1 - drop.p) * 65536), 65535)
+    _draw((cdiv(words.numel(), WORDS), 1, 1), words, drop.seed, words.numel(), digits, BLOCK=WORDS, num_warps=4)
+    return Kept(words, drop.p)
+
+
+@triton.jit
+def stored(words, s, here, start, D, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Which elements are kept of rows `s` and of WIDE columns from `start`, a multiple of 32, of D."""
+    g, across = start // 32 + tl.arange(0, WIDE // 32), (D + 31) // 32
+    at = words + s.to(tl.int64)[:, None] * across + g[None, :]
+    found = tl.load(at, mask=here[:, None] & (g[None, :] < across), other=0)
+    each = found[:, :, None] >> tl.arange(0, 32)[None, None, :]
+    return tl.reshape(each & 1, [BLOCK, WIDE]) != 0

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..grouped_mm import grouped_mm
 from .common import Config, Factor, capability_of, cdiv, dot_precision, factor_tile, tile_rows
-from .dropout import Drop, arguments, kept
+from .dropout import Kept, enlarged, stored
 from .launch import kernel
 from .routing import Route
 
@@ -79,11 +79,11 @@ def plus_low(
 
 @kernel()
 def _add(
-    y, low, bias, offs, tiles, N, factor, rank, stride_e, stride_r, stride_d, scaling, seed, p,
+    y, low, bias, offs, tiles, N, factor, rank, stride_e, stride_r, stride_d, scaling, words,
     R: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y += low @ factor + bias, in place, added in float32; where dropped, y += multipliers * (those)."""
+    """One tile of y += low @ factor + bias, in place, added in float32; where dropped, those of what was kept."""
     expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK)
     if expert < 0:
         return
@@ -99,15 +99,15 @@ def _add(
         R, BIAS, PRECISION,
     )  # fmt: skip
     if DROP:
-        added = total + added * kept(seed, p, s, tl.program_id(1) * BLOCK_N, BLOCK, BLOCK_N)
+        added = total + tl.where(stored(words, s, here, tl.program_id(1) * BLOCK_N, N, BLOCK, BLOCK_N), added, 0.0)
     tl.store(at, added.to(dtype), mask=mask)
 
 
 @triton.jit
 def product_tile(
     x, weight, y, low, bias, offs, expert, stack, first_s, first_n, N, K, stride_y,
-    factor, rank, stride_e, stride_r, stride_d, scaling,
-    R: tl.constexpr, BIAS: tl.constexpr, ALONG_K: tl.constexpr,
+    factor, rank, stride_e, stride_r, stride_d, scaling, words,
+    R: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, ALONG_K: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
@@ -117,10 +117,16 @@ def product_tile(
     s, n = first_s + tl.arange(0, BLOCK), first_n + tl.arange(0, BLOCK_N)
     here = s < end
     low_row = low + s.to(tl.int64)[:, None] * R
-    if R and R <= EARLY:  # read before the loop, for use after it
+    if R and R <= EARLY and not DROP:  # read before the loop, for use after it
         u = tl.load(low_row + tl.arange(0, R)[None, :], mask=here[:, None], other=0.0)
         f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, R, dtype)
     total = tl.zeros([BLOCK, BLOCK_N], tl.float32)
+    if DROP:  # ahead of the loop, where no other sum takes registers
+        total = plus_low(
+            total, low, bias, expert, s, here, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, dtype,
+            R, False, PRECISION,
+        )  # fmt: skip
+        total = tl.where(stored(words, s, here, first_n, N, BLOCK, BLOCK_N), total, 0.0)
     if not DESCRIBED:
         a_at = x + s.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
         b_at = weight + stack.to(tl.int64) * N * K
@@ -141,9 +147,9 @@ def product_tile(
             a = x.load([first_s, k])
             b = weight.load([stack * K + k, first_n])
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    if R and R <= EARLY:
+    if R and R <= EARLY and not DROP:
         total = tl.dot(u, f, total, input_precision=PRECISION)
-    if R > EARLY:
+    if R > EARLY and not DROP:
         for first in tl.static_range(0, R, 32):
             u = tl.load(low_row + first + tl.arange(0, 32)[None, :], mask=here[:, None], other=0.0)
             f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, 32, dtype, first)
@@ -166,8 +172,8 @@ def turn(i, count, across, GROUP: tl.constexpr):
 @kernel("limit")
 def _product(
     x, weight, y, low, bias, offs, tiles, limit, N, K,
-    factor, rank, stride_e, stride_r, stride_d, scaling,
-    R: tl.constexpr, BIAS: tl.constexpr, ALONG_K: tl.constexpr,
+    factor, rank, stride_e, stride_r, stride_d, scaling, words,
+    R: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, ALONG_K: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EARLY: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
@@ -179,8 +185,8 @@ def _product(
         expert, first_s = tl.load(tiles + 2 * row), tl.load(tiles + 2 * row + 1)
         product_tile(
             x, weight, y, low, bias, offs, expert, expert, first_s, column * BLOCK_N, N, K, N,
-            factor, rank, stride_e, stride_r, stride_d, scaling,
-            R, BIAS, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION, DESCRIBED,
+            factor, rank, stride_e, stride_r, stride_d, scaling, words,
+            R, BIAS, DROP, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION, DESCRIBED,
         )  # fmt: skip
 
 
@@ -210,6 +216,7 @@ def grouped_linear(
     low: Tensor | None,
     factor: Factor | None,
     bias: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """y = x W + low @ factor + bias of each row's expert, rounded once where the tiled product runs.
 
@@ -219,26 +226,27 @@ def grouped_linear(
         low: "S R".
         factor: "E r out".
         bias: "E out".
+        kept: Of the rows that the result is the gradient of, where they met the factor.
 
     Returns:
         "S out"; rows past `offs[-1]` are undefined.
     """
     tiling = tiling_of(x)
     if tiling and route.large.block >= 64 and tiles_fit(x, weight, tiling.depth):
-        return _tiled(x, weight, route, low, factor, bias, tiling)
-    return add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias)
+        return _tiled(x, weight, route, low, factor, bias, kept, tiling)
+    return add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias, kept)
 
 
 def add_to(
-    y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None, drop: Drop | None = None
+    y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None, kept: Kept | None = None
 ) -> Tensor:
-    """y += low @ factor + bias in place; with `drop`, the gradient of rows that were dropped before the factor."""
+    """y += low @ factor + bias in place; with `kept`, the gradient of rows of which that met the factor."""
     if low is not None or bias is not None:
-        u, b, at, R = low_rank(y, low, factor, bias)
+        u, b, at, R = low_rank(y, low, factor and enlarged(factor, kept), bias)
         tiles, block = route.small, 128 if R <= 64 else 64
         _add(
             (tiles.limit, cdiv(y.shape[1], block), 1), y, u, b, route.offs, tiles.table, y.shape[1], *at,
-            *arguments(drop, y), R=R, BIAS=bias is not None, DROP=drop is not None,
+            y if kept is None else kept.words, R=R, BIAS=bias is not None, DROP=kept is not None,
             BLOCK=tiles.block, BLOCK_N=block, PRECISION=dot_precision(y.dtype), num_warps=4,
         )  # fmt: skip
     return y
@@ -280,17 +288,19 @@ def _tiled(
     low: Tensor | None,
     factor: Factor | None,
     bias: Tensor | None,
+    kept: Kept | None,
     tiling: Tiling,
 ) -> Tensor:
     K, N = weight.shape[1:]
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
-    u, b, at, R = low_rank(y, low, factor, bias)
+    u, b, at, R = low_rank(y, low, factor and enlarged(factor, kept), bias)
     tiles, along_k, (columns, num_warps, num_stages) = route.large, weight.stride(1) == 1, tiling.config
     _product(
         (min(tiles.limit * cdiv(N, columns), programs_of(x.device)), 1, 1),
         *tiles_of(x, weight.mT if along_k else weight, along_k, tiles.block, tiling),
-        y, u, b, route.offs, tiles.table, tiles.limit, N, K, *at,
-        R=R, BIAS=bias is not None, ALONG_K=along_k, BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=tiling.depth,
+        y, u, b, route.offs, tiles.table, tiles.limit, N, K, *at, y if kept is None else kept.words,
+        R=R, BIAS=bias is not None, DROP=kept is not None, ALONG_K=along_k,
+        BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=tiling.depth,
         GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), DESCRIBED=tiling.described,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

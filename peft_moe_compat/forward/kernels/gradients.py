@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Config, Factor, cdiv, dot_precision, fitting, roomy
-from .dropout import Drop, arguments, kept
+from .dropout import Kept, enlarged, stored
 from .factors import apart, unpacked, wants_packing
 from .launch import kernel
 from .routing import Route
@@ -21,7 +21,7 @@ GRADIENT = Config(64, 4, 3)
 @kernel()
 def _factor_gradient(
     low, rows, order, weights, offs, D, k,
-    grad, rank, stride_e, stride_r, stride_d, scaling, seed, p,
+    grad, rank, stride_e, stride_r, stride_d, scaling, words,
     R: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, DROP: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,8 +47,7 @@ def _factor_gradient(
         at = rows + row.to(tl.int64)[:, None] * D + d[None, :]
         x = tl.load(at, mask=here[:, None] & (d[None, :] < D), other=0.0).to(low.dtype.element_ty)
         if DROP:
-            multipliers = kept(seed, p, s, tl.program_id(0) * BLOCK_D, BLOCK, BLOCK_D)
-            x = (x.to(tl.float32) * multipliers).to(low.dtype.element_ty)
+            x = tl.where(stored(words, s, here, tl.program_id(0) * BLOCK_D, D, BLOCK, BLOCK_D), x, 0.0)
         total = tl.dot(u.trans(), x, total, input_precision=PRECISION)
     at = grad + expert.to(tl.int64) * stride_e + r[:, None].to(tl.int64) * stride_r + d[None, :].to(tl.int64) * stride_d
     tl.store(at, (total * scaling).to(grad.dtype.element_ty), mask=(r[:, None] < rank) & (d[None, :] < D))
@@ -62,7 +61,7 @@ def factor_gradient(
     *,
     gather_k: int | None = None,
     weights: Tensor | None = None,
-    drop: Drop | None = None,
+    kept: Kept | None = None,
 ) -> Tensor | None:
     """scaling * sum over an expert's rows of low^T rows, as the factor's tensor is.
 
@@ -72,7 +71,7 @@ def factor_gradient(
         factor: What the gradient is of, and the scaling to multiply by; None where nobody wants it.
         gather_k: k, where each row is to be gathered from its token.
         weights: "T k", multiplied to the rows of `low` where given.
-        drop: Of `rows`, as they met the factor.
+        kept: Of `rows`, as they met the factor.
     """
     if factor is None or low is None:
         return None
@@ -85,9 +84,9 @@ def factor_gradient(
     config = fitting(GRADIENT, R, low.dtype, roomy(low.device))
     _factor_gradient(
         (cdiv(D, config.columns), E, 1), low, rows.contiguous(), route.order,
-        weights if weights is not None else low, route.offs, D, gather_k or 1, *grad,
-        *arguments(drop, low),
-        R=R, GATHER=gather_k is not None, WEIGHTED=weights is not None, DROP=drop is not None,
+        weights if weights is not None else low, route.offs, D, gather_k or 1,
+        *enlarged(grad, kept), low if kept is None else kept.words,
+        R=R, GATHER=gather_k is not None, WEIGHTED=weights is not None, DROP=kept is not None,
         BLOCK=route.large.block, BLOCK_D=config.columns, PRECISION=dot_precision(low.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -20,9 +20,8 @@ from ...model.packed import PackedWeight
 from . import activation, custom_activation
 from .common import Factor
 from .decode import few_rows, most_rows
-from .dropout import Drop, drawn
+from .dropout import Drop, Kept, drawn, kept_of
 from .factors import packed
-from .gemm import add_to
 from .gradients import factor_gradient
 from .interface import Nonlinearity
 from .launch import LAUNCH_ERRORS
@@ -117,12 +116,14 @@ def forward_pass(
     Whatever a kernel does not need is read and computed after its launch, which keeps the device busy meanwhile.
     """
     k, S = weights.shape[1], where.rows
-    x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A, drop=up.drop)
+    kept = kept_of(up.drop, S, up.weight.shape[1])
+    x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A, kept=kept)
     up = up.ready(S)
     rows = linear(x, up.weight, where, low_up, up.packed, up.bias)
     del x
     down = read_down()
-    h, low_down = _kernels(function).activate(rows, function, where, down.A, down.drop)
+    kept = kept_of(down.drop, S, down.weight.shape[1])
+    h, low_down = _kernels(function).activate(rows, function, where, down.A, kept)
     down = down.ready(S)
     y = linear(h, down.weight, where, low_down, down.packed, down.bias)
     return combine(y, where, weights, k, hidden.dtype), Passed(rows, low_up, low_down), up, down
@@ -148,28 +149,27 @@ def backward_pass(
     """
     k, dout = weights.shape[1], dout.contiguous()
     g, low_g, dots = gather(dout, where, k, up.weight.dtype, down.packed, down.bias)
-    dh = _to_rows(g, down, where, low_g)
+    kept = kept_of(down.drop, where.rows, down.weight.shape[1])
+    dh = _to_rows(g, down, where, low_g, kept)
     del g
     low_y, dweights = _kernels(function).activate_backward(passed.up, dh, function, where, weights, up.packed, dots)
     dup, weighted_h = passed.up, dh
-    d_down_A = factor_gradient(low_g, weighted_h, where, wanted[2], drop=down.drop)
+    d_down_A = factor_gradient(low_g, weighted_h, where, wanted[2], kept=kept)
     d_down_B = factor_gradient(passed.low_down, dout, where, wanted[3], gather_k=k, weights=weights)
     del weighted_h, dh
-    d_up_A = factor_gradient(low_y, hidden, where, wanted[0], gather_k=k, drop=up.drop)
+    kept = kept_of(up.drop, where.rows, up.weight.shape[1])
+    d_up_A = factor_gradient(low_y, hidden, where, wanted[0], gather_k=k, kept=kept)
     d_up_B = factor_gradient(passed.low_up, dup, where, wanted[1])
     dhidden = None
     if wants_hidden:
-        dx = _to_rows(dup, up, where, low_y)
+        dx = _to_rows(dup, up, where, low_y, kept)
         dhidden = combine(dx, where, None, k, hidden.dtype)
     return dhidden, dweights.to(weights.dtype), d_up_A, d_up_B, d_down_A, d_down_B
 
 
-def _to_rows(gradient: Tensor, through: Projection, where: Route, low: Tensor | None) -> Tensor:
+def _to_rows(gradient: Tensor, through: Projection, where: Route, low: Tensor | None, kept: Kept | None) -> Tensor:
     """The gradient of a projection's output "S out" -> of its rows "S in"; `low` is its product with lora_B."""
-    if through.drop is None:
-        return linear(gradient, through.weight.mT, where, low, through.A)
-    rows = linear(gradient, through.weight.mT, where, None, None)
-    return add_to(rows, where, low, through.A, None, through.drop)
+    return linear(gradient, through.weight.mT, where, low, through.A, kept=kept)
 
 
 def _apart(weight: Tensor | PackedWeight) -> tuple[tuple[Any, ...] | None, tuple[Tensor | None, ...]]:

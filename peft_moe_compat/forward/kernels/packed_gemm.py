@@ -11,6 +11,7 @@ from ...model.packed import CODES, FLOAT8, INT8, Codec, PackedWeight
 from ..grouped_mm import grouped_mm
 from . import gemm
 from .common import Config, Factor, capability_of, cdiv, dot_precision, tile_rows
+from .dropout import Kept
 from .gemm import Tiling, add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
 from .interface import next_power
 from .launch import Repeated, kernel
@@ -49,8 +50,8 @@ def _product_of_some(
         expert, first_s = tl.load(tiles + 2 * row), tl.load(tiles + 2 * row + 1)
         product_tile(
             x, weight, y, low, bias, offs, expert, expert - first_expert, first_s, column * BLOCK_N, N, K, stride_y,
-            factor, rank, stride_e, stride_r, stride_d, scaling,
-            R, BIAS, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION, DESCRIBED,
+            factor, rank, stride_e, stride_r, stride_d, scaling, low,
+            R, BIAS, False, ALONG_K, BLOCK, BLOCK_N, BLOCK_K, EARLY, PRECISION, DESCRIBED,
         )  # fmt: skip
 
 
@@ -113,11 +114,14 @@ def linear(
     low: Tensor | None,
     factor: Factor | None,
     bias: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """`gemm.grouped_linear`, of a quantised stack too."""
-    if isinstance(weight, PackedWeight):
+    if not isinstance(weight, PackedWeight):
+        return gemm.grouped_linear(x, weight, route, low, factor, bias, kept)
+    if kept is None:
         return _packed_linear(x, weight, route, low, factor, bias)
-    return gemm.grouped_linear(x, weight, route, low, factor, bias)
+    return add_to(_packed_linear(x, weight, route, None, None, bias), route, low, factor, None, kept)
 
 
 class _Part(NamedTuple):

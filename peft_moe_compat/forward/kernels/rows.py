@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Config, Factor, cdiv, dot_precision, factor_tile, fitting, roomy, tile_rows
-from .dropout import Drop, arguments, kept
+from .dropout import Kept, enlarged, stored
 from .interface import next_power, padded_rank
 from .launch import kernel
 from .routing import Route
@@ -21,11 +21,11 @@ GATHER = Config(128, 8, 3)
 @kernel()
 def _gather(
     source, rows, low, dots, vector, order, offs, tiles, D, k,
-    factor, rank, stride_e, stride_r, stride_d, scaling, seed, p,
+    factor, rank, stride_e, stride_r, stride_d, scaling, words,
     R: tl.constexpr, GATHER: tl.constexpr, DOTS: tl.constexpr, DROP: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows: rows = source[token] where gathered, low = dropped rows @ factor^T, dots = <rows, vector>."""
+    """One tile of rows: rows = source[token] where gathered, low = kept rows @ factor^T, dots = <rows, vector>."""
     expert, s, here = tile_rows(tiles, offs, tl.program_id(0), BLOCK)
     if expert < 0:
         return
@@ -47,7 +47,7 @@ def _gather(
             f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, d, D, R, dtype)
             met = x
             if DROP:
-                met = (x.to(tl.float32) * kept(seed, p, s, start, BLOCK, BLOCK_D)).to(dtype)
+                met = tl.where(stored(words, s, here, start, D, BLOCK, BLOCK_D), x, 0.0)
             product = tl.dot(met, f.trans(), product, input_precision=PRECISION)
         if DOTS:
             v = tl.load(vector + expert.to(tl.int64) * D + d, mask=d < D, other=0.0)
@@ -66,7 +66,7 @@ def gather(
     dtype: torch.dtype,
     factor: Factor | None,
     vector: Tensor | None = None,
-    drop: Drop | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The rows of `source` in the order of the experts, and their product with the expert's factor.
 
@@ -75,7 +75,7 @@ def gather(
         dtype: Of the result.
         factor: "E r d".
         vector: "E d".
-        drop: Of the rows that meet the factor.
+        kept: Of the rows that meet the factor.
 
     Returns:
         rows "S d", rows @ factor^T "S R" (None without a factor), <rows, vector> "S" float32 (None without a vector).
@@ -90,15 +90,15 @@ def gather(
     _gather(
         (tiles.limit, 1, 1), source.contiguous(), rows, low if factor else rows, dots if dots is not None else rows,
         vector if vector is not None else rows, route.order, route.offs, tiles.table, D, k,
-        *(factor or unused), *arguments(drop, rows),
-        R=R, GATHER=True, DOTS=vector is not None, DROP=drop is not None, BLOCK=tiles.block, BLOCK_D=config.columns,
+        *(enlarged(factor, kept) if factor else unused), rows if kept is None else kept.words,
+        R=R, GATHER=True, DOTS=vector is not None, DROP=kept is not None, BLOCK=tiles.block, BLOCK_D=config.columns,
         PRECISION=dot_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return rows, low, dots
 
 
-def project(rows: Tensor, route: Route, factor: Factor | None, drop: Drop | None = None) -> Tensor | None:
-    """Dropped rows @ factor^T of each row's expert: "S d" -> "S R"; None without a factor."""
+def project(rows: Tensor, route: Route, factor: Factor | None, kept: Kept | None = None) -> Tensor | None:
+    """Kept rows @ factor^T of each row's expert: "S d" -> "S R"; None without a factor."""
     if factor is None:
         return None
     tiles, R = route.small, padded_rank(factor.rank)
@@ -106,8 +106,8 @@ def project(rows: Tensor, route: Route, factor: Factor | None, drop: Drop | None
     low = rows.new_empty(rows.shape[0], R)
     _gather(
         (tiles.limit, 1, 1), rows, rows, low, rows, rows, route.order, route.offs, tiles.table, rows.shape[1], 1,
-        *factor, *arguments(drop, rows),
-        R=R, GATHER=False, DOTS=False, DROP=drop is not None, BLOCK=tiles.block, BLOCK_D=config.columns,
+        *enlarged(factor, kept), rows if kept is None else kept.words,
+        R=R, GATHER=False, DOTS=False, DROP=kept is not None, BLOCK=tiles.block, BLOCK_D=config.columns,
         PRECISION=dot_precision(rows.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return low

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import index as constant
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from torch.nn import functional
 
 from ...layout import ExpertLora, FlatLora, flat, to_flat
 from ...model.packed import Codec, PackedWeight, encoded
-from .common import Factor
 from .decode import MOST_PACKED_ROWS, MOST_ROWS, few_rows, most_rows
-from .gemm import add_to
+from .dropout import Kept, kept_of
 from .interface import HeldProjection, Nonlinearity
 from .layer import Projection, any_trains, backward_pass, forward_pass, tile_sizes
 from .packed_gemm import AHEAD_FROM
@@ -233,13 +232,12 @@ def _defined(where: Route) -> list[Tensor]:
 
 
 def masks(of: Projection, where: Route, k: int) -> Tensor | None:
-    """What a projection's dropout multiplies its rows by, "T k in": all of a gradient that is one before them."""
+    """What a projection's dropout multiplies its rows by, "T k in"."""
     if of.drop is None:
         return None
-    E, K, _ = of.weight.shape
-    low = torch.ones(where.rows, 16, dtype=torch.float32, device=of.drop.seed.device)
-    factor = Factor(torch.ones(E, 16, K, device=low.device), 16, 16 * K, K, 1, 1 / 16)
-    rows = add_to(torch.zeros(where.rows, K, device=low.device), where, low, factor, None, of.drop)
+    K = of.weight.shape[1]
+    (words, p), i = cast(Kept, kept_of(of.drop, where.rows, K)), torch.arange(32, device=where.order.device)
+    rows = (words.unsqueeze(2) >> i & 1).flatten(1)[:, :K] / (1 - p)
     return rows[where.position[: where.rows].clamp(min=0).long()].view(-1, k, K)
 
 
