@@ -37,6 +37,7 @@ SENTENCES = {
     "backend_set": "the backend is set to {0!r}",
     "no_triton": "triton is not installed",
     "not_cuda": "the kernels are for CUDA devices",
+    "rocm": "the kernels were never run on ROCm, and the assembly in their activation is for NVIDIA's devices",
     "old_device": "the kernels need compute capability 8.0",
     "no_memory": "there is no memory for a trial",
     "while_capturing": "they have not been tried yet, and cannot be while a CUDA graph is captured",

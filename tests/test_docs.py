@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib.util
 import re
 import textwrap
 from collections.abc import Iterator
@@ -147,6 +148,17 @@ def test_every_file_that_is_named_exists():
     }
     assert len(named) > 20
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_the_estimate_is_what_its_script_prints_and_near_what_an_h100_took():
+    spec = importlib.util.spec_from_file_location("estimate", ROOT / "benchmarks" / "estimate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.table() in read(ROOT / "docs" / "performance.md")
+    results = read(ROOT / "benchmarks" / "results" / "peers_h100.txt")
+    for layer in script.LAYERS.values():
+        took = float(re.search(rf"^{layer.name} ours .'fwd\+bwd ms': ([\d.]+)", results, re.MULTILINE)[1])
+        assert abs(script.estimate(layer, script.CARDS["H100 SXM"]) / took - 1) < 0.1
 
 
 def test_every_result_that_the_engines_name_exists():

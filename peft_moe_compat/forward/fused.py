@@ -56,11 +56,13 @@ def _device_reason(device: torch.device) -> Reason | None:
 @cache
 def _unsupported(device: torch.device) -> Reason | None:
     """The same of what does not change while a process runs."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return because("rocm")
     if importlib.util.find_spec("triton") is None:
         return because("no_triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
         return because("not_cuda")
     if torch.cuda.get_device_capability(device) < (8, 0):
         return because("old_device")

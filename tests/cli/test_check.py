@@ -189,6 +189,12 @@ def test_every_cuda_device_gets_its_backend(check, monkeypatch):
     assert backends["cuda:1"] in ("triton", backends["cpu"])  # triton where it is installed
 
 
+def test_rocm_is_refused_by_name(monkeypatch):
+    """Whose triton takes NVIDIA's assembly without an error, and computes something else."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert fused._unsupported.__wrapped__(torch.device("cuda:0")).code == "rocm"
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys\n"
