@@ -138,8 +138,13 @@ def fp8(experts: nn.Module) -> nn.Module:
 
     convert = finegrained_fp8.Fp8Quantize(Quantiser).convert
     for name in PROJECTIONS:
-        for key, value in convert({name: experts._parameters[name].detach()}).items():
-            module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        weight = experts._parameters[name].detach()
+        _, rows, columns = weight.shape
+        # transformers makes scales for blocks that end past the weight, but quantises whole ones alone.
+        padded = nn.functional.pad(weight, (0, -columns % ARGS.block, 0, -rows % ARGS.block))
+        for key, value in convert({name: padded}).items():
+            held = value[:, :rows, :columns].contiguous() if key == name else value
+            module._parameters[key] = nn.Parameter(held, requires_grad=False)
     return module
 
 
@@ -167,11 +172,12 @@ GPT_OSS_FORMATS = {"bf16 gpt-oss": dequantised_mxfp4, "mxfp4": mxfp4}
 
 
 def dequantised(experts: nn.Module, name: str) -> torch.Tensor:
-    """In float64, by the format's own means."""
+    """In float64, by the format's own means; FP8 block by block, since transformers' own takes whole ones alone."""
     if isinstance(experts, finegrained_fp8.FP8Experts):
-        scale = experts._parameters[f"{name}_scale_inv"]
-        convert = finegrained_fp8.Fp8Dequantize(None)._dequantize_one
-        return convert(experts._parameters[name], scale, torch.float32).double()
+        weight, scale = experts._parameters[name], experts._parameters[f"{name}_scale_inv"]
+        for dim in (1, 2):
+            scale = scale.repeat_interleave(ARGS.block, dim).narrow(dim, 0, weight.shape[dim])
+        return (weight.float() * scale).double()
     weight = getattr(experts, name).detach()
     # Every tensor has a dequantize; only subclasses mean something by it.
     return (weight if type(weight) in (torch.Tensor, nn.Parameter) else weight.dequantize()).double()
