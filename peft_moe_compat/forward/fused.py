@@ -245,7 +245,11 @@ class _NotHereError(Exception):
 
 
 def run_fused(
-    module: Any, routed: tuple[Tensor, Tensor, Tensor], up: HeldProjection, read_down: Callable[[], HeldProjection]
+    module: Any,
+    routed: tuple[Tensor, Tensor, Tensor],
+    up: HeldProjection,
+    read_down: Callable[[], HeldProjection],
+    places: Tensor | None = None,
 ) -> Tensor | None:
     """The layer's output from the fused kernels, or None where there is a dropout that they have not, or they fail: to
     compile for the device, or their trial.
@@ -254,6 +258,7 @@ def run_fused(
         routed: hidden_states "T H", top_k_index and top_k_weights "T k".
         up: Of the up projection.
         read_down: Gives that of the down projection, once the device is busy with the other.
+        places: "T k", see `experts_forward`.
     """
     nonlinearity, device = _nonlinearity(module), routed[0].device
     if torch.compiler.is_compiling() and isinstance(nonlinearity, Nonlinearity):
@@ -281,7 +286,7 @@ def run_fused(
         if device not in _tried:
             tried_down()  # before anything is launched, since it may be that nothing can be
         with on_device(device):
-            out: Tensor = layer.fused_experts(nonlinearity, *routed, of_up, tried_down)
+            out: Tensor = layer.fused_experts(nonlinearity, *routed, of_up, tried_down, places)
             return out
     except _NotHereError:
         return None

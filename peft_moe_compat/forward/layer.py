@@ -199,7 +199,7 @@ def experts_forward(
         packed_up = held(up_proj, hidden_states.shape[1], read_packed)
         intermediate = packed_up[0].shape[2] // (2 if up_proj == "gate_up_proj" else 1)
         routed = hidden_states, top_k_index, top_k_weights
-        fused = run_fused(module, routed, packed_up, lambda: held("down_proj", intermediate, read_packed))
+        fused = run_fused(module, routed, packed_up, lambda: held("down_proj", intermediate, read_packed), places)
         if fused is not None:
             return fused
 

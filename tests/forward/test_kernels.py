@@ -184,6 +184,24 @@ def check(case, dtype, tolerance, change=lambda experts, loras: None):
         compare(after(1, experts_forward, experts, there, *arguments).cpu(), exact, tolerance)
 
 
+def test_a_row_has_one_mask_whoever_computes_it():
+    """A batch, and a part of it that is told which of its rows it has, forward and backward."""
+    T, E, k = 8, 2, 2
+    index = torch.rand(T, E + 1, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :k]  # some elsewhere
+    case = E, 64, 8, index, {"transposed": False, "biased": False}, "default", "silu", (4, 4), 0, 0.4
+    experts, loras, *routed = build(case, torch.float32)
+    experts, loras = moved(experts, loras)
+
+    def run(at, *told):
+        hidden, *routing = (tensor.detach()[at].to(DEVICE) for tensor in routed)
+        out = after(1, experts_forward, experts, loras, hidden.requires_grad_(), *routing, None, *told)
+        return torch.cat([out, *torch.autograd.grad(out.sum(), hidden)], 1).detach()
+
+    whole, part = run(slice(None)), torch.arange(T - 1, 0, -2)
+    compare(run(part, torch.arange(T * k).view(T, k)[part].to(DEVICE)), whole[part], 1e-5)
+    assert (run(part) - whole[part]).abs().amax(1).count_nonzero() >= 3
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(cases())
 def test_forward_and_gradients_equal_a_float64_loop(case):

@@ -40,8 +40,10 @@ TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "g
 TYPES |= {
     "dweights": "*fp32",
     "words": "*i32",
+    "places": "*i32",
     "seed": "*i64",
     "count": "i32",
+    "across": "i32",
     "digits": "i32",
     "alpha": "fp32",
     "limit": "fp32",

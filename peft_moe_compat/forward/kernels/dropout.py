@@ -15,6 +15,7 @@ from torch import Tensor
 from ...layout import ExpertLora, FlatLora
 from .common import Factor, cdiv
 from .launch import kernel
+from .routing import Route
 
 __all__ = ["Drop", "Kept", "drawn", "enlarged", "kept_of", "stored"]
 
@@ -84,25 +85,28 @@ def _digit(word, random, digits, i: tl.constexpr):
 WORDS = 512  # of a program
 
 
-@kernel("count", "digits")
-def _draw(words, seed, count, digits, BLOCK: tl.constexpr):
+@kernel("count", "across", "digits")
+def _draw(words, places, seed, count, across, digits, BLOCK: tl.constexpr):
     """Words whose bits are set with a probability of `digits` / 65536: a random bit for each binary digit."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key, word = tl.load(seed).to(tl.uint64), (at * 0).to(tl.uint32)
+    s = at // across
+    place, column = tl.load(places + s, mask=at < count, other=0), at - s * across
     for i in tl.static_range(4):
-        a, b, c, d = _philox(at, at * 0 + i, key)
+        a, b, c, d = _philox(place, 4 * column + i, key)
         word = _digit(_digit(word, a, digits, 4 * i), b, digits, 4 * i + 1)
         word = _digit(_digit(word, c, digits, 4 * i + 2), d, digits, 4 * i + 3)
     tl.store(words + at, word.to(tl.int32, bitcast=True), mask=at < count)
 
 
-def kept_of(drop: Drop | None, S: int, D: int) -> Kept | None:
-    """What a dropout keeps of rows "S D"; None without one."""
+def kept_of(drop: Drop | None, route: Route, D: int) -> Kept | None:
+    """What a dropout keeps of rows "S D", by which row of the whole batch each is; None without one."""
     if drop is None:
         return None
-    words = torch.empty((S, cdiv(D, 32)), dtype=torch.int32, device=drop.seed.device)
-    digits = min(round((1 - drop.p) * 65536), 65535)
-    _draw((cdiv(words.numel(), WORDS), 1, 1), words, drop.seed, words.numel(), digits, BLOCK=WORDS, num_warps=4)
+    across, places = cdiv(D, 32), route.order if route.places is None else route.places
+    words = torch.empty((route.rows, across), dtype=torch.int32, device=drop.seed.device)
+    count, digits = words.numel(), min(round((1 - drop.p) * 65536), 65535)
+    _draw((cdiv(count, WORDS), 1, 1), words, places, drop.seed, count, across, digits, BLOCK=WORDS, num_warps=4)
     return Kept(words, drop.p)
 
 

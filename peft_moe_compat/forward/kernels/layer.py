@@ -116,13 +116,13 @@ def forward_pass(
     Whatever a kernel does not need is read and computed after its launch, which keeps the device busy meanwhile.
     """
     k, S = weights.shape[1], where.rows
-    kept = kept_of(up.drop, S, up.weight.shape[1])
+    kept = kept_of(up.drop, where, up.weight.shape[1])
     x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A, kept=kept)
     up = up.ready(S)
     rows = linear(x, up.weight, where, low_up, up.packed, up.bias)
     del x
     down = read_down()
-    kept = kept_of(down.drop, S, down.weight.shape[1])
+    kept = kept_of(down.drop, where, down.weight.shape[1])
     h, low_down = _kernels(function).activate(rows, function, where, down.A, kept)
     down = down.ready(S)
     y = linear(h, down.weight, where, low_down, down.packed, down.bias)
@@ -149,7 +149,7 @@ def backward_pass(
     """
     k, dout = weights.shape[1], dout.contiguous()
     g, low_g, dots = gather(dout, where, k, up.weight.dtype, down.packed, down.bias)
-    kept = kept_of(down.drop, where.rows, down.weight.shape[1])
+    kept = kept_of(down.drop, where, down.weight.shape[1])
     dh = _to_rows(g, down, where, low_g, kept)
     del g
     low_y, dweights = _kernels(function).activate_backward(passed.up, dh, function, where, weights, up.packed, dots)
@@ -157,7 +157,7 @@ def backward_pass(
     d_down_A = factor_gradient(low_g, weighted_h, where, wanted[2], kept=kept)
     d_down_B = factor_gradient(passed.low_down, dout, where, wanted[3], gather_k=k, weights=weights)
     del weighted_h, dh
-    kept = kept_of(up.drop, where.rows, up.weight.shape[1])
+    kept = kept_of(up.drop, where, up.weight.shape[1])
     d_up_A = factor_gradient(low_y, hidden, where, wanted[0], gather_k=k, kept=kept)
     d_up_B = factor_gradient(passed.low_up, dup, where, wanted[1])
     dhidden = None
@@ -206,7 +206,7 @@ class _FusedExperts(torch.autograd.Function):
         (fixed_up, of_up), (fixed_down, of_down) = _apart(up.weight), _apart(down.weight)
         ctx.bases = fixed_up, fixed_down
         kept = up.bias, down.bias, *seeds, *tensors, *of_up, *of_down
-        ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *kept)
+        ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *kept, where.places)
         return out
 
     @staticmethod
@@ -215,7 +215,7 @@ class _FusedExperts(torch.autograd.Function):
         hidden, weights, *kept = ctx.saved_tensors
         passed, (order, position, offs, small, large) = Passed(*kept[:3]), kept[3:8]
         tiles = Tiles(small, *ctx.tiles[0]), Tiles(large, *ctx.tiles[1])
-        where = Route(order, position, offs, *tiles, weights.numel())
+        where = Route(order, position, offs, *tiles, weights.numel(), kept[-1])
         factors = [at and Factor(tensor, *at) for tensor, at in zip(kept[12:18], ctx.places, strict=True)]
         drops = [None if p is None else Drop(seed, p) for seed, p in zip(kept[10:12], ctx.p, strict=True)]
         bases = iter(kept[18:])
@@ -248,6 +248,7 @@ def fused_experts(
     top_k_weights: Tensor,
     up: Projection,
     read_down: Callable[[], Projection],
+    places: Tensor | None = None,
 ) -> Tensor:
     """Routed experts with LoRA, forward and backward in fused kernels.
 
@@ -257,6 +258,7 @@ def fused_experts(
         top_k_index, top_k_weights: "T k"; ids outside 0..E-1 contribute nothing.
         up: The base weights must need no gradient.
         read_down: Gives the down projection, once the device is busy with the other; may be called twice.
+        places: "T k", see `experts_forward`.
 
     Returns:
         "T H" in the dtype of `hidden`.
@@ -268,6 +270,9 @@ def fused_experts(
         if few and not any_trains(_leaves(hidden, top_k_weights, up, down)):
             return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
     where = routing(top_k_index, up.weight.shape[0])
+    if places is not None:  # the order of rows that no expert here computes is undefined
+        order = where.order[: where.rows].clamp(0, where.rows - 1)
+        where = where._replace(places=places.reshape(-1)[order].to(torch.int32))
     ran = forward_pass(function, hidden, top_k_weights, where, up, read_down)
     leaves = _leaves(hidden, top_k_weights, *ran[2:])
     return _FusedExperts.apply(function, where, ran, *leaves) if any_trains(leaves) else ran[0]

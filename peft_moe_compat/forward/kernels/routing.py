@@ -41,6 +41,7 @@ class Route(NamedTuple):
         offs: "E" int32, where each expert's rows end.
         small, large: Tiles for the kernels bound by memory, and for the matrix products.
         rows: S. `order` and `position` may be longer.
+        places: "S" int32, which row of the whole batch each sorted one is, where `order` does not say it.
     """
 
     order: Tensor
@@ -49,6 +50,7 @@ class Route(NamedTuple):
     small: Tiles
     large: Tiles
     rows: int
+    places: Tensor | None = None
 
 
 @triton.jit

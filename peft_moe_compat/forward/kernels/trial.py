@@ -236,7 +236,7 @@ def masks(of: Projection, where: Route, k: int) -> Tensor | None:
     if of.drop is None:
         return None
     K = of.weight.shape[1]
-    (words, p), i = cast(Kept, kept_of(of.drop, where.rows, K)), torch.arange(32, device=where.order.device)
+    (words, p), i = cast(Kept, kept_of(of.drop, where, K)), torch.arange(32, device=where.order.device)
     rows = (words.unsqueeze(2) >> i & 1).flatten(1)[:, :K] / (1 - p)
     return rows[where.position[: where.rows].clamp(min=0).long()].view(-1, k, K)
 
