@@ -268,7 +268,7 @@ def test_the_tiled_product(monkeypatch, transposed, ranks, dtype, capability):
     if INTERPRETED:
         monkeypatch.setattr(layer, "tile_sizes", lambda S, E: (16, 64))
         tiling = tiling._replace(config=Config(32, 4, 2), depth=32)
-    monkeypatch.setattr(gemm, "tiling_of", lambda x: tiling if INTERPRETED else tiling.of(x))
+    monkeypatch.setattr(gemm, "tiling_of", lambda x: tiling if INTERPRETED else tiling.of(x.dtype))
     torch.manual_seed(0)
     index = torch.randint(0, 3, (75 if INTERPRETED else 400, 2))
     flags = {"transposed": transposed, "biased": True}

@@ -46,8 +46,8 @@ class Tiling(NamedTuple):
     depth: int
     described: bool
 
-    def of(self, x: Tensor) -> Tiling:
-        return self if x.element_size() == 2 else Tiling(Config(64, 4, 2), 32, self.described)
+    def of(self, dtype: torch.dtype) -> Tiling:
+        return self if dtype.itemsize == 2 else Tiling(Config(64, 4, 2), 32, self.described)
 
 
 # By the compute capability from which on. Only Hopper's row was ever timed (benchmarks/tune.py).
@@ -263,10 +263,29 @@ def programs_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * PER_SM
 
 
+@functools.cache
+def _tiling(device: torch.device, dtype: torch.dtype) -> Tiling | None:
+    rows = [least for least in TILINGS if least <= capability_of(device)]
+    return TILINGS[max(rows)].of(dtype) if rows else None
+
+
 def tiling_of(x: Tensor) -> Tiling | None:
     """How the tiled product runs for such rows on their device; None where it does not."""
-    rows = [least for least in TILINGS if least <= capability_of(x.device)]
-    return TILINGS[max(rows)].of(x) if TILED and rows else None
+    return _tiling(x.device, x.dtype) if TILED else None
+
+
+@functools.lru_cache(1024)
+def _described(rows: int, columns: int, block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of a descriptor of such a matrix, checked, without the tensor."""
+    checked = TensorDescriptor(torch.empty(0, dtype=dtype), [rows, columns], [columns, 1], [*block])
+    return {name: value for name, value in vars(checked).items() if name != "base"}
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int, block: tuple[int, int]) -> TensorDescriptor:
+    """Of a matrix of which the tensor is all, on 16 bytes; triton's own checks take as long as a launch."""
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    vars(descriptor).update(_described(rows, columns, block, tensor.dtype), base=tensor)
+    return descriptor
 
 
 def tiles_of(x: Tensor, stack: Tensor, along_k: bool, rows: int, tiling: Tiling) -> tuple[Any, Any]:
@@ -274,11 +293,8 @@ def tiles_of(x: Tensor, stack: Tensor, along_k: bool, rows: int, tiling: Tiling)
     if not tiling.described:
         return x, stack
     (E, height, width), (columns, depth) = stack.shape, (tiling.config.columns, tiling.depth)
-    block = [columns, depth] if along_k else [depth, columns]
-    return (
-        TensorDescriptor(x, [*x.shape], [x.shape[1], 1], [rows, depth]),
-        TensorDescriptor(stack, [E * height, width], [width, 1], block),
-    )
+    block = (columns, depth) if along_k else (depth, columns)
+    return _descriptor(x, x.shape[0], x.shape[1], (rows, depth)), _descriptor(stack, E * height, width, block)
 
 
 def _tiled(

@@ -47,9 +47,13 @@ class Kernel:
         tensors, descriptors, integers = places
         key = [arguments[tensors[0]].get_device(), *meta.values()]
         key += [arguments[i] for i in integers]
+        together = 0
         for i in tensors:
             tensor = arguments[i]
-            key += tensor.dtype, tensor.data_ptr() & 15
+            key.append(tensor.dtype)
+            together |= tensor.data_ptr()
+        if together & 15:  # else all of them start on 16 bytes
+            key += [arguments[i].data_ptr() & 15 for i in tensors]
         for i in descriptors:
             key += arguments[i].base.dtype, *arguments[i].block_shape
         return tuple(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -129,6 +130,19 @@ def steps(S: int, num_experts: int) -> tuple[int, int, int]:
     return step, chunk, min(4096 // next_power(num_experts, 16), next_power(cdiv(S, chunk)))
 
 
+@lru_cache(1024)
+def _plan(S: int, num_experts: int, small: int, large: int) -> tuple[int, int, int, int, int, int, int, list[int]]:
+    """The padded E, `steps`, programs, bounds of the large and the small tiles, and sizes of what `route` allocates.
+
+    One allocation, every part on 16 bytes, so that a kernel is compiled once. Parts may be longer than they need be.
+    """
+    E, (step, chunk, together) = next_power(num_experts, 16), steps(S, num_experts)
+    chunks = cdiv(S, chunk)
+    few, many = min(S, S // large + num_experts), min(S, S // small + num_experts)
+    sizes = [size + -size % 4 for size in (S, S, num_experts, 2 * many + 2, 2 * few + 2, chunks * E)]
+    return E, step, chunk, together, chunks, few, many, sizes
+
+
 def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Route:
     """Sorts the routed rows by expert.
 
@@ -137,12 +151,8 @@ def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Rout
         num_experts: E.
         small, large: Rows of the two kinds of tiles.
     """
-    S, E = top_k_index.numel(), next_power(num_experts, 16)
-    step, chunk, together = steps(S, num_experts)
-    chunks = cdiv(S, chunk)
-    few, many = min(S, S // large + num_experts), min(S, S // small + num_experts)
-    # One allocation, every part on 16 bytes, so that a kernel is compiled once. Parts may be longer than they need be.
-    sizes = [size + -size % 4 for size in (S, S, num_experts, 2 * many + 2, 2 * few + 2, chunks * E)]
+    S = top_k_index.numel()
+    E, step, chunk, together, chunks, few, many, sizes = _plan(S, num_experts, small, large)
     parts = torch.empty(sum(sizes), dtype=torch.int32, device=top_k_index.device).split_with_sizes(sizes)
     order, position, offs, small_table, large_table, counts = parts
     index = top_k_index.contiguous()
