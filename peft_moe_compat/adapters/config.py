@@ -176,10 +176,11 @@ def _patterns(
     def missed(new: Mapping[str, Any]) -> dict[_Named, set[str | None]]:
         """What does not find its value -> the patterns that stand in the way."""
         found: dict[_Named, set[str | None]] = {}
-        for order in (Patterns(new), Patterns(dict(sorted(new.items())))):
+        for order in (Patterns(new), Patterns(dict(sorted(new.items())))) if new else (Patterns(new),):
             read = {**config, patterns: order}
             for named, value in wanted.items():
-                for key in (key for key in named.keys if find(read, key) != value):
+                keys = named.keys if new else named.keys[:1]  # without patterns, one speaks for all
+                for key in (key for key in keys if find(read, key) != value):
                     found.setdefault(named, set()).add(order.find(key))
         return found
 

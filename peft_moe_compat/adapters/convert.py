@@ -22,12 +22,14 @@ from .readers import Target, parse_target
 from .refit import linears_taken_for_experts, refit
 from .renaming import parse_renames
 from .safetensors_io import write_safetensors
-from .source import CONFIG_NAME, AdapterSource, open_adapter
+from .source import CONFIG_NAME, AdapterSource, open_adapter, uncollected
 from .stated import Stated
 from .steps import Step
 from .tensors import SAFETENSORS, check_finite
 
 __all__ = ["Conversion", "Progress", "convert_adapter", "emitted", "layout_of", "planned", "write_adapter"]
+
+_AT_ONCE = 2**20  # bytes
 
 # Called with (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -131,6 +133,7 @@ def convert_adapter(
     return Conversion(Path(out), str(target), plan.exactness, plan.steps, decision, proof)
 
 
+@uncollected()
 def planned(
     source: AdapterSource, stated: Stated, target: Target, fill_missing: bool, allow_lossy: bool
 ) -> tuple[Decision, Plan]:
@@ -147,6 +150,7 @@ def planned(
     return decision, plan
 
 
+@uncollected()
 def layout_of(source: AdapterSource, plan: Plan) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """(name, shape, dtype) of every tensor to write, in order."""
     return [
@@ -191,9 +195,20 @@ def write_adapter(
 
 
 def _ahead(made: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same, the next one made in another thread while the last one is written."""
+    """The same, the next ones made in another thread while the last ones are written."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, made, None)
-        while (tensor := coming.result()) is not None:
-            coming = pool.submit(next, made, None)
-            yield tensor
+        coming = pool.submit(_some, made)
+        while some := coming.result():
+            coming = pool.submit(_some, made)
+            yield from some
+
+
+def _some(made: Iterator[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """The next one, and those after it while they are small."""
+    found, size = [], 0
+    for name, tensor in made:
+        found.append((name, tensor))
+        size += tensor.nbytes
+        if size >= _AT_ONCE:
+            break
+    return found

@@ -13,13 +13,14 @@ from .contents import contents
 from .decide import Decision, decide
 from .parts import expert_parts
 from .slots import ExpertsModule
-from .source import open_adapter
+from .source import open_adapter, uncollected
 from .stated import Stated
 from .verdicts import reader_verdicts
 
 __all__ = ["inspect_adapter"]
 
 
+@uncollected()
 def inspect_adapter(
     adapter: str | Path,
     *,

@@ -16,11 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .. import families
 from ..errors import AdapterError, AdapterFileError
 from .adapter_config import AdapterConfig
-from .bounds import MAX_MODULES, MAX_NAME
+from .bounds import MAX_BESIDE, MAX_MODULES, MAX_NAME, MAX_PARTS
 from .files import show
 from .ranks import lora_rank
 from .safetensors_io import TensorInfo
@@ -171,12 +172,12 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     halves: dict[Place, dict[str, TensorInfo]] = {}
     empty = set()
     for name, info in infos.items():
-        if len(name) > MAX_NAME or not name.isprintable():
-            raise AdapterFileError(
-                f"{show(name)} is no name of a tensor: at most {MAX_NAME} printable characters were expected. Is the "
-                "file damaged?"
-            )
         clean = in_model(name, prefix)
+        if len(name) > MAX_NAME or not name.isprintable() or clean.count(".") >= MAX_PARTS:
+            raise AdapterFileError(
+                f"{show(name)} is no name of a tensor: at most {MAX_NAME} printable characters, and {MAX_PARTS} parts "
+                "between dots, were expected. Is the file damaged?"
+            )
         found = _place(clean, len(info.shape), config.target_parameters)
         if found is None:
             # As some writers leave the projection that a model has not.
@@ -215,6 +216,11 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     unplaced = [name for name in other if name not in placed]
     stems = {_stem(name, prefix) for name in placed} if unplaced else set()
     unknown = tuple(name for name in unplaced if _is_unknown(in_model(name, prefix), stems))
+    if len(other) > MAX_BESIDE and not unknown:
+        raise AdapterFileError(
+            f"{len(other)} tensors are no LoRA of experts, {show(other[0])} first; at most {MAX_BESIDE} were expected. "
+            "Is it an adapter?"
+        )
     return Names(prefix, pairs, unknown, tuple(other))
 
 
@@ -239,17 +245,25 @@ def _is_of_experts(name: str) -> bool:
     *above, last = module.rstrip("._").split(".")
     if not lora:
         return False
-    for place, part in reversed(list(enumerate(above))):
-        if _SHARED_EXPERTS.search(part):
+    inside = last in LINEAR_NAMES or f"{last}.weight" in families.ROLES
+    for place in range(len(above) - 1, -1, -1):
+        kind = _kind(above[place])
+        if kind == "shared":
             return False
-        below = [*above[place + 1 :], last]
-        if _EXPERTS.search(part):  # jetmoe has its router there
-            return below not in (["router"], ["router", "layer"])
-        inside = all(name.isdecimal() or name == "mlp" for name in below[:-1])
-        if inside and _MOE.search(part) and (last in LINEAR_NAMES or f"{last}.weight" in families.ROLES):
+        if kind == "experts":  # jetmoe has its router there
+            return [*above[place + 1 :], last] not in (["router"], ["router", "layer"])
+        if kind == "moe" and inside:
             return True
+        inside = inside and (above[place].isdecimal() or above[place] == "mlp")
     # `pre_expert_proj` is a linear beside the experts.
     return last.endswith(("expert", "experts", "exps")) and _EXPERTS.search(last) is not None
+
+
+@lru_cache(4096)
+def _kind(part: str) -> str | None:
+    """What a component of a path speaks of."""
+    kinds = {"shared": _SHARED_EXPERTS, "experts": _EXPERTS, "moe": _MOE}
+    return next((kind for kind, pattern in kinds.items() if pattern.search(part)), None)
 
 
 def _paired(halves: Mapping[Place, Mapping[str, TensorInfo]]) -> dict[str, dict[Place, Factors]]:
@@ -302,6 +316,7 @@ def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig
     return all(lora_rank(config.raw, f"{path}.{name}") == lora_A.shape[0] for name in parameters)
 
 
+@lru_cache(4096)
 def _is_experts(path: str) -> bool:
     """Whether a module's path is that of routed experts."""
     return _EXPERTS.search(path.rpartition(".")[2]) is not None and path.endswith("experts")
@@ -309,18 +324,15 @@ def _is_experts(path: str) -> bool:
 
 def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
     """(place, "A" or "B") of a tensor; None where it is no experts' LoRA."""
-    native = _NATIVE.match(name)
-    if native and ndim == 3 and _is_experts(native["path"]):
+    native = _NATIVE.match(name) if ndim == 3 else None
+    if native and _is_experts(native["path"]):
         return Place("stacked", native["path"], name=_NATIVE_NAMES[native["name"]], native=True), native["factor"]
     match = _LORA.match(name)
     if match is None or match["adapter"] == "bias" or ndim not in (2, 3):
         return None
-    parts = match["module"].split(".")
-    depth = len(parts)
-    while len(parts) > 1 and parts[-1] == "base_layer":
-        parts.pop()
-    depth -= len(parts)
-    path = ".".join(parts)
+    path, depth = match["module"], 0
+    while path.endswith(".base_layer"):
+        path, depth = path.removesuffix(".base_layer"), depth + 1
     module, _, parameter = path.rpartition(".")
     expert = _EXPERT.match(path) or _LISTED.match(path)
     if expert and expert["name"] in LINEAR_NAMES and _is_experts(expert["path"]):
@@ -332,6 +344,6 @@ def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
         return None  # of an expert's linear that nobody calls so, not of a router of that name
     target = targets.matrix(path)
     known = target is not None and (ndim == 2 or role_of(path, target.rpartition(".")[2]) is not None)
-    if known or depth or parts[-1] == "experts":
+    if known or depth or parameter == "experts":
         return Place("fused", path, depth), match["factor"]
     return None

@@ -55,7 +55,8 @@ class Output:
         path: Of the module, in the file to be written.
         keys: The full names by which adapter_config.json's patterns and targets find it: one, or one for each expert.
         pattern, full_pattern: Regular expressions for its key, the second for that of no other module.
-        factors: The loaded part -> (module's name, lora_A, lora_B).
+        modules: Names of the modules whose tensors will be in the file.
+        factors: The loaded part -> (lora_A, lora_B) of each of them.
     """
 
     part: Part
@@ -63,7 +64,8 @@ class Output:
     keys: tuple[str, ...]
     pattern: str
     full_pattern: str
-    factors: Callable[[ExpertLora], Iterable[tuple[str, Tensor, Tensor]]]
+    modules: tuple[str, ...]
+    factors: Callable[[ExpertLora], Iterable[tuple[Tensor, Tensor]]]
 
     @property
     def key(self) -> str:
@@ -77,37 +79,31 @@ class Output:
     @property
     def names(self) -> Iterator[str]:
         """Of the tensors that it will be."""
-        return (name for name, _ in self._emitted(self.part.meta))
+        return (f"{PREFIX}{module}.lora_{factor}.weight" for module in self.modules for factor in "AB")
 
     def emit(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) pairs, of the tensors it reads. Runs on meta tensors too."""
-        return self._emitted(self.part.load(tensors))
-
-    def _emitted(self, lora: ExpertLora) -> Iterator[tuple[str, Tensor]]:
-        for name, A, B in self.factors(lora):
-            yield f"{PREFIX}{name}.lora_A.weight", A
-            yield f"{PREFIX}{name}.lora_B.weight", B
+        factors = self.factors(self.part.load(tensors))
+        return zip(self.names, (factor for pair in factors for factor in pair), strict=True)
 
 
 def fused(part: Part, path: str, parameter: str, depth: int, orientation: str) -> Output:
     """PEFT's flat pair of one parameter, `depth` wrappers inside the outermost one."""
     key, name = f"{path}.{parameter}", path + ".base_layer" * depth
     short = f"{path.rpartition('.')[2]}.{parameter}"
-    return Output(part, path, (key,), short, key, lambda lora: [(name, *to_flat(lora, orientation=orientation))])
+    return Output(part, path, (key,), short, key, (name,), lambda lora: [to_flat(lora, orientation=orientation)])
 
 
 def per_expert(part: Part, path: str, linear: str) -> Output:
     """A pair of matrices, "r in" and "out r", for every expert's linear."""
 
-    def factors(lora: ExpertLora) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def factors(lora: ExpertLora) -> Iterator[tuple[Tensor, Tensor]]:
         # At once: a copy for every expert would take as many kernels.
-        pairs = zip(lora.A.contiguous().unbind(), lora.B.contiguous().unbind(), strict=True)
-        for expert, (A, B) in enumerate(pairs):
-            yield f"{path}.{expert}.{linear}", A, B
+        return zip(lora.A.contiguous().unbind(), lora.B.contiguous().unbind(), strict=True)
 
     keys = tuple(f"{path}.{expert}.{linear}" for expert in range(part.meta.num_experts))
     pattern = rf"\.[0-9]+\.{linear}"
-    return Output(part, path, keys, path.rpartition(".")[2] + pattern, path + pattern, factors)
+    return Output(part, path, keys, path.rpartition(".")[2] + pattern, path + pattern, keys, factors)
 
 
 def gguf(part: Part, path: str) -> Output:
@@ -116,7 +112,7 @@ def gguf(part: Part, path: str) -> Output:
     if layer is None or part.role not in _GGUF_NAMES:
         raise AdapterError(f"llama.cpp has no name for the {part.role or part.name} LoRA of {path!r}.")
     key = f"blk.{layer[1]}.{_GGUF_NAMES[part.role]}"
-    return Output(part, path, (key,), key, key, lambda lora: [(key, lora.A, lora.B)])
+    return Output(part, path, (key,), key, key, (key,), lambda lora: [(lora.A, lora.B)])
 
 
 def shared_outer(part: Part, path: str, linear: str) -> Output:
@@ -126,12 +122,12 @@ def shared_outer(part: Part, path: str, linear: str) -> Output:
     """
     down = part.role == "down"
 
-    def factors(lora: ExpertLora) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def factors(lora: ExpertLora) -> Iterator[tuple[Tensor, Tensor]]:
         A = lora.A if down else _of_all(part, "lora_A", lora.A)
-        yield f"{path}.{_SHARED_NAMES[linear]}", A, _of_all(part, "lora_B", lora.B) if down else lora.B
+        yield A, _of_all(part, "lora_B", lora.B) if down else lora.B
 
     key = f"{path}.{linear}"
-    return Output(part, path, (key,), key, key, factors)
+    return Output(part, path, (key,), key, key, (f"{path}.{_SHARED_NAMES[linear]}",), factors)
 
 
 def _of_all(part: Part, side: str, factor: Tensor) -> Tensor:
@@ -150,7 +146,7 @@ def _of_all(part: Part, side: str, factor: Tensor) -> Tensor:
 
 def plain(part: Part, path: str) -> Output:
     """LoRA of an ordinary linear; its part has a single expert."""
-    return Output(part, path, (path,), path, path, lambda lora: [(path, lora.A[0], lora.B[0])])
+    return Output(part, path, (path,), path, path, (path,), lambda lora: [(lora.A[0], lora.B[0])])
 
 
 def evened(outputs: Sequence[Output], how: str, rslora: bool = False) -> tuple[list[Output], int, float, list[Step]]:

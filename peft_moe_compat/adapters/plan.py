@@ -112,8 +112,10 @@ def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:
     """Everything but the experts' LoRA: that of linears, other tensors, and what the reader cannot take of them."""
     source, target, base = how.source, how.target, how.source.base
     rest = source.rest
-    paths = ((part, how.served(how.beside_experts(part.path))) for part in map(plain_part, source.linears))
-    linears = [plain(part, path) for part, path in paths]
+    slots = source.linears
+    made = source.once("linears", slots, lambda: [plain(plain_part(slot), slot.path) for slot in slots])
+    paths = (how.served(how.beside_experts(linear.path)) for linear in made)
+    linears = [o if o.path == path else plain(o.part, path) for o, path in zip(made, paths, strict=True)]
     start = source.config.init_lora_weights
     if not target.reader.everything and start is not None and start not in KEEP_THE_BASE:
         raise NotTakenError(

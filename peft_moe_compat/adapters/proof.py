@@ -11,7 +11,7 @@ from .base_model import BaseModel
 from .decide import decide
 from .orientations import has_separate_experts
 from .readers import Target
-from .source import open_adapter
+from .source import open_adapter, uncollected
 from .stated import Stated
 from .verdicts import reader_verdict
 
@@ -58,6 +58,7 @@ def _beside(target: Target, base: BaseModel | None) -> str:
     return str(target)
 
 
+@uncollected()
 def by_rules(folder: Path, target: Target, base: BaseModel | None) -> Proof:
     """Opens a written folder as anybody's, and asks what its reader would do with it.
 

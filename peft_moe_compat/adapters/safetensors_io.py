@@ -30,7 +30,7 @@ from .files import parse_json, show
 __all__ = ["DTYPE_NAMES", "TensorInfo", "opened", "read_header", "without_data", "write_safetensors"]
 
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
-_MAX_READ_BYTES = 64 * 2**20  # 300,000 tensors with names of a hundred characters have 60 MB
+_MAX_READ_BYTES = 64 * 2**20  # 200,000 tensors with names of two hundred characters have 60 MB
 _MAX_RANK = 64  # as torch's iterators
 _DTYPES = {
     "BOOL": torch.bool,
@@ -195,7 +195,9 @@ def _header(plan: Sequence[tuple[str, tuple[int, ...], torch.dtype]], metadata: 
 
 
 def _write(stream: BufferedWriter, tensor: Tensor) -> None:
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    plain = tensor.detach().cpu().contiguous()
+    if plain.is_conj() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg()
     if plain.numel():
         # One element is contiguous whatever its stride says, and `view` wants a stride of 1.
         stream.write(plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data)

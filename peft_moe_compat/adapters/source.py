@@ -25,7 +25,7 @@ from .stamp import Stamp, numbers_of, numbers_said, read_stamp
 from .stated import Stated
 from .tensors import AdapterTensors, open_tensors
 
-__all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter", "source_of"]
+__all__ = ["CONFIG_NAME", "AdapterSource", "open_adapter", "source_of", "uncollected"]
 
 
 _T = TypeVar("_T")
@@ -78,6 +78,20 @@ class AdapterSource:
         return without_data(self.tensors.infos[name] for name in names)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """While objects are made that all stay: Python's collector would go through them again and again, a third of all
+    the time that a file of 140,000 tensors takes."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@uncollected()
 def open_adapter(
     adapter: str | Path, stated: Stated, renames: Mapping[str, str] = MappingProxyType({})
 ) -> AdapterSource:
@@ -101,21 +115,7 @@ def open_adapter(
             f"{folder} is the folder of a whole model, and one with {CONFIG_NAME} was needed. A merged model is what "
             "`peft-moe-compat verify ADAPTER MERGED --base BASE` compares."
         )
-    with _uncollected():
-        return source_of(folder, read_json(folder / CONFIG_NAME), open_tensors(folder), stated)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """While objects are made that all stay: Python's collector would go through them again and again, a third of all
-    the time that a file of 140,000 tensors takes."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+    return source_of(folder, read_json(folder / CONFIG_NAME), open_tensors(folder), stated)
 
 
 def _opened_renamed(adapter: str | Path, stated: Stated, renames: Mapping[str, str]) -> AdapterSource:

@@ -222,8 +222,10 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     loras = [item for item in plan.items if isinstance(item, Output)]
     keys = _keys(loras, given, reader.everything)
     if reader.scaling == "config":
-        looked_up = [(key, lora.part) for lora, names in zip(loras, keys, strict=True) for key in names]
         given = {**given, **{name: Patterns(given.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}}
+        if not given["rank_pattern"] and not given["alpha_pattern"]:
+            keys = [names[:1] for names in keys]  # one speaks for all
+        looked_up = [(key, lora.part) for lora, names in zip(loras, keys, strict=True) for key in names]
         if any(lora_rank(given, key) != part.meta.rank for key, part in looked_up):
             yield Step("rank")
         elif any(not isclose(lora_alpha(given, key), part.alpha, rel_tol=1e-9) for key, part in looked_up):

@@ -21,7 +21,7 @@ from .files import finite_or_null
 from .parts import Part, plain_part
 from .refit import module_parts
 from .shaping import part_gate_up
-from .source import AdapterSource, open_adapter
+from .source import AdapterSource, open_adapter, uncollected
 from .stated import Stated
 
 __all__ = ["Comparison", "Verification", "verify_adapters"]
@@ -144,6 +144,7 @@ def _side(adapter: str | Path, stated: Stated) -> _Side:
         raise
 
 
+@uncollected()
 def _read(adapter: str | Path, stated: Stated) -> _Side:
     source = open_adapter(adapter, stated)
     decision = decide(source, stated)
@@ -224,10 +225,10 @@ def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Compari
     largest, squares, norm = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     if math.prod(shape) > _MAX_NUMBERS:
         raise AdapterError(f"{key[0]}: an update of {shape[0]} x {shape[1]} numbers is more than is compared.")
-    step = max(1, _BLOCK // max(1, shape[1]))
-    blocks = [slice(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
-    for expert, rows in product(range(max(lora.num_experts for lora in there)), blocks):
-        deltas = [_delta(lora, expert, rows, shape[1]) for lora in loras]
+    # Several experts at once, or some rows of one.
+    few = _blocks(max(lora.num_experts for lora in there), _BLOCK // max(1, math.prod(shape)))
+    for experts, rows in product(few, _blocks(shape[0], _BLOCK // max(1, shape[1]))):
+        deltas = [_delta(lora, experts, rows, shape[1]) for lora in loras]
         difference = deltas[0] - deltas[1]
         largest = torch.maximum(largest, difference.abs().max())  # keeps NaN
         squares += difference.square().sum().item()
@@ -243,11 +244,17 @@ def _load(side: _Side, key: tuple[str, str]) -> ExpertLora | None:
         return part.load(tensors)
 
 
-def _delta(lora: ExpertLora | None, expert: int, rows: slice, in_features: int) -> Tensor:
-    """Rows of one expert's update, "out in", in float64; zero where there is none."""
-    if lora is None or expert >= lora.num_experts:
-        return torch.zeros(rows.stop - rows.start, in_features, dtype=torch.float64)
-    return (lora.B[expert, rows].double() @ lora.A[expert].double()) * lora.scaling
+def _blocks(size: int, most: int) -> list[slice]:
+    return [slice(begin, min(begin + max(1, most), size)) for begin in range(0, size, max(1, most))]
+
+
+def _delta(lora: ExpertLora | None, experts: slice, rows: slice, in_features: int) -> Tensor:
+    """Rows of these experts' updates, "E out in", in float64; zero where there is none."""
+    delta = torch.zeros(experts.stop - experts.start, rows.stop - rows.start, in_features, dtype=torch.float64)
+    if lora is not None:
+        A, B = lora.A[experts].double(), lora.B[experts, rows].double()
+        delta[: len(A)] = (B @ A) * lora.scaling
+    return delta
 
 
 def _compare_tensor(name: str, first: _Side, second: _Side) -> Comparison:

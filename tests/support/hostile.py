@@ -82,6 +82,17 @@ def _many_layers(folder: Path) -> None:
     save(folder, tensors, {**read_config(folder), "target_parameters": targets})
 
 
+def _many_linears(count: int) -> Callable[[Path], None]:
+    """Each with an alpha, by a pattern and a target of its own."""
+    paths = [f"model.layers.{i}.self_attn.v_proj" for i in range(count)]
+    return _tensors(
+        lambda: {k: v for path in paths for k, v in _pair(PREFIX + path, 1, 4, 4).items()},
+        more=True,
+        alpha_pattern={path.removeprefix("model."): i + 1 for i, path in enumerate(paths)},
+        target_modules=paths,
+    )
+
+
 def _header(raw: bytes) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
@@ -187,6 +198,11 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "two wrappers and 200 names": _nested(2, 200),
     "two wrappers and 60 names": _nested(2, 60),
     "20,000 layers": _many_layers,
+    "6,000 linears": _many_linears(6_000),
+    "12,000 deep names": _text(lambda: _header(_empty_tensors(12_000).replace(b'"x', b'"' + b"moe." * 100)), SINGLE),
+    "12,000 embeddings": _text(
+        lambda: _header(_empty_tensors(12_000).replace(b'":{"d', b'.lora_embedding_A":{"d')), SINGLE
+    ),
     "60 MB of lists": _text(lambda: b'{"r": 2, "x": [' + b"[]," * (20 * 2**20) + b"1]}"),
     "60 MB of one text": _text(lambda: b'{"r": 2, "peft_version": "' + b"x" * (60 * 2**20) + b'"}'),
     "60 MB of digits": _text(lambda: b'{"r": 2, "lora_alpha": 0.' + b"1" * (60 * 2**20) + b"}"),
