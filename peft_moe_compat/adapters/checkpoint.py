@@ -160,6 +160,7 @@ def open_checkpoint(base: str | Path) -> Checkpoint:
     if (folder / _INDEX).is_file():
         open_shards(tensors, folder / _INDEX)
     elif (folder / _SINGLE).is_file():
+        refuse_outside(folder / _SINGLE, folder)  # as shards are, since what is in it is written anew
         open_safetensors(tensors, folder / _SINGLE)
     else:
         raise AdapterFileError(f"{_SINGLE} or {_INDEX} was needed in {folder}. Save the base model as safetensors.")

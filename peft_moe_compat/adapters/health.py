@@ -191,7 +191,7 @@ def gaps(layers: Sequence[int]) -> list[int]:
     steps = [after - before for before, after in pairwise(there)]
     step = min(steps, default=1)
     wider = [wide for wide in steps if wide > step]
-    # What is irregular was chosen so, or is the model's own pattern.
-    if len(wider) * 4 > len(steps) or any(wide % step for wide in wider):
+    # What is irregular was chosen so, or is the model's own pattern; of few layers, one that is missing is not.
+    if (wider != [2 * step] and len(wider) * 4 > len(steps)) or any(wide % step for wide in wider):
         return []
     return sorted(set(range(there[0], there[-1] + 1, step)) - set(there)) if there else []

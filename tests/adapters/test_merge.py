@@ -573,8 +573,8 @@ def test_nothing_is_overwritten_and_weights_in_other_forms_are_left_out(tmp_path
             merge_adapter(folder, source, out)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "original/params.json"])
-def test_a_link_to_outside_of_the_base_is_not_copied(tmp_path, name):
+@pytest.mark.parametrize("name", ["tokenizer.json", "original/params.json", "model.safetensors", "config.json"])
+def test_a_link_to_outside_of_the_base_is_not_followed(tmp_path, name):
     """As a shard is not, and as those into the blobs of a Hub cache are."""
     source, _ = adapter(tmp_path / "in", SPEC)
     snapshot, blobs = tmp_path / "models--X" / "snapshots" / "abc", tmp_path / "models--X" / "blobs"
@@ -582,14 +582,16 @@ def test_a_link_to_outside_of_the_base_is_not_copied(tmp_path, name):
     folder = write(snapshot, base_of(SPEC, "apart"))
     link = folder / name
     link.parent.mkdir(exist_ok=True)
+    content = link.read_bytes() if link.exists() else b"{}"
     for place in (blobs, tmp_path / "secrets"):
         place.mkdir()
-        (place / "file").write_text("{}")
+        (place / "file").write_bytes(content)
         link.unlink(missing_ok=True)
-        link.symlink_to(place / "file")
+        link.symlink_to(Path(os.path.relpath(place / "file", link.parent)))
         if place == blobs:
             merge_adapter(folder, source, tmp_path / "fine")
-            assert (tmp_path / "fine" / name).read_text() == "{}"
+            assert not (tmp_path / "fine" / name).is_symlink()
+            assert name == "model.safetensors" or (tmp_path / "fine" / name).read_bytes() == content
     refused(tmp_path, folder, source, "is a link to .*secrets.file, outside of", AdapterFileError)
 
 
