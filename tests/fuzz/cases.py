@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
-from fuzz.families import FAMILIES, PAIRS
+from fuzz.families import FAMILIES, PAIRS, orientation
 
 FUSED = ("fused", "unfolded")
 SINGLE = ("single", "single_gate_up", "listed", "outer_single")
@@ -34,7 +34,7 @@ class Case:
         turned: Whether it is in the orientation that this pair would not write.
         swapped: Whether the wrappers are nested the other way round.
         packing: Of fused factors; `mark` is Unsloth's word for it, and where it stands. "automodel" and "scaled" are
-            NeMo's file beside it, without moe_rank_scaling and with it.
+            NeMo's file beside it, without moe_rank_scaling and with it; "experts" the targets of SkyRL and prime-rl.
         patterns: How many patterns of ranks and alphas the config has.
         beside: Letters: attention, router, router as parameter, shared experts, dense layer, head saved whole.
         one_A: Whether gate and up share lora_A.
@@ -147,6 +147,10 @@ def draw(seed: int, damages: Sequence[str]) -> Case:
         to=tuple(rng.sample([*TARGETS[1:], *targets, rng.choice(VLLM)], 2)),
         also=also,
     )
+    named = all(family.place(role, PAIRS[pair][1])[1] == f"{role}_proj" for role in family.roles)
+    if form == "fused" and not mark and not grouped and named and rng.random() < 0.1:  # linear, whoever is beside
+        turned = orientation(*PAIRS[pair], family) != "linear"
+        case = replace(case, mark="experts", turned=turned, beside=case.beside.replace("R", ""))
     if also == "loading":
         live = {"E": 6, "H": 32, "I": 24, "layers": 2, "beside": "R" if "R" in case.beside else "", "renamed": False}
         return replace(case, **live, prefix="peft", shards=1)

@@ -264,8 +264,10 @@ class Making:
             self.tensors[("" if case.prefix == "bare" else PREFIX) + "lm_head.weight"] = head
             self.meaning.rest[PREFIX + "lm_head.weight"] = head
             config["modules_to_save"] = ["lm_head"]
+        if case.mark == "experts":
+            config |= {"target_modules": sorted({*modules, "experts"}), "target_parameters": None}
         version = PAIRS[case.pair][0]
-        if case.form in (*FUSED, "single", "listed") and not version.startswith("0.17"):
+        if case.form in (*FUSED, "single", "listed") and case.mark != "experts" and not version.startswith("0.17"):
             config["peft_version"] = version
         if self.rng.random() < 0.3 and config["target_parameters"] and case.form == "fused":
             config["target_parameters"] = sorted({".".join(t.split(".")[-2:]) for t in config["target_parameters"]})
