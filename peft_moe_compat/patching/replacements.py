@@ -370,8 +370,9 @@ def _of_sharded_experts(ParamWrapper: Any, BaseTuner: Any) -> list[Replacement]:
         found.append(_attribute(plans, name, "transformers.", sharding.gather_state_dict_for_save))
         found.append(_attribute(layers, "_get_in_out_features", "peft.", sharding.linear_features))
         found.append(_attribute(lora_model, "get_tp_plan_and_mesh", "peft.", sharding.get_tp_plan_and_mesh))
-    if importlib.util.find_spec("transformers.distributed.expert_parallel"):  # 5.23 on
-        exchange = importlib.import_module("transformers.distributed.expert_parallel").AllToAllEP
+    home = "transformers.distributed.expert_parallel"
+    exchange = getattr(importlib.import_module(home), "AllToAllEP", None) if importlib.util.find_spec(home) else None
+    if exchange is not None:  # from 5.23 on
         found.append(_attribute(exchange, "_dispatch_tokens", "transformers.", dispatch.dispatch_tokens))
     return found
 
