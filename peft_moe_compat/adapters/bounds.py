@@ -15,6 +15,7 @@ __all__ = [
     "MAX_ORDERS",
     "MAX_PARTS",
     "MAX_TENSORS",
+    "MAX_WHOLE",
     "require_room",
 ]
 
@@ -24,7 +25,8 @@ MAX_LAYERS = 1_000  # of one model
 MAX_NAMES = 2_000  # in a list of a config, beyond one for every tensor: PEFT compares each with each
 MAX_EXPRESSIONS = 256  # in a list of a config: of more than 512, Python compiles each again for every module
 MAX_TENSORS = 200_000  # of one adapter; 61 layers of 384 experts, one by one, have 140,544
-MAX_BESIDE = 10_000  # of them that are no LoRA of experts; 126 layers of seven linears have 1,764
+MAX_BESIDE = 10_000  # of them that are LoRA elsewhere than on experts; 126 layers of seven linears have 1,764
+MAX_WHOLE = 50_000  # of them that are no LoRA; 48 layers of 128 experts, saved whole one by one, have 18,432
 MAX_NAME = 512  # characters of a tensor's name; the longest in use have 150
 MAX_PARTS = 32  # of a name, between dots; the deepest in use have 16
 MAX_ORDERS = 5_000  # of parameters among wrappers, over all modules; gpt_oss has 24 in each of 36 layers

@@ -21,7 +21,7 @@ from functools import lru_cache
 from .. import families
 from ..errors import AdapterError, AdapterFileError
 from .adapter_config import AdapterConfig
-from .bounds import MAX_BESIDE, MAX_MODULES, MAX_NAME, MAX_PARTS
+from .bounds import MAX_BESIDE, MAX_MODULES, MAX_NAME, MAX_PARTS, MAX_WHOLE
 from .files import show
 from .ranks import lora_rank
 from .safetensors_io import TensorInfo
@@ -216,10 +216,11 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
     unplaced = [name for name in other if name not in placed]
     stems = {_stem(name, prefix) for name in placed} if unplaced else set()
     unknown = tuple(name for name in unplaced if _is_unknown(in_model(name, prefix), stems))
-    if len(other) > MAX_BESIDE and not unknown:
+    beside = [name for name in other if ".lora_" in name]
+    if (len(beside) > MAX_BESIDE or len(other) - len(beside) > MAX_WHOLE) and not unknown:
         raise AdapterFileError(
-            f"{len(other)} tensors are no LoRA of experts, {show(other[0])} first; at most {MAX_BESIDE} were expected. "
-            "Is it an adapter?"
+            f"{len(beside)} tensors are LoRA elsewhere than on experts, and {len(other) - len(beside)} no LoRA, "
+            f"{show(other[0])} first; at most {MAX_BESIDE} and {MAX_WHOLE} were expected. Is it an adapter?"
         )
     return Names(prefix, pairs, unknown, tuple(other))
 
