@@ -27,41 +27,39 @@ _TENSORS = (
     "Tensor? up_A, Tensor? up_B, Tensor? down_A, Tensor? down_B, "
 ) + ", ".join(f"Tensor? {of}_{name}" for of in ("up", "down") for name in _OTHERS)
 _SCALARS = (
-    "SymInt[] places, float[] scalings, int[] up_form, int[] down_form, float[] forms, ScalarType dtype, "
+    "SymInt[] places, float[] scalings, int[] up_form, int[] down_form, ScalarType dtype, "
     "str name, bool gated, bool interleaved, float alpha, float limit"
 )
 _FACTORS, _PACKED, _NO_OTHERS = slice(7, 11), 11, (None,) * len(_OTHERS)
 _NUM_TENSORS = _PACKED + 2 * len(_OTHERS)
 
 
-def _form(weight: Tensor | PackedWeight) -> tuple[list[int], float]:
+def _form(weight: Tensor | PackedWeight) -> list[int]:
     """What is no tensor of a packed stack, its dtype aside; nothing of a plain one."""
     if not isinstance(weight, PackedWeight):
-        return [], 1.0
-    *fields, factor = weight.codec
-    return [int(number) for number in (*fields, *weight.stored, weight.rows_are_in)], factor
+        return []
+    return [int(number) for number in (*weight.codec, *weight.stored, weight.rows_are_in)]
 
 
-def _weight(data: Tensor, others: tuple[Any, ...], form: list[int], factor: float, dtype: torch.dtype) -> Any:
+def _weight(data: Tensor, others: tuple[Any, ...], form: list[int], dtype: torch.dtype) -> Any:
     """The inverse of `_form`, with the tensors."""
     if not form:
         return data
     fields, (E, rows, columns, rows_are_in) = form[:-4], form[-4:]
-    codec = Codec._make((*fields, factor))
-    return PackedWeight(codec, dtype, (E, rows, columns), bool(rows_are_in), data, *others)
+    return PackedWeight(Codec._make(fields), dtype, (E, rows, columns), bool(rows_are_in), data, *others)
 
 
 def _parts(inputs: tuple[Any, ...]) -> tuple[Nonlinearity, Tensor, Tensor, Tensor, Any, Any]:
     """The nonlinearity, hidden, index, weights, and `Projection` up and down."""
     hidden, index, weights, of_up, up_bias, of_down, down_bias = inputs[:7]
-    places, scalings, up_form, down_form, forms, dtype, *nonlinearity = inputs[_NUM_TENSORS:]
+    places, scalings, up_form, down_form, dtype, *nonlinearity = inputs[_NUM_TENSORS:]
     factors: list[Any] = [
         None if tensor is None else Factor(tensor, *places[4 * i : 4 * i + 4], scalings[i])  # type: ignore[call-arg]
         for i, tensor in enumerate(inputs[_FACTORS])
     ]
     between = _PACKED + len(_OTHERS)
-    up_stack = _weight(of_up, inputs[_PACKED:between], up_form, forms[0], dtype)
-    down_stack = _weight(of_down, inputs[between:_NUM_TENSORS], down_form, forms[1], dtype)
+    up_stack = _weight(of_up, inputs[_PACKED:between], up_form, dtype)
+    down_stack = _weight(of_down, inputs[between:_NUM_TENSORS], down_form, dtype)
     up, down = Projection(up_stack, up_bias, *factors[:2]), Projection(down_stack, down_bias, *factors[2:])
     return Nonlinearity(*nonlinearity), hidden.contiguous(), index, weights.contiguous(), up, down
 
@@ -160,8 +158,7 @@ def experts(nonlinearity: Nonlinearity, routed: tuple[Tensor, ...], up: HeldProj
     stacks, biases = (up[0], down[0]), (up[1], down[1])
     bases = [each.data if isinstance(each, PackedWeight) else each for each in stacks]
     others = [tensor for each in stacks for tensor in (each[5:] if isinstance(each, PackedWeight) else _NO_OTHERS)]
-    (up_form, of_up), (down_form, of_down) = _form(stacks[0]), _form(stacks[1])
-    forms = up_form, down_form, [of_up, of_down], stacks[0].dtype
+    forms = _form(stacks[0]), _form(stacks[1]), stacks[0].dtype
     arguments = (
         *routed, bases[0], biases[0], bases[1], biases[1], *tensors, *others, places, scalings, *forms, *nonlinearity,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .packed import CODES, INT8, INT8_STEP, Codec, PackedWeight
+from .packed import CODES, INT8, Codec, PackedWeight
 
 __all__ = ["DECODERS"]
 
@@ -27,7 +27,7 @@ def _bnb4(data: Tensor, parametrization: Any) -> PackedWeight | None:
 def _int8_rows(data: Tensor, parametrization: Any) -> PackedWeight | None:
     """Rows of int8 as bitsandbytes' `int8_vectorwise_quant` makes them: 1 / 127 comes last."""
     E, rows, columns = data.shape
-    codec = Codec(INT8, height=1, width=columns, factor=INT8_STEP)
+    codec = Codec(INT8, height=1, width=columns, steps=127)
     return PackedWeight(codec, parametrization.dtype, (E, rows, columns), True, data, parametrization.scales)
 
 

@@ -1,6 +1,6 @@
 """A quantised stack as the kernels take it: its bytes, its scales, and how both become weights.
 
-weight = round((number - zero point) * scale * factor), in float32 and rounded once: what bitsandbytes, torchao and
+weight = round((number - zero point) * scale * (1 / steps)), in float32 and rounded once: what bitsandbytes, torchao and
 transformers compute, bit for bit. One `Codec` says how a format does it.
 """
 
@@ -11,17 +11,16 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-__all__ = ["CODES", "E2M1", "FLOAT8", "INT8", "INT8_STEP", "Codec", "PackedWeight", "encoded"]
+__all__ = ["CODES", "E2M1", "FLOAT8", "INT8", "Codec", "PackedWeight", "encoded"]
 
 # What a byte holds: two indices into a table, or one number.
 CODES, INT8, FLOAT8 = 0, 1, 2
 # What the codes 0 to 15 of a 4-bit float with two exponent bits stand for (OCP Microscaling Formats).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-INT8_STEP = 7.874015718698502e-3  # by which bitsandbytes multiplies a row of int8, for a division by 127
 
 
 class Codec(NamedTuple):
-    """How a format's bytes become weights: constants, which kernels are compiled for.
+    """How a format's bytes become weights: integers, for which kernels are compiled and graphs are guarded.
 
     Attributes:
         kind: `CODES`, `INT8` or `FLOAT8` (e4m3fn).
@@ -32,7 +31,7 @@ class Codec(NamedTuple):
             then `E2M1`, without a table.
         zeros: Whether each scale has a zero point, which is subtracted first.
         nested: How many consecutive scales, a byte each, share a scale of their own; 0 where scales are plain.
-        factor: Multiplied last.
+        steps: Whose inverse is multiplied last; 1 where nothing is.
     """
 
     kind: int
@@ -42,7 +41,7 @@ class Codec(NamedTuple):
     exponent: bool = False
     zeros: bool = False
     nested: int = 0
-    factor: float = 1.0
+    steps: int = 1
 
 
 class PackedWeight(NamedTuple):
@@ -141,8 +140,8 @@ class PackedWeight(NamedTuple):
         if codec.zeros:
             number = number - self._spread(self.zero_points.float())  # type: ignore[union-attr]
         value = number * self.scale_of_each()
-        if codec.factor != 1.0:
-            value = value * codec.factor
+        if codec.steps != 1:
+            value = value * (1 / codec.steps)
         return value.to(self.dtype) if self.rows_are_in else value.to(self.dtype).mT
 
 
@@ -151,7 +150,7 @@ def encoded(exact: Tensor, codec: Codec, dtype: torch.dtype) -> PackedWeight:
     E, rows, columns = exact.shape
     looked_up = codec.kind == CODES and not codec.exponent
     table = torch.linspace(-1, 1, 16, device=exact.device) if looked_up else None
-    largest = {CODES: 1.0 if looked_up else E2M1[7], INT8: 127.0, FLOAT8: 448.0}[codec.kind] * codec.factor
+    largest = {CODES: 1.0 if looked_up else E2M1[7], INT8: 127.0, FLOAT8: 448.0}[codec.kind] / codec.steps
     height, width = (codec.height, codec.width) if codec.height else (1, columns)
     down, across = -(-rows // height), -(-columns // width)
     padded = torch.nn.functional.pad(exact.float(), (0, across * width - columns, 0, down * height - rows))
@@ -180,7 +179,7 @@ def encoded(exact: Tensor, codec: Codec, dtype: torch.dtype) -> PackedWeight:
         first, second = codes.to(torch.uint8).view(-1, 2).unbind(1)
         data = first << 4 | second if codec.high_first else second << 4 | first
     elif codec.kind == INT8:
-        data = (scaled / codec.factor).round().clamp(-127, 127).to(torch.int8)
+        data = (scaled * codec.steps).round().clamp(-127, 127).to(torch.int8)
     else:
         data = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
     return result._replace(data=data.contiguous())

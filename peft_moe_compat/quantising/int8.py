@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.packed import INT8_STEP
-
 __all__ = ["Int8Weight"]
 
+_STEP = 7.874015718698502e-3  # by which bitsandbytes multiplies, for a division by 127
 _CHUNK = 2**24  # weights that are held in float32 at a time
 
 
@@ -42,11 +41,11 @@ class Int8Weight(nn.Module):
         scales = self.scales.unsqueeze(-1)
         at_once = max(1, _CHUNK // max(1, original[0].numel()))
         if torch.compiler.is_compiling() or original.shape[0] <= at_once:  # a graph fuses it, and has no loop over E
-            return (original * scales * INT8_STEP).to(self.dtype)
+            return (original * scales * _STEP).to(self.dtype)
         out = torch.empty(original.shape, dtype=self.dtype, device=original.device)
         for start in range(0, original.shape[0], at_once):
             part = slice(start, start + at_once)
-            out[part] = original[part] * scales[part] * INT8_STEP
+            out[part] = original[part] * scales[part] * _STEP
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -29,6 +29,7 @@ from torch.nn.utils import parametrize
 import peft_moe_compat
 from peft_moe_compat.forward import fused
 from peft_moe_compat.forward.kernels import packed_gemm, trial
+from peft_moe_compat.forward.kernels.interface import Nonlinearity
 from peft_moe_compat.forward.kernels.launch import Kernel
 from peft_moe_compat.forward.kernels.unpack import unpack
 from peft_moe_compat.forward.layer import experts_forward
@@ -332,8 +333,21 @@ def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
 @pytest.mark.parametrize(
     "stored", ["nf4, nested", "int8 rows, transposed", "torchao int8", "torchao float8", "mxfp4", "fp8"]
 )
-def test_one_graph_trains_as_eager_does(stored):
-    """The packed tensors go into the graph's operators as they are: nothing is dequantised beside them."""
+def test_one_graph_trains_as_eager_does(stored, monkeypatch):
+    """The packed tensors go into the graph's operators as they are: nothing is dequantised beside them.
+
+    What the graph would have tried is asked for everywhere, constants alone; the interpreter does not take the trials.
+    """
+    asked, run = [], fused._trial
+
+    def trial_of(device, kind, rows):
+        asked.append((kind, rows))
+        return run(device, kind, rows) if DEVICE.type in tried_on else 0.0
+
+    tried_on = fused._TRIED_ON
+    monkeypatch.setattr(fused, "_trial", trial_of)
+    monkeypatch.setattr(fused, "_tried", {})
+    monkeypatch.setattr(fused, "_TRIED_ON", (DEVICE.type,))
     torch._dynamo.reset()
     torch.manual_seed(0)
     quantise, transposed = FORMATS[stored]
@@ -360,6 +374,8 @@ def test_one_graph_trains_as_eager_does(stored):
             results.append([out, *torch.autograd.grad(out, [hidden, routing, *factors], gradient)])
         assert all(map(torch.equal, *results))
     assert len(graphs) == 2  # forward and backward, once for both
+    assert {rows for _, rows in asked} >= {16 * 4, 64 * 4, packed_gemm.AHEAD_FROM * 4}
+    assert all(type(n) in (int, bool) for kind, rows in asked for n in (rows, *kind[1], *kind[-1], *kind[5][-1]))
     with torch.no_grad():  # few rows, and more
         for T in (3, 30):
             routed = hidden[:T].detach(), torch.randint(0, 4, (T, 2), device=DEVICE)[: len(hidden[:T])], routing[:T]
@@ -369,6 +385,28 @@ def test_one_graph_trains_as_eager_does(stored):
         f"peft_moe_compat.experts_{name}.default" for name in ("training", "training_backward", "inference")
     }
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("E", [2, 40, 200])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_graph_tries_is_all_that_its_batches_need(E, packed, grad):
+    """How the rows are sorted aside, which depends on their number more finely."""
+    weight = torch.zeros(E, 32, 32)
+    if packed:
+        weight = encoded(weight, Codec(CODES, height=1, width=32, exponent=True), DTYPE)
+    up = down = (weight, None, None)
+    routed = (
+        torch.zeros(1, 32, dtype=DTYPE, requires_grad=grad),
+        torch.zeros(1, 2, dtype=torch.int64),
+        torch.zeros(1, 2),
+    )
+
+    def kind(rows):
+        return trial.kind_of(Nonlinearity("silu", False), routed, up, down, rows)[:-1]
+
+    tried = {kind(rows) for rows in trial.rows_of_every_kind(E, 2, packed)}
+    assert {kind(rows) for rows in [*range(2, 300, 2), *(E * n for n in range(1, 300))]} <= tried
 
 
 def test_a_graph_is_tried_before_it_runs(monkeypatch):

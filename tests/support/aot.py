@@ -60,7 +60,7 @@ CODECS = {
     "nf4": Codec(CODES, True),
     "nf4, nested": Codec(CODES, True, nested=256),
     "mxfp4": Codec(CODES, height=1, width=32, exponent=True),
-    "int8": Codec(INT8, height=1, width=128, factor=7.874015718698502e-3),
+    "int8": Codec(INT8, height=1, width=128, steps=127),
     "int8, zero points": Codec(INT8, height=1, width=128, zeros=True),
     "float8": Codec(FLOAT8, height=128, width=128),
 }

@@ -109,7 +109,13 @@ def _held(weight: Tensor | PackedWeight, bias: Tensor | None, lora: ExpertLora |
         A, B = _tensors(lora)
         order = (lora.orientation, lora.packing) if isinstance(lora, FlatLora) else ("", "")
         form = (constant(lora.rank), *order, A.dtype, B.dtype, bool(lora.dropout))
-    return along_in, packed and aligned, None if bias is None else bias.dtype, form, codec and tuple(codec)
+    return (
+        along_in,
+        packed and aligned,
+        None if bias is None else bias.dtype,
+        form,
+        codec and tuple(map(constant, codec)),
+    )
 
 
 def kind_of(

@@ -88,8 +88,8 @@ def _scaled(number, zero, scale, dtype: tl.constexpr, CODEC: tl.constexpr):
     if CODEC[5]:
         number -= zero
     value = number * scale
-    if CODEC[7] != 1.0:
-        value *= CODEC[7]
+    if CODEC[7] != 1:
+        value *= 1.0 / CODEC[7]
     return value.to(dtype)
 
 
