@@ -27,7 +27,7 @@ def kept(rows: Tensor, p: float | Tensor, seed: int, places: Tensor) -> Tensor:
     bits ^= bits >> 32
     bits *= _MULTIPLIERS[0]
     bits ^= (bits >> 32).bitwise_and_(2**32 - 1)
-    words = bits.view(torch.int16)[:, : rows.shape[1]]
+    words = bits.reshape(-1).view(torch.int16).reshape(len(places), 4 * len(columns))[:, : rows.shape[1]]
     if isinstance(p, Tensor):
         drops = (p * 2**16).round()
         share = 1 - drops / 2**16

@@ -114,6 +114,15 @@ def test_a_mask_is_of_its_seed_however_the_rows_are_strided(p):
     assert torch.equal(torch.autograd.grad(out, rows, gradient)[0] * rows, out)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (0, 8), (1, 1), (3, 2), (2, 5)])
+def test_masks_of_few_elements(shape):
+    rows, places = torch.ones(shape), torch.arange(shape[0])
+    for p in (0.5, torch.full((shape[0], 1), 0.5)):
+        assert dropout.kept(rows, p, 3, places).shape == shape
+    assert torch.equal(dropout.kept(rows, 0.0, 3, places), rows)
+    assert not dropout.kept(rows, 1.0, 3, places).count_nonzero()
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_masks_are_as_independent_as_chance_has_them(p):
     """Of rows, of columns, and of the four corners of rectangles; seeds and rows beside each other, too."""
