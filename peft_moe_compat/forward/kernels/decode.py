@@ -18,6 +18,7 @@ from .activation import _act, _gate
 from .common import Factor, cdiv, factor_tile
 from .interface import Nonlinearity, next_power, padded_rank
 from .launch import kernel
+from .permute import in_registers
 from .unpack import codec_of, packed_arguments, span_of, weight_tile
 
 __all__ = ["MOST_PACKED_ROWS", "MOST_ROWS", "few_rows", "most_rows"]
@@ -41,6 +42,8 @@ def _row_product(
 ):  # fmt: skip
     """One row times one expert's columns `n`, in float32; with a CODEC these are stored rows, decoded to `dtype`."""
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    if CODEC is not None:
+        table = in_registers(table, CODEC)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if CODEC is None:

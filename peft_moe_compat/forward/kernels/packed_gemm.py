@@ -15,14 +15,14 @@ from .dropout import Kept
 from .gemm import Tiling, add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
 from .interface import next_power
 from .launch import Repeated, kernel
+from .permute import in_registers
 from .routing import Route, Tiles
 from .unpack import Unpacking, codec_of, packed_arguments, span_of, unpack, weight_tile
 
 __all__ = ["AHEAD_FROM", "linear", "unpacking_of", "unpacks_many"]
 
-# Columns of a tile that is decoded in the product, and its steps along K. Nothing is loaded ahead where a table is
-# read: its entries would go through shared memory, one by one.
-UNPACKING, UNPACKING_BY_TABLE = (Config(64, 4, 3), 64), (Config(64, 4, 1), 64)
+# Columns of a tile that is decoded in the product, and its steps along K.
+UNPACKING = Config(64, 4, 3), 64
 # The same for more rows, on Hopper and large Blackwells alone: others have no registers for it. And on average of how
 # many rows to an expert a stack is decoded ahead of the product instead.
 UNPACKING_FOR_MANY = {INT8: (Config(64, 4, 3), 64), FLOAT8: (Config(128, 8, 3), 64)}
@@ -67,6 +67,7 @@ def _unpacking_product(
     if expert < 0:
         return
     dtype = y.dtype.element_ty
+    table = in_registers(table, CODEC)
     first_n = tl.program_id(0) * BLOCK_N
     n = first_n + tl.arange(0, BLOCK_N)
     x_row = x + s.to(tl.int64)[None, :] * K
@@ -102,7 +103,7 @@ def unpacking_of(codec: Codec, capability: int, rows: int) -> tuple[Config, int]
     """Which of those above, for tiles of so many rows on a device of compute capability 9.0 as 90, say."""
     if rows > 64:
         return UNPACKING_FOR_MANY[codec.kind]
-    config, depth = UNPACKING_BY_TABLE if codec.kind == CODES and not codec.exponent else UNPACKING
+    config, depth = UNPACKING
     # triton 3.6 cannot compile products of 64 such columns for Blackwell: its compiler fails in a pass.
     return (config._replace(columns=32), depth) if codec.kind == CODES and capability >= 100 else (config, depth)
 

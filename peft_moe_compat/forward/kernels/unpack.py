@@ -17,6 +17,7 @@ from torch import Tensor
 from ...model.packed import CODES, PackedWeight
 from .common import cdiv
 from .launch import Repeated, kernel
+from .permute import looked_up
 
 __all__ = ["Unpacking", "codec_of", "packed_arguments", "span_of", "unpack", "weight_tile"]
 
@@ -61,11 +62,10 @@ def _e2m1(code):
 def _numbers(byte, table, CODEC: tl.constexpr):
     """(first, second) numbers of a byte as float32; the same twice where it holds one."""
     if CODEC[0] == 0:
-        high, low = (byte >> 4).to(tl.int32), (byte & 15).to(tl.int32)
         if CODEC[4]:
-            high, low = _e2m1(high), _e2m1(low)
+            high, low = _e2m1((byte >> 4).to(tl.int32)), _e2m1((byte & 15).to(tl.int32))
         else:
-            high, low = tl.load(table + high), tl.load(table + low)
+            high, low = looked_up(byte, table)
         if CODEC[1]:
             first, second = high, low
         else:
