@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,6 @@ def next_power(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-@cache
 def padded_rank(rank: int) -> int:
     """R: what the matrix units want of a contracted or a produced axis."""
     return next_power(rank, 16)
