@@ -108,6 +108,10 @@ FINDINGS = {
         "warning",
         "ranks of lora_A are zero where lora_B has numbers, in {count} of {of} experts: {experts}",
     ),
+    "unused_ranks": (
+        "warning",
+        "ranks of lora_B are zero where lora_A has numbers, in {count} of {of} experts: {experts}",
+    ),
     "far_experts": (
         "warning",
         "the updates of {count} of {of} experts are far from the median in norm: {experts}, {ratios} times it",

@@ -103,6 +103,8 @@ def _of_part(look: _Look, numbers: Numbers, base: BaseModel | None) -> Iterator[
     if part.role == "gate_up":
         halves = (False, True) if base is None else (base.interleaved,)
     for code, detail in findings(numbers, halves):
+        if code == "unused_ranks" and part.role in ("gate", "up"):
+            continue  # of the two that were joined, each has the other's ranks
         if look.settled or code in _OF_ONE_MATRIX:
             yield Finding(code, part.path, part.name if look.settled else None, detail)
 

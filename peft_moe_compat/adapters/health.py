@@ -39,6 +39,7 @@ class Numbers:
         rows_without: "E": how many rows of the update are all zero.
         zero_columns: "in": whether every expert with an update has that column of it all zero.
         lost_ranks: "E": how many ranks have lora_A zero and lora_B not, which training never makes.
+        unused_ranks: "E": of an expert with an update, how many ranks have lora_B zero and lora_A not.
         norms: "E", float64: of each expert's update; empty where the rank is too large for it to be cheap.
     """
 
@@ -50,6 +51,7 @@ class Numbers:
     rows_without: Tensor
     zero_columns: Tensor
     lost_ranks: Tensor
+    unused_ranks: Tensor
     norms: Tensor
 
 
@@ -79,10 +81,11 @@ def examine(lora: ExpertLora, is_reversed: bool = False) -> Numbers:
             if not bool(columns.any()):  # as a rule after the first
                 break
             columns &= (A[expert] == 0).all(0)
-        lost = (first & ~second).sum(1)
-        per_expert.append((first.all(1), second.all(1), without.sum(1), lost, _norms(A, B) * abs(lora.scaling)))
-    first, second, without, lost, norms = (torch.cat(parts) for parts in zip(*per_expert, strict=True))
-    return Numbers(nan, infinite, first, second, rows, without, columns, lost, norms)
+        lost, unused = (first & ~second).sum(1), (second & ~first).sum(1) * updated
+        norms = _norms(A, B) * abs(lora.scaling)
+        per_expert.append((first.all(1), second.all(1), without.sum(1), lost, unused, norms))
+    first, second, without, lost, unused, norms = (torch.cat(parts) for parts in zip(*per_expert, strict=True))
+    return Numbers(nan, infinite, first, second, rows, without, columns, lost, unused, norms)
 
 
 def not_finite(tensor: Tensor) -> tuple[int, int]:
@@ -161,6 +164,8 @@ def findings(numbers: Numbers, halves: Sequence[bool]) -> Iterator[tuple[str, di
         yield "zero_columns", {"count": int(columns.sum()), "of": len(columns)}
     if bool((lost := (numbers.lost_ranks > 0) & ~numbers.zero_A).any()):
         yield "lost_ranks", {"experts": _which(lost), "count": int(lost.sum()), "of": experts}
+    if bool((unused := numbers.unused_ranks > 0).any()):
+        yield "unused_ranks", {"experts": _which(unused), "count": int(unused.sum()), "of": experts}
     if outside := far(numbers.norms.tolist()):
         median = float(numbers.norms[numbers.norms > 0].quantile(0.5))
         ratios = [float(f"{numbers.norms[index] / median:.2g}") for index in outside]

@@ -104,6 +104,10 @@ def lose_ranks(factors, orientation):
     as_peft_has_them(factors, orientation)[0][3:, 2] = 0
 
 
+def lose_ranks_of_lora_B(factors, orientation):
+    as_peft_has_them(factors, orientation)[1][3:, :, 2] = 0
+
+
 def scale_one_expert(factors, orientation):
     factors[2, "down"][1][6] *= 1000
 
@@ -130,6 +134,7 @@ CASES = [
     (lose_rows_of_some_experts, "sparse_experts", {"experts": [1, 2, 3, 4, 5, 6, 7], "count": 7, "of": 8}),
     (lose_columns, "zero_columns", {"count": 6, "of": 12}),
     (lose_ranks, "lost_ranks", {"experts": [3, 4, 5, 6, 7], "count": 5, "of": 8}),
+    (lose_ranks_of_lora_B, "unused_ranks", {"experts": [3, 4, 5, 6, 7], "count": 5, "of": 8}),
     (scale_one_expert, "far_experts", None),
     (shrink_one_expert, "far_experts", None),
     (scale_a_layer, "far_layers", {"layers": [2]}),
