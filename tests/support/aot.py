@@ -42,7 +42,7 @@ TYPES |= {
     "words": "*i32",
     "places": "*i32",
     "seed": "*i64",
-    "count": "i32",
+    "S": "i32",
     "across": "i32",
     "digits": "i32",
     "alpha": "fp32",
@@ -112,7 +112,7 @@ def bound_by_memory(capability, dtype, R):
         yield f"gather{what}", rows._gather, {"DOTS": False, **tile}, gather
         tile = {"GATHER": True, "DROP": drop, "BLOCK": 128, "BLOCK_D": gradient.columns, **precision}
         yield f"gradient{what}", gradients._factor_gradient, {"WEIGHTED": False, **tile}, gradient
-    yield "draw", dropout._draw, {"BLOCK": dropout.WORDS}, Config(0, 4, 3)
+    yield "draw", dropout._draw, {"ROWS": dropout.ROWS, "COLUMNS": dropout.COLUMNS}, Config(0, 4, 3)
     tile = {"BIAS": False, "DROP": True, "BLOCK": 64, "BLOCK_N": 128 if R <= 64 else 64, **precision}
     yield "add, dropping", gemm._add, tile, Config(0, 4, 3)
     yield "backward", activation._backward, {"WAIT": False, **last}, backward

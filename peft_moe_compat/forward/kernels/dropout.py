@@ -82,31 +82,34 @@ def _digit(word, random, digits, i: tl.constexpr):
     return (word & random) | (one & (word | random))
 
 
-WORDS = 512  # of a program
+ROWS, COLUMNS = 64, 8  # of words, of a program
 
 
-@kernel("count", "across", "digits")
-def _draw(words, places, seed, count, across, digits, BLOCK: tl.constexpr):
+@kernel("S", "across", "digits")
+def _draw(words, places, seed, S, across, digits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Words whose bits are set with a probability of `digits` / 65536: a random bit for each binary digit."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key, word = tl.load(seed).to(tl.uint64), (at * 0).to(tl.uint32)
-    s = at // across
-    place, column = tl.load(places + s, mask=at < count, other=0), at - s * across
+    s, g = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (s < S)[:, None] & (g < across)[None, :]
+    zero = (s * 0)[:, None] + (g * 0)[None, :]
+    place, column = tl.load(places + s, mask=s < S, other=0)[:, None] + zero, g[None, :] + zero
+    key, word = tl.load(seed).to(tl.uint64), zero.to(tl.uint32)
     for i in tl.static_range(4):
         a, b, c, d = _philox(place, 4 * column + i, key)
         word = _digit(_digit(word, a, digits, 4 * i), b, digits, 4 * i + 1)
         word = _digit(_digit(word, c, digits, 4 * i + 2), d, digits, 4 * i + 3)
-    tl.store(words + at, word.to(tl.int32, bitcast=True), mask=at < count)
+    tl.store(words + s.to(tl.int64)[:, None] * across + g[None, :], word.to(tl.int32, bitcast=True), mask=here)
 
 
 def kept_of(drop: Drop | None, route: Route, D: int) -> Kept | None:
     """What a dropout keeps of rows "S D", by which row of the whole batch each is; None without one."""
     if drop is None:
         return None
-    across, places = cdiv(D, 32), route.order if route.places is None else route.places
-    words = torch.empty((route.rows, across), dtype=torch.int32, device=drop.seed.device)
-    count, digits = words.numel(), min(round((1 - drop.p) * 65536), 65535)
-    _draw((cdiv(count, WORDS), 1, 1), words, places, drop.seed, count, across, digits, BLOCK=WORDS, num_warps=4)
+    S, across = route.rows, cdiv(D, 32)
+    words = torch.empty((S, across), dtype=torch.int32, device=drop.seed.device)
+    _draw(
+        (cdiv(S, ROWS), cdiv(across, COLUMNS), 1), words, route.order if route.places is None else route.places,
+        drop.seed, S, across, min(round((1 - drop.p) * 65536), 65535), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
     return Kept(words, drop.p)
 
 
