@@ -30,7 +30,7 @@ from peft_moe_compat.forward import fused
 from peft_moe_compat.forward import fused_ops as operators
 from peft_moe_compat.forward.kernels import gemm, layer, trial
 from peft_moe_compat.forward.kernels.common import Config, Factor
-from peft_moe_compat.forward.kernels.dropout import drawn
+from peft_moe_compat.forward.kernels.dropout import Drop, drawn, kept_of
 from peft_moe_compat.forward.kernels.factors import packed, unpacked
 from peft_moe_compat.forward.kernels.launch import Kernel
 from peft_moe_compat.forward.kernels.routing import route
@@ -568,6 +568,21 @@ def test_masks_are_those_of_the_seed_whether_a_trial_comes_between_or_not(tried,
     two = torch.autograd.grad(first.sum(), parameters(loras))  # of which the up projection is computed again
     for gradient, other in zip(one, two, strict=True):
         torch.testing.assert_close(gradient, other)
+
+
+def test_no_element_of_a_mask_says_anything_of_another():
+    """Of the same row in the same word and the next, of the next row, and of another seed."""
+    p, found = 0.05, []
+    where = route(torch.zeros(512, 1, dtype=torch.int64, device=DEVICE), 1, 64, 128)
+    for seed in (2**62 + 5, 2**62 + 6):
+        words = kept_of(Drop(torch.tensor(seed, device=DEVICE), p), where, 512).words
+        bits = (words.unsqueeze(2) >> torch.arange(32, device=DEVICE) & 1).flatten(1).cpu().double()
+        found.append((bits - (1 - p)) / (p * (1 - p)) ** 0.5)
+    bits, other = found
+    pairs = [(bits[:, :-d], bits[:, d:]) for d in range(1, 65)]
+    pairs += [(bits[:-1], bits[1:]), (bits, other), (bits, torch.ones_like(bits))]
+    for one, two in pairs:
+        assert abs((one * two).mean()) < 5 / one.numel() ** 0.5 + 0.002
 
 
 def test_the_trial_of_few_rows_launches_what_they_launch(tried):
