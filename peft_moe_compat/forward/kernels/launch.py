@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import triton
@@ -10,10 +15,28 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["LAUNCH_ERRORS", "Kernel", "Repeated", "kernel"]
+__all__ = ["LAUNCH_ERRORS", "Kernel", "Repeated", "compiled_together", "kernel"]
 
 # What triton raises where a kernel cannot be compiled for a device or does not fit it.
 LAUNCH_ERRORS = CompilationError, OutOfResources, PTXASError
+
+
+_together: ContextVar[bool] = ContextVar("peft_moe_compat_together", default=False)
+
+
+@contextmanager
+def compiled_together() -> Iterator[bool]:
+    """Has launches of this thread compile, side by side, and run nothing; False in triton's interpreter, where they
+    run. Raises what a compilation raises."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield False
+        return
+    token = _together.set(True)
+    try:
+        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            yield True
+    finally:
+        _together.reset(token)
 
 
 class Kernel:
@@ -67,6 +90,9 @@ class Kernel:
 
         Takes the kernel's arguments by position, its constants and options by name, always in the same order.
         """
+        if _together.get():
+            self.jit.warmup(*arguments, grid=grid, enable_fp_fusion=self.fuse, **meta)
+            return
         if isinstance(self.jit, triton.JITFunction):
             key = self._key(arguments, meta)
             found = self._compiled.get(key)

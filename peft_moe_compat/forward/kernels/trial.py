@@ -20,6 +20,7 @@ from ...model.packed import Codec, PackedWeight, encoded
 from .decode import MOST_PACKED_ROWS, MOST_ROWS, few_rows, most_rows
 from .dropout import Kept, kept_of
 from .interface import HeldProjection, Nonlinearity
+from .launch import compiled_together
 from .layer import Projection, any_trains, backward_pass, forward_pass, tile_sizes
 from .packed_gemm import AHEAD_FROM
 from .routing import Route, Tiles, route, steps
@@ -301,6 +302,23 @@ class _Drawn:
         return weight.mT if of.along_in else weight, bias, lora
 
 
+def _launched(
+    kind: Kind, function: Any, routed: tuple[Tensor, Tensor, Tensor], where: Route, up: Projection, down: Projection,
+    dout: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """The output, and with a backward the gradients."""
+    hidden, _, weights = routed
+    with torch.no_grad():
+        if kind.tiles is None:
+            return [few_rows(function, *routed, up, down)]
+        out, passed, of_up, of_down = forward_pass(function, hidden, weights, where, up, lambda: down)
+        if not kind.trains:
+            return [out]
+        wanted = *of_up[2:4], *of_down[2:4]
+        found = backward_pass(function, dout, hidden, weights, where, passed, of_up, of_down, wanted, True)
+    return [out, *(each for each in found if each is not None)]
+
+
 def worst_error(device: torch.device, values: tuple[Any, ...], rows: int) -> float:
     """The largest difference of the output or of any gradient, over that tensor's largest entry.
 
@@ -312,12 +330,8 @@ def worst_error(device: torch.device, values: tuple[Any, ...], rows: int) -> flo
     kind = Kind(*values)
     kind = kind._replace(up=Held(*kind.up), down=Held(*kind.down))
     drawn, k = _Drawn(device, kind), kind.k
-    if kind.tiles is not None:
-        num_experts = kind.steps[0]
-        index = drawn.index(-(-rows // k), range(num_experts + 1))
-        found, exact = (_defined(sort(index, num_experts, *kind.tiles)) for sort in (route, _sorted))
-        if not all(map(torch.equal, found, exact)):
-            raise ArithmeticError(f"the rows of {num_experts} experts are sorted wrongly")
+    num_experts = kind.steps[0] if kind.tiles else 0
+    to_sort = drawn.index(-(-rows // k), range(num_experts + 1))
     (E, H, I), (of_hidden, _, of_weights, _) = kind.sizes, kind.dtypes
     # Two and a half of the larger tiles. 60 % of the rows go to one expert, which makes a full tile and a ragged one;
     # none to another where there are four, and some to those of another rank.
@@ -334,24 +348,26 @@ def worst_error(device: torch.device, values: tuple[Any, ...], rows: int) -> flo
     function = known if kind.nonlinearity else dense
     of_up, of_down = Projection.of(*up), Projection.of(*down)
     where = _sorted(index, E, *(kind.tiles or (16, 16)))
+    launched = partial(_launched, kind, function, (hidden, index, weights), where, of_up, of_down)
+    with compiled_together() as alone:
+        if alone:
+            launched(hidden.detach())
+            if kind.tiles is not None:
+                route(to_sort, num_experts, *kind.tiles)
+    if kind.tiles is not None:
+        found, exact = (_defined(sort(to_sort, num_experts, *kind.tiles)) for sort in (route, _sorted))
+        if not all(map(torch.equal, found, exact)):
+            raise ArithmeticError(f"the rows of {num_experts} experts are sorted wrongly")
     expected = _dense(dense, (hidden, index, weights), up, down, (masks(of_up, where, k), masks(of_down, where, k)))
-    exact = [expected]
-    if kind.tiles is None:
-        with torch.no_grad():
-            found = [few_rows(known, hidden, index, weights, of_up, of_down)]
-    else:
-        with torch.no_grad():
-            out, passed, of_up, of_down = forward_pass(function, hidden, weights, where, of_up, lambda: of_down)
-        found = [out]
-        if kind.trains:
-            wanted = *of_up[2:4], *of_down[2:4]
-            # Along the output, so that no router's gradient is what is left of terms that cancel.
-            dout = expected.detach() / expected.detach().std() + H**0.5 * drawn.floats(T, H)
-            leaves = [hidden, weights, *(factor.tensor for factor in wanted if factor)]
-            exact += torch.autograd.grad(expected, leaves, dout.to(of_hidden).float())
-            with torch.no_grad():
-                passing = dout.to(of_hidden), hidden, weights, where, passed, of_up, of_down
-                found += [each for each in backward_pass(function, *passing, wanted, True) if each is not None]
+    exact, dout = [expected], hidden.detach()
+    if kind.trains:
+        # Along the output, so that no router's gradient is what is left of terms that cancel.
+        along = expected.detach() / expected.detach().std() + H**0.5 * drawn.floats(T, H)
+        dout = along.to(of_hidden)
+        factors = *of_up[2:4], *of_down[2:4]
+        leaves = [hidden, weights, *(factor.tensor for factor in factors if factor)]
+        exact += torch.autograd.grad(expected, leaves, dout.float())
+    found = launched(dout)
     with torch.no_grad():
         errors = [(ours.float() - to).abs().max() / to.abs().max() for ours, to in zip(found, exact, strict=True)]
         return torch.stack(errors).max().item()
