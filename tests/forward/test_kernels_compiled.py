@@ -33,6 +33,7 @@ def kernels():
 def test_every_kernel_is_launched_and_compiles():
     found = aot("launched")
     assert found["launched"] == found["defined"]
+    assert found["together"] == {"names": ["_count", "_place"], "apart": True, "launches": 0}
 
 
 def test_every_kernel_fits_the_smallest_device(kernels):

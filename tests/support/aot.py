@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from peft_moe_compat.forward.kernels import (
     dropout,
     gemm,
     gradients,
+    launch,
     layer,
     packed_gemm,
     routing,
@@ -159,13 +161,16 @@ def unpacking(capability, codec, rows_are_in):
         yield f"in the product, {name}", packed_gemm._unpacking_product, {**known, **sizes}, config, types
 
 
+LAUNCHES = []
+
+
 class Nowhere:
     """A driver for triton: compiles for compute capability 9.0, loads and launches nothing."""
 
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
     get_current_device = get_current_stream = staticmethod(lambda *_: 0)
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-    launcher_cls = staticmethod(lambda *_: lambda *_: None)
+    launcher_cls = staticmethod(lambda *_: lambda *_: LAUNCHES.append(1))
 
     class utils:
         get_device_properties = staticmethod(lambda _: {"max_shared_mem": 227 * 1024, "max_num_regs": 65536})
@@ -199,7 +204,16 @@ def launched():
     triton.runtime.driver.set_active(Nowhere())
     gemm.grouped_mm = lambda x, weight, offs: x.new_empty(len(x), weight.shape[2])  # would read what no kernel wrote
     names = []
-    triton.knobs.compilation.listener = lambda *, src, **_: names.append(src.name)
+    ours, threads = threading.current_thread(), set()
+
+    def note(*, src, **_):
+        names.append(src.name)
+        threads.add(threading.current_thread())
+
+    triton.knobs.compilation.listener = note
+    with launch.compiled_together():
+        layer.routing(torch.zeros(256, 2, dtype=torch.int64), 4)
+    together = {"names": sorted(names), "apart": ours not in threads, "launches": len(LAUNCHES)}
     for H in (128, 96):  # with the tiled product and without
         _layer(H, torch.empty(4, H, 128, dtype=torch.bfloat16), torch.empty(4, 64, H, dtype=torch.bfloat16), (256, 8))
     for codec, transposed in itertools.product(CODECS.values(), (True, False)):
@@ -210,7 +224,8 @@ def launched():
         _layer(128, up if transposed else up.mT, down if transposed else down.mT, (256, 20, 4))
     modules = activation, decode, dropout, _factors, gemm, gradients, packed_gemm, routing, rows, unpack
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
-    return {"defined": sorted({kernel.jit.__name__ for kernel in kernels}), "launched": sorted(set(names))}
+    defined = sorted({kernel.jit.__name__ for kernel in kernels})
+    return {"defined": defined, "launched": sorted(set(names)), "together": together}
 
 
 def main():
