@@ -82,22 +82,38 @@ def _digit(word, random, digits, i: tl.constexpr):
     return (word & random) | (one & (word | random))
 
 
+@triton.jit
+def _digits(word, a, b, c, d, digits, i: tl.constexpr):
+    """Four digits, from the i-th on."""
+    word = _digit(_digit(word, a, digits, i), b, digits, i + 1)
+    return _digit(_digit(word, c, digits, i + 2), d, digits, i + 3)
+
+
+@triton.jit
+def _turned(random):
+    return random << 13 | random >> 19
+
+
 ROWS, COLUMNS = 64, 8  # of words, of a program
 
 
 @kernel("S", "across", "digits")
 def _draw(words, places, seed, S, across, digits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Words whose bits are set with a probability of `digits` / 65536: a random bit for each binary digit."""
-    s, g = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    here = (s < S)[:, None] & (g < across)[None, :]
-    zero = (s * 0)[:, None] + (g * 0)[None, :]
-    place, column = tl.load(places + s, mask=s < S, other=0)[:, None] + zero, g[None, :] + zero
-    key, word = tl.load(seed).to(tl.uint64), zero.to(tl.uint32)
-    for i in tl.static_range(4):
-        a, b, c, d = _philox(place, 4 * column + i, key)
-        word = _digit(_digit(word, a, digits, 4 * i), b, digits, 4 * i + 1)
-        word = _digit(_digit(word, c, digits, 4 * i + 2), d, digits, 4 * i + 3)
-    tl.store(words + s.to(tl.int64)[:, None] * across + g[None, :], word.to(tl.int32, bitcast=True), mask=here)
+    """Words whose bits are set with a probability of `digits` / 65536: a random bit for each binary digit.
+
+    The lower eight digits, which decide one time in 256, take bits of other elements: that much two of them correlate.
+    """
+    s, w = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (s < S)[:, None] & (w < across)[None, :]
+    zero = (s * 0)[:, None] + (w * 0)[None, :]
+    place, column = tl.load(places + s, mask=s < S, other=0)[:, None] + zero, w[None, :] + zero
+    key = tl.load(seed).to(tl.uint64)
+    a, b, c, d = _philox(place, 2 * column, key)
+    e, f, g, h = _philox(place, 2 * column + 1, key)
+    word = _digits(zero.to(tl.uint32), _turned(a), _turned(b), _turned(c), _turned(d), digits, 0)
+    word = _digits(word, _turned(e), _turned(f), _turned(g), _turned(h), digits, 4)
+    word = _digits(_digits(word, a, b, c, d, digits, 8), e, f, g, h, digits, 12)
+    tl.store(words + s.to(tl.int64)[:, None] * across + column, word.to(tl.int32, bitcast=True), mask=here)
 
 
 def kept_of(drop: Drop | None, route: Route, D: int) -> Kept | None:
