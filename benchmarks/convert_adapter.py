@@ -16,17 +16,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from peft_moe_compat.adapters.safetensors_io import write_safetensors
-
+# No torch here: a child's peak starts from its parent's.
 EXPERTS, HIDDEN, INTERMEDIATE = 128, 2048, 768
 
 
-def plan(layers: int, rank: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+def plan(layers: int, rank: int) -> list[tuple[str, tuple[int, ...], Any]]:
     """As PEFT 0.17 to 0.18 lay it out: lora_A spans the out-features."""
+    import torch
+
     found = []
     for layer in range(layers):
         stem = f"base_model.model.model.layers.{layer}.mlp.experts"
@@ -37,9 +39,13 @@ def plan(layers: int, rank: int) -> list[tuple[str, tuple[int, ...], torch.dtype
 
 
 def write(folder: Path, layers: int, rank: int) -> int:
+    import torch
+
+    from peft_moe_compat.adapters.safetensors_io import write_safetensors
+
     entries = plan(layers, rank)
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors() -> Iterator[tuple[str, Any]]:
         for name, shape, dtype in entries:
             yield name, torch.randn(shape, dtype=dtype)
 
@@ -60,10 +66,7 @@ def write(folder: Path, layers: int, rank: int) -> int:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak MB resident) of a command, its output flushed to disk.
-
-    The peak is never below this script's own, which a child starts from.
-    """
+    """(seconds, peak MB resident) of a command, its output flushed to disk."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -81,9 +84,11 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder / "convert-benchmark"
     source = folder / "source"
+    made_too = not arguments.folder.exists()
     source.mkdir(parents=True)
     try:
-        size = write(source, arguments.layers, arguments.rank) / 1e9
+        with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+            size = apart.submit(write, source, arguments.layers, arguments.rank).result() / 1e9
         print(f"adapter of {size:.2f} GB")
         cli = [sys.executable, "-c", "from peft_moe_compat.cli.main import app; app()", "convert", str(source)]
         commands = {
@@ -98,7 +103,7 @@ def main() -> None:
             for made in ("copy", "peft", "vllm"):
                 shutil.rmtree(folder / made, ignore_errors=True)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(arguments.folder if made_too else folder)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,8 @@ def recipe():
 
 def test_the_recipe_of_the_documents_trains_on_two_ranks(folder, recipe, tmp_path):
     assert recipe.count("\n") < 40
-    done = _torchrun(folder, tmp_path, recipe, 240)
+    shared = "trainer.train()\nassert arguments.world_size == 2, 'every rank trains on the same batches'\n"
+    done = _torchrun(folder, tmp_path, recipe.replace("trainer.train()\n", shared), 240)
     assert done.returncode == 0, done.stderr[-3000:]
     with stock():
         model = PeftModel.from_pretrained(load(f"{folder}/base"), tmp_path / "out")
