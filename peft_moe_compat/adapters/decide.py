@@ -119,6 +119,8 @@ def _orientation(source: AdapterSource, readings: Readings, writer: Writer, stat
         reason = alone if source.stamp is None else readings.evidence
         return Conclusion(value, "likely" if readings.likely else "certain", (reason,))
     both = Evidence("fit_both", {"what": readings.evidence})
+    if writer.orientation is not None:
+        return Conclusion(writer.orientation, "likely", (both, *writer.conclusion.evidence))
     if writer.peft is None:
         release = Settle("written_by", "peft==VERSION", "" if model else "both")
         settle = (release,) if model else (Settle("model", "BASE"), release)
@@ -165,7 +167,8 @@ def _nesting(
             options = [",".join(reading.nesting) for reading in fitting[:8]] + ["..."] * (len(fitting) > 8)
             if len(fitting[0].nesting) == 1:
                 reason = Evidence("which_parameter", {"path": path, "options": ", ".join(options)})
-                return Conclusion(None, "none", (reason,), (Settle("model", "BASE"),)), {}
+                settle = Settle("nesting", options[0]) if source.base else Settle("model", "BASE")
+                return Conclusion(None, "none", (reason,), (settle,)), {}
             reason = Evidence("which_nesting", {"path": path, "options": " or ".join(options)})
             return Conclusion(None, "none", (reason,), (Settle("nesting", options[0]),)), {}
         found[path] = fitting[0]

@@ -136,7 +136,7 @@ def _nestings(module: ExpertsModule, said: Sequence[str] | None) -> list[tuple[s
             "targeted. Is adapter_config.json that of another adapter?"
         )
     found = list(permutations(ordered, len(module.slots)))
-    if said is None or len(module.slots) == 1:
+    if said is None or (len(module.slots) == 1 and tuple(said) not in found):  # or it is that of other modules
         return found
     if tuple(said) not in found:
         options = " or ".join([*(",".join(candidate) for candidate in found[:8]), *["..."] * (len(found) > 8)])
@@ -157,6 +157,8 @@ def _possible(
         if counts is None or (model is None and len(set(counts)) > 1):
             continue
         roles = [role_of(module.path, name) for name in nesting]
+        if {"gate_up", "up"} <= set(roles):
+            continue  # no model has both
         for orientation in ("linear",) if any(slot.unfolded for slot in module.slots) else ORIENTATIONS:
             each = slot_orientations(orientation, counts)
             sizes = [slot.features(one) for slot, one in zip(module.slots, each, strict=True)]

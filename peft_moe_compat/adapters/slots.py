@@ -165,7 +165,9 @@ def experts_modules(
         if base is not None and base.scopes and said is None:  # of targets for other models, nothing is LoRA here
             roles = {name: role_of(path, name) for name in parameters}
             parameters = tuple(n for n in parameters if roles[n] in base.parameters or "bias" in n)
-        parameters = parameters or (tuple(base.parameters.values()) if base else ("gate_up_proj", "down_proj"))
+        parameters = parameters or (
+            tuple(base.parameters.values()) if base else ("gate_up_proj", "up_proj", "down_proj")
+        )
         fused, experts, stacked = [], [], []
         for place, pair in sorted(places.items(), key=lambda item: -item[0].depth):
             if place.form == "fused":

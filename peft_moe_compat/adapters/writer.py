@@ -22,8 +22,6 @@ __all__ = ["Writer", "find_writer"]
 _UNSLOTH_PACKINGS = {"grouped_by_expert": "grouped", "rank_major": "rank_major"}
 
 _UNSAID = Evidence("packing_unsaid")
-# PEFT and transformers whose pairs vLLM reads. Source: vllm 0.33, lora/model_manager.py, _stack_moe_lora_weights.
-_VLLM = str(NEWEST_TESTED), str(NEWEST_TRANSFORMERS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Writer:
         packings: What the writer says or implies of lora_B's packing: parameter -> packing, under None for all others.
         packing_evidence: Why.
         marked: Whether that comes from a marker made for this purpose.
+        orientation: What it writes for every model, as no PEFT release does; None where there is no such thing.
         by_caller: Whether the caller named the release.
     """
 
@@ -46,6 +45,7 @@ class Writer:
     packings: Mapping[str | None, str] = field(default_factory=dict)
     packing_evidence: Evidence = _UNSAID
     marked: bool = False
+    orientation: str | None = None
     by_caller: bool = False
 
 
@@ -86,11 +86,15 @@ def _doubt(peft: str, transformers: str | None) -> tuple[Evidence, ...]:
 
 
 def _for_vllm(config: AdapterConfig) -> Writer:
-    """SkyRL and prime-rl write such a config; one of PEFT's own was rewritten, by ART, say, which exchanges factors."""
+    """SkyRL and prime-rl write such a config; one of PEFT's own was rewritten, by ART, say, which exchanges factors.
+
+    vLLM reads linear pairs of every family. Source: vllm 0.33, lora/model_manager.py, _stack_moe_lora_weights.
+    """
     if config.pefts_own:
         return Writer(Conclusion(None, "none", (Evidence("rewritten"),), (Settle("written_by", "peft==VERSION"),)))
     reason = Evidence("for_vllm")
-    return Writer(Conclusion("SkyRL or prime-rl", "likely", (reason,)), *_VLLM, {None: "rank_major"}, reason)
+    writer = Conclusion("SkyRL or prime-rl", "likely", (reason,))
+    return Writer(writer, None, None, {None: "rank_major"}, reason, orientation="linear")
 
 
 def _release(config: AdapterConfig, stated: Stated) -> Writer:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.adapter_files import GPT_OSS, NEMOTRON, QWEN, Spec, load, read_config, save, save_fused
+from support.adapter_files import GPT_OSS, NEMOTRON, QWEN, Family, Spec, load, read_config, save, save_fused
 
 from peft_moe_compat.adapters.conclusions import Settle
 from peft_moe_compat.adapters.convert import convert_adapter
@@ -68,15 +68,39 @@ def test_fields_newer_than_0_17_speak_against_it(tmp_path, newer):
             convert_adapter(source, tmp_path / "out", to=TO, model=model, packing="rank_major")
 
 
+LLAMA4 = Family("llama4_text", "num_local_experts", "intermediate_size")
 FOR_VLLM = {"target_modules": ["experts", "q_proj"], "target_parameters": None}
 
 
-@pytest.mark.parametrize("family", [QWEN, GPT_OSS])
+@pytest.mark.parametrize("family", [QWEN, GPT_OSS, LLAMA4])  # what PEFT writes for the last is reversed
 def test_a_config_for_vllm_says_how_it_packs_and_turns(tmp_path, family):
     """SkyRL's and prime-rl's: no version, `experts` among the modules, and no parameters."""
     source, model = square_down(tmp_path, family, **FOR_VLLM)
     found = inspect_adapter(source, model=model)
     assert (found.orientation.value, found.packing.value, found.undecided) == ("linear", "rank_major", ())
+
+
+@pytest.mark.parametrize(("family", "role"), [(QWEN, "gate_up"), (NEMOTRON, "up"), (NEMOTRON, "down")])
+def test_one_pair_of_a_config_for_vllm_is_that_of_no_parameter_until_somebody_says(tmp_path, family, role):
+    """Nothing but sizes names it: all three look alike without a model, up and down in square experts."""
+    spec = Spec(family=family, I=8)
+    source = save_fused(tmp_path / "in", spec, spec.factors((role,)), **FOR_VLLM)
+    with pytest.raises(AmbiguousAdapterError, match=r"gate_up_proj, up_proj.*--model BASE"):
+        convert_adapter(source, tmp_path / "out", to="per-expert")
+    model, name = spec.model(), f"{role}_proj"
+    if family is NEMOTRON:
+        assert inspect_adapter(source, model=model).nesting.settle == (Settle("nesting", "up_proj"),)
+        assert inspect_adapter(source, model=model, nesting=[name]).nesting.value == name
+    else:
+        assert inspect_adapter(source, model=model).nesting.value == name
+
+
+def test_without_a_model_a_config_for_vllm_is_not_converted_to_what_depends_on_it(tmp_path):
+    """llama4's would be reversed there, all others' linear."""
+    spec = Spec(I=6)
+    source = save_fused(tmp_path / "in", spec, spec.factors(("gate_up", "down")), **FOR_VLLM)
+    with pytest.raises(AmbiguousAdapterError, match="--model"):
+        convert_adapter(source, tmp_path / "out", to=TO)
 
 
 @pytest.mark.parametrize("own", [{"peft_version": "0.18.1"}, {"auto_mapping": {"unsloth_fixed": True}}])

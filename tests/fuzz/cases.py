@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
-from fuzz.families import FAMILIES, PAIRS, orientation
+from fuzz.families import FAMILIES, PAIRS
 
 FUSED = ("fused", "unfolded")
 SINGLE = ("single", "single_gate_up", "listed", "outer_single")
@@ -148,9 +148,8 @@ def draw(seed: int, damages: Sequence[str]) -> Case:
         also=also,
     )
     named = all(family.place(role, PAIRS[pair][1])[1] == f"{role}_proj" for role in family.roles)
-    if form == "fused" and not mark and not grouped and named and rng.random() < 0.1:  # linear, whoever is beside
-        turned = orientation(*PAIRS[pair], family) != "linear"
-        case = replace(case, mark="experts", turned=turned, beside=case.beside.replace("R", ""))
+    if form == "fused" and not mark and not grouped and named and rng.random() < 0.1:
+        case = replace(case, mark="experts", turned=False, beside=case.beside.replace("R", ""))
     if also == "loading":
         live = {"E": 6, "H": 32, "I": 24, "layers": 2, "beside": "R" if "R" in case.beside else "", "renamed": False}
         return replace(case, **live, prefix="peft", shards=1)

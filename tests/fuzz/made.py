@@ -173,6 +173,8 @@ class Making:
         pair = PAIRS[case.pair]
         own = orientation(*pair, family)
         turned = {"linear": "reversed", "reversed": "linear"}[own] if case.turned else own
+        if case.mark == "experts":  # whoever is beside
+            turned = "linear"
         nesting = tuple(role for role in family.roles if role in self.roles())
         if case.swapped:
             nesting = nesting[::-1]
