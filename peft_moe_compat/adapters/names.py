@@ -105,12 +105,14 @@ class Names:
     Attributes:
         prefix: What precedes the module paths, PEFT's `base_model.model.` or nothing.
         pairs: Path of an experts module -> its places -> lora_A and lora_B.
+        matrices: Paths that are called as routed experts are, and whose LoRA is that of one matrix.
         unknown: Names of tensors that are LoRA in or under an experts module, and that no rule places.
         other: Names of all further tensors, in the order of the file; empty ones of experts are left out.
     """
 
     prefix: str
     pairs: Mapping[str, Mapping[Place, Factors]]
+    matrices: tuple[str, ...]
     unknown: tuple[str, ...]
     other: tuple[str, ...]
 
@@ -222,7 +224,8 @@ def sort_names(infos: Mapping[str, TensorInfo], config: AdapterConfig) -> Names:
             f"{len(beside)} tensors are LoRA elsewhere than on experts, and {len(other) - len(beside)} no LoRA, "
             f"{show(other[0])} first; at most {MAX_BESIDE} and {MAX_WHOLE} were expected. Is it an adapter?"
         )
-    return Names(prefix, pairs, unknown, tuple(other))
+    matrices = tuple(path for path in by_path if path not in pairs and _is_stack(path, config.target_parameters))
+    return Names(prefix, pairs, matrices, unknown, tuple(other))
 
 
 def _names(pair: Factors) -> tuple[str, str]:
@@ -315,6 +318,11 @@ def _is_matrix(path: str, places: Mapping[Place, Factors], config: AdapterConfig
     untold = ("", "gate_up_proj", "up_proj", "down_proj") if path.endswith("experts") else ("",)
     parameters = parameters or targets.parameters(path) or untold
     return all(lora_rank(config.raw, f"{path}.{name}") == lora_A.shape[0] for name in parameters)
+
+
+def _is_stack(path: str, targets: Targets) -> bool:
+    """Whether a module is called as routed experts are, and no other parameter of it is targeted, such as a bias."""
+    return _is_of_experts(f"{path}.lora_A") and all(role_of(path, name) for name in targets.parameters(path))
 
 
 @lru_cache(4096)

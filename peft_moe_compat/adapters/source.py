@@ -185,6 +185,11 @@ def source_of(
     names = sort_names(tensors.infos, config)
     _check_experts(folder, names)
     base = base_model_of(config.base_model_name, stated.model)
+    if base is not None and names.matrices and 1 not in base.expert_counts:
+        raise AdapterFileError(
+            f"lora_A of {names.matrices[0]!r} in {folder} has as many rows as the rank in {CONFIG_NAME}, which is the "
+            f"LoRA of one expert; {base.described()} has more. Was the rank edited, or is it another model's adapter?"
+        )
     if automodel and automodel.get("moe_rank_scaling") and (ranks := _automodel_ranks(folder, names, config, base)):
         config = parse_config({**raw, "rank_pattern": ranks | (raw.get("rank_pattern") or {})})
     stamp = read_stamp(tensors.metadata)

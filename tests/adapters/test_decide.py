@@ -103,6 +103,17 @@ def test_without_a_model_a_config_for_vllm_is_not_converted_to_what_depends_on_i
         convert_adapter(source, tmp_path / "out", to=TO)
 
 
+@pytest.mark.parametrize("role", ["gate_up", "down"])
+def test_one_matrix_where_the_model_has_experts_is_not_an_ordinary_linear(tmp_path, role):
+    """Of 4 experts of rank 2, once the rank says 8."""
+    spec = Spec(E=4, r=2)
+    source = save_fused(tmp_path / "in", spec, spec.factors((role,)), peft_version="0.21.2", r=8)
+    with pytest.raises(AdapterFileError, match="LoRA of one expert; .* has more"):
+        inspect_adapter(source, model=spec.model())
+    one = {**spec.model(), "num_experts": 1}
+    assert inspect_adapter(source, model=one).form == "none"
+
+
 @pytest.mark.parametrize("own", [{"peft_version": "0.18.1"}, {"auto_mapping": {"unsloth_fixed": True}}])
 def test_a_config_of_pefts_rewritten_for_vllm_says_nothing(tmp_path, own):
     """ART takes target_parameters out and exchanges the factors: neither orientation nor packing are PEFT's."""
