@@ -112,6 +112,11 @@ FINDINGS = {
         "warning",
         "ranks of lora_B are zero where lora_A has numbers, in {count} of {of} experts: {experts}",
     ),
+    "same_experts": (
+        "warning",
+        "{count} of {of} experts have the numbers of another one, copied, or of a pair that they share: {experts}",
+    ),
+    "no_scaling": ("warning", "lora_alpha is 0: whatever the factors hold, the update is zero"),
     "far_experts": (
         "warning",
         "the updates of {count} of {of} experts are far from the median in norm: {experts}, {ratios} times it",

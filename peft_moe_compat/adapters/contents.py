@@ -102,6 +102,8 @@ def _of_part(look: _Look, numbers: Numbers, base: BaseModel | None) -> Iterator[
     halves: tuple[bool, ...] = ()
     if part.role == "gate_up":
         halves = (False, True) if base is None else (base.interleaved,)
+    if look.settled and part.alpha == 0:
+        yield Finding("no_scaling", part.path, part.name, {})
     for code, detail in findings(numbers, halves):
         if code == "unused_ranks" and part.role in ("gate", "up"):
             continue  # of the two that were joined, each has the other's ranks

@@ -40,6 +40,7 @@ class Numbers:
         zero_columns: "in": whether every expert with an update has that column of it all zero.
         lost_ranks: "E": how many ranks have lora_A zero and lora_B not, which training never makes.
         unused_ranks: "E": of an expert with an update, how many ranks have lora_B zero and lora_A not.
+        alike: The experts whose factors have the norms of another one's in every row, which no two trained ones have.
         norms: "E", float64: of each expert's update; empty where the rank is too large for it to be cheap.
     """
 
@@ -52,6 +53,7 @@ class Numbers:
     zero_columns: Tensor
     lost_ranks: Tensor
     unused_ranks: Tensor
+    alike: tuple[int, ...]
     norms: Tensor
 
 
@@ -66,6 +68,8 @@ def examine(lora: ExpertLora, is_reversed: bool = False) -> Numbers:
     rows = torch.zeros(lora.out_features, dtype=torch.int64)
     columns = torch.ones(lora.in_features, dtype=torch.bool)
     per_expert: list[tuple[Tensor, ...]] = []
+    same: dict[tuple[bytes, bytes], list[int]] = {}
+    seen = 0
     for A, B in _few(lora):
         of_A, of_B = torch.linalg.vector_norm(A, dim=2), torch.linalg.vector_norm(B, dim=2)  # "E r", "E out"
         if not (bool(of_A.isfinite().all()) and bool(of_B.isfinite().all())):
@@ -81,11 +85,17 @@ def examine(lora: ExpertLora, is_reversed: bool = False) -> Numbers:
             if not bool(columns.any()):  # as a rule after the first
                 break
             columns &= (A[expert] == 0).all(0)
+        for expert in updated.nonzero().flatten().tolist():
+            key = of_A[expert].numpy().tobytes(), of_B[expert].numpy().tobytes()
+            same.setdefault(key, []).append(seen + expert)
+        seen += len(A)
         lost, unused = (first & ~second).sum(1), (second & ~first).sum(1) * updated
         norms = _norms(A, B) * abs(lora.scaling)
         per_expert.append((first.all(1), second.all(1), without.sum(1), lost, unused, norms))
     first, second, without, lost, unused, norms = (torch.cat(parts) for parts in zip(*per_expert, strict=True))
-    return Numbers(nan, infinite, first, second, rows, without, columns, lost, unused, norms)
+    shared = lora.A.stride(0) == lora.B.stride(0) == 0  # one pair for all, and written as one
+    alike = tuple(sorted(e for group in same.values() if len(group) > 1 and not shared for e in group))
+    return Numbers(nan, infinite, first, second, rows, without, columns, lost, unused, alike, norms)
 
 
 def not_finite(tensor: Tensor) -> tuple[int, int]:
@@ -166,6 +176,8 @@ def findings(numbers: Numbers, halves: Sequence[bool]) -> Iterator[tuple[str, di
         yield "lost_ranks", {"experts": _which(lost), "count": int(lost.sum()), "of": experts}
     if bool((unused := numbers.unused_ranks > 0).any()):
         yield "unused_ranks", {"experts": _which(unused), "count": int(unused.sum()), "of": experts}
+    if numbers.alike:
+        yield "same_experts", {"experts": list(numbers.alike), "count": len(numbers.alike), "of": experts}
     if outside := far(numbers.norms.tolist()):
         median = float(numbers.norms[numbers.norms > 0].quantile(0.5))
         ratios = [float(f"{numbers.norms[index] / median:.2g}") for index in outside]

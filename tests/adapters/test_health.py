@@ -116,6 +116,11 @@ def shrink_one_expert(factors, orientation):
     factors[2, "down"][1][6] *= 1e-6
 
 
+def copy_an_expert(factors, orientation):
+    for factor in factors[2, "down"]:
+        factor[3] = factor[6] = factor[1]
+
+
 def scale_a_layer(factors, orientation):
     factors[2, "down"][1].mul_(1000)
 
@@ -135,6 +140,7 @@ CASES = [
     (lose_columns, "zero_columns", {"count": 6, "of": 12}),
     (lose_ranks, "lost_ranks", {"experts": [3, 4, 5, 6, 7], "count": 5, "of": 8}),
     (lose_ranks_of_lora_B, "unused_ranks", {"experts": [3, 4, 5, 6, 7], "count": 5, "of": 8}),
+    (copy_an_expert, "same_experts", {"experts": [1, 3, 6], "count": 3, "of": 8}),
     (scale_one_expert, "far_experts", None),
     (shrink_one_expert, "far_experts", None),
     (scale_a_layer, "far_layers", {"layers": [2]}),
@@ -157,6 +163,12 @@ def test_every_loss_is_said_by_name(tmp_path, change, code, detail, orientation)
     else:
         assert said[0].detail["experts"] == [6]
     assert ", ".join(map(str, said[0].detail.get("experts", []))) in str(said[0])
+
+
+def test_an_alpha_of_zero(tmp_path):
+    how = {"peft_version": "0.21.2", "alpha_pattern": {"layers.2.mlp.experts.down_proj": 0}}
+    (said,) = found(save_fused(tmp_path / "in", SPEC, SPEC.factors(ROLES), **how))
+    assert (said.code, said.path, said.projection) == ("no_scaling", "model.layers.2.mlp.experts", "down_proj")
 
 
 def test_the_half_of_alternating_rows(tmp_path):
@@ -260,7 +272,7 @@ def test_headers_alone(tmp_path):
 
 
 def test_every_code_has_a_case_and_a_level(tmp_path):
-    said = {case[1] for case in CASES} | {"not_trained", "missing_layers", "not_settled"}
+    said = {case[1] for case in CASES} | {"not_trained", "no_scaling", "missing_layers", "not_settled"}
     assert said == set(FINDINGS)
     factors = SPEC.factors(ROLES)
     spoil(factors, "linear")
