@@ -25,7 +25,7 @@ __all__ = ["AHEAD_FROM", "linear", "unpacking_of", "unpacks_many"]
 UNPACKING = Config(64, 4, 3), 64
 # The same for more rows, on Hopper and large Blackwells alone: others have no registers for it. And on average of how
 # many rows to an expert a stack is decoded ahead of the product instead.
-UNPACKING_FOR_MANY = {INT8: (Config(64, 4, 3), 64), FLOAT8: (Config(128, 8, 3), 64)}
+UNPACKING_FOR_MANY = {CODES: (Config(64, 4, 3), 64), INT8: (Config(64, 4, 3), 64), FLOAT8: (Config(128, 8, 3), 64)}
 AHEAD_FROM = 192
 SCRATCH = 127 * 2**20  # bytes of weights that are decoded at a time: fewer lose more to the tails of launches
 
@@ -96,7 +96,8 @@ def _unpacking_product(
 
 def unpacks_many(codec: Codec, capability: int) -> bool:
     """Whether the product decodes, below `AHEAD_FROM`, for tiles of 128 rows too."""
-    return codec.kind in UNPACKING_FOR_MANY and 90 <= capability < 120
+    # Of codes in tiles of 64 columns triton 3.6 compiles nothing for Blackwell (`unpacking_of`).
+    return codec.kind in UNPACKING_FOR_MANY and 90 <= capability < (100 if codec.kind == CODES else 120)
 
 
 def unpacking_of(codec: Codec, capability: int, rows: int) -> tuple[Config, int]:
