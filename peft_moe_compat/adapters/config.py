@@ -27,6 +27,10 @@ _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _THE_REST = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none", "lora_bias": False}
 
 
+# What `ParamWrapper` refuses, of what a config says of factors.
+_NOT_ON_PARAMETERS = ("use_dora", "lora_bias", "kasa_config", "velora_config")
+
+
 class _Named(NamedTuple):
     """What patterns find a LoRA by; see `Output`."""
 
@@ -78,7 +82,7 @@ def target_config(
 
 def _fit_for_parameters(config: dict[str, Any]) -> list[Step]:
     """Takes out of a config what PEFT's `ParamWrapper` refuses and what changes nothing in a trained adapter."""
-    if refused := [name for name in ("use_dora", "lora_bias") if config.get(name)]:
+    if refused := [name for name in _NOT_ON_PARAMETERS if config.get(name)]:
         raise NotTakenError(
             "parameters", f"The adapter has {' and '.join(refused)}, which PEFT takes on no parameter of fused experts."
         )

@@ -16,6 +16,7 @@ from ..errors import AdapterError, AdapterFileError
 from ..layout import ExpertLora, relative
 from .base_model import BaseModel, load_base_model
 from .checkpoint import Checkpoint, open_checkpoint
+from .config_fields import unread
 from .decide import decide
 from .files import atomic_folder, finite_or_null, usable_path
 from .parts import Part
@@ -23,7 +24,7 @@ from .placing import Placed, Update, place, replaced
 from .readers import KEEP_THE_BASE
 from .refit import module_parts, require_names
 from .safetensors_io import read_header, write_safetensors
-from .source import AdapterSource, open_adapter
+from .source import CONFIG_NAME, AdapterSource, open_adapter
 from .stated import Stated
 from .stored import Plain
 from .tensors import check_finite
@@ -147,6 +148,11 @@ def plan_merge(base: str | Path, adapter: str | Path, stated: Stated) -> Job:
     stated = Stated(model, stated.written_by, stated.orientation, stated.packing, stated.nesting)
     source = open_adapter(adapter, stated)
     require_names(source)
+    for name, what in unread(source.config.raw):
+        raise AdapterError(
+            f"{CONFIG_NAME} has {name}: the adapter is {what}, and no sum of its factors with the base's weights "
+            "computes that. Have PEFT apply it, unmerged."
+        )
     decision = decide(source, stated)
     decision.require(str(source.folder))
     start = source.config.init_lora_weights

@@ -60,6 +60,7 @@ class Reader:
         renames: Other names of linears that it takes for those.
         targets: Where it wants the names of all linears of an adapted experts module, or "all-linear", in
             `target_modules`: what it takes some of them for. None where it does not, or matches them as PEFT does.
+        reads: Those of `config_fields.CHANGES` that it applies; of PEFT's, which applies all, nothing.
         heeds: Fields of the config that make it refuse, of those which say that something else than LoRA is there.
         lacking: What it does with a file on which a step was not taken: its kind, or kind:family, or kind:detail ->
             "fails" or "wrong" (without an error). Of all others nothing is known: it may read the file as it is.
@@ -78,6 +79,7 @@ class Reader:
     linears: Mapping[str, str] | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     targets: Mapping[str, str] | None = None
+    reads: tuple[str, ...] = ()
     heeds: tuple[str, ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict)
 
@@ -144,12 +146,13 @@ _VLLM_32 = replace(
     mounted=frozenset({"Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"}),
 )
 _PATTERNS = dict.fromkeys(("folded", "experts_folded", "scaling"), "wrong")
+_UNSEEN = dict.fromkeys(("alora_invocation_tokens", "layer_replication"), "wrong")
 _VLLM_30 = replace(
     _VLLM_32,
     since="0.30",
     fused=_VLLM_32.fused - {"ClefOmniForJointSchema"},
     scaling="rslora",
-    lacking={**_VLLM_32.lacking, **_PATTERNS, "initialised": "wrong"},
+    lacking={**_VLLM_32.lacking, **_PATTERNS, **_UNSEEN, "initialised": "wrong"},
 )
 _VLLM_29 = replace(
     _VLLM_30,
@@ -191,12 +194,14 @@ _SGLANG = Reader(
         "initialised": "wrong",
         "dora": "fails",
         "no_experts": "fails",
+        **_UNSEEN,
     },
 )
 _LLAMA_CPP = Reader(
     "llama.cpp",
     "gguf",
     scaling="alpha",
+    reads=("alora_invocation_tokens",),
     lacking={
         "from_fused": "fails",
         "from_stacked:gate_up": "fails",

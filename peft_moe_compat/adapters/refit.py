@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import AdapterError, AmbiguousAdapterError
 from .base_model import BaseModel
+from .config_fields import unread
 from .decide import Decision
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
 from .outputs import GGUF_PATH, Output, fused, gguf, per_expert, shared_outer
@@ -19,7 +20,7 @@ from .shaping import alternating, join, part_gate_up, zeros_like
 from .source import AdapterSource
 from .steps import Step
 
-__all__ = ["Refit", "linears_taken_for_experts", "module_parts", "refit", "require_names"]
+__all__ = ["Refit", "linears_taken_for_experts", "module_parts", "refit", "require_names", "require_read"]
 
 
 def module_parts(source: AdapterSource, decision: Decision, fill_missing: bool) -> list[Part]:
@@ -236,6 +237,7 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
     how = Refit(source, decision, target, reader.form)
     if base is not None and is_of(base, reader.refuses):
         raise NotTakenError("no_experts", f"{reader.title} takes no LoRA on the experts of {base.model_type}.")
+    require_read(source, target)
     if reader.form != "gguf":
         require_names(source)
     if target.peft is None:
@@ -265,6 +267,14 @@ def refit(source: AdapterSource, decision: Decision, target: Target) -> Refit:
         )
     (orientation,) = possible
     return replace(how, orientation=orientation)
+
+
+def require_read(source: AdapterSource, target: Target) -> None:
+    """Raises `NotTakenError` for an adapter that is another one without what its config says."""
+    reader = target.reader
+    for name, what in () if reader.everything else unread(source.config.raw):
+        if name not in reader.reads:
+            raise NotTakenError(name, f"The adapter is {what} ({name}), and {target} does not apply that.")
 
 
 def require_names(source: AdapterSource) -> None:

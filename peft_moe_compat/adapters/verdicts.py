@@ -22,7 +22,7 @@ from .patterns import Patterns
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
 from .readers import READERS, NotTakenError, Target
-from .refit import Refit, linears_taken_for_experts, module_parts, refit
+from .refit import Refit, linears_taken_for_experts, module_parts, refit, require_read
 from .rewriting import as_peft_reads, named_as, reaching
 from .shapes import parameter_order
 from .source import CONFIG_NAME, AdapterSource
@@ -57,12 +57,26 @@ def reader_verdicts(source: AdapterSource, decision: Decision, transformers: str
     for name in ("vllm", "sglang", "llama.cpp"):
         targets |= _of_releases(name)
     if source.form == "none":
-        return {name: _of_linears(source, target) for name, target in targets.items()}
+        return {name: _of_linears(source, decision, target) for name, target in targets.items()}
     return {name: reader_verdict(source, decision, target) for name, target in targets.items()}
 
 
-def _of_linears(source: AdapterSource, target: Target) -> ReaderVerdict:
+def _of_linears(source: AdapterSource, decision: Decision, target: Target) -> ReaderVerdict:
     """What a reader does with a file that holds no LoRA on experts."""
+    reader = target.reader
+    try:
+        require_read(source, target)
+        steps = others(Refit(source, decision, target, reader.form))[2]
+    except NotTakenError as error:
+        return ReaderVerdict(reader.lacking.get(error.kind, "fails"), str(error))
+    except AdapterError as error:
+        return ReaderVerdict("unknown", str(error))
+    given = source.config.raw
+    steps += [Step("heeded", (name,)) for name in reader.heeds if given.get(name) not in (None, False, "none", [])]
+    if steps:
+        found = {_without(step, source, target) for step in steps}
+        verdict = next(verdict for verdict in ("fails", "wrong", "unknown") if verdict in found)
+        return ReaderVerdict(verdict, f"it would need {' and '.join(map(str, steps))}")
     if not linears_taken_for_experts(source, target):
         return ReaderVerdict("reads", "there is no LoRA on routed experts")
     command = f"`peft-moe-compat convert ADAPTER OUT --to peft=={target.peft} --model BASE`"
