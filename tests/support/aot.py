@@ -221,7 +221,7 @@ def launched():
             encoded(torch.randn(4, *(shape if transposed else shape[::-1])), codec, torch.bfloat16)
             for shape in ((128, 256), (128, 128))
         )
-        _layer(128, up if transposed else up.mT, down if transposed else down.mT, (256, 20, 4))
+        _layer(128, up if transposed else up.mT, down if transposed else down.mT, (512, 20, 4))
     modules = activation, decode, dropout, _factors, gemm, gradients, packed_gemm, routing, rows, unpack
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
     defined = sorted({kernel.jit.__name__ for kernel in kernels})
