@@ -28,6 +28,7 @@ __all__ = [
     "RenamedExperts",
     "StoredTransposed",
     "family",
+    "is_rewritten",
 ]
 
 
@@ -246,15 +247,28 @@ ROUTERS = frozenset({"gate", "router"})
 # The families in which PEFT from 0.19 on, and `model.load_adapter` of transformers 5, take the names of an expert's
 # linears in `target_modules` for the fused parameters, and `gate` for its weight, whatever the file holds. Source:
 # `_MODEL_TO_CONVERSION_PATTERN` in transformers' conversion_mapping.py, 5.0.0 to 5.24.0, `_MOE_TARGET_MODULE_MAPPING`
-# in peft/utils/transformers_weight_conversion.py.
+# in peft/utils/transformers_weight_conversion.py. See `is_rewritten`.
 # fmt: off
 REWRITTEN = frozenset({
     "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
     "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
-    "longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
-    "qwen3_omni_moe", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+    "longcat_flash", "mellum", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe",
+    "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
 })
 # fmt: on
+# Of those that some release of transformers 5 has and leaves alone: the first one that does not, and that does again.
+_REWRITTEN_FROM = {"afmoe": Version("5.4.0"), "qwen3_5_moe": Version("5.2.0")}
+_REWRITTEN_UNTIL = {"qwen2_moe": Version("5.5.2"), "qwen3_5_moe": Version("5.4.0")}
+
+
+def is_rewritten(model_type: str, transformers: Version | None) -> bool:
+    """Whether a family is of `REWRITTEN` in a release of transformers 5; of None, whether in any."""
+    if model_type not in REWRITTEN or transformers is None:
+        return model_type in REWRITTEN
+    since, until = _REWRITTEN_FROM.get(model_type), _REWRITTEN_UNTIL.get(model_type)
+    return (since is None or transformers >= since) and (until is None or transformers < until)
+
+
 # Families whose checkpoints hold weights that are not told by a name: several in one, or parameters of other modules.
 # Source: `conversion_mapping.py` of transformers 5.24.
 STORED_OTHERWISE = frozenset(

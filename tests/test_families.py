@@ -26,12 +26,12 @@ from peft_moe_compat.adapters import orientations as storage
 from peft_moe_compat.adapters.base_model import BaseModel
 from peft_moe_compat.adapters.names import linear_role, role_of
 from peft_moe_compat.adapters.placing import hub_paths
+from peft_moe_compat.adapters.rewriting import rewritten
 from peft_moe_compat.adapters.shapes import parameter_order
 from peft_moe_compat.families import (
     FAMILIES,
     FLAT_CLASSES,
     PACKED_CLASSES,
-    REWRITTEN,
     ROUTERS,
     STORED_OTHERWISE,
     UNDECLARED_CLASSES,
@@ -39,6 +39,7 @@ from peft_moe_compat.families import (
     family,
 )
 from peft_moe_compat.model import experts as live_experts
+from peft_moe_compat.releases import NEWEST_TESTED
 
 H, I = zoo.H, 12
 INSTALLED = Version(transformers.__version__)
@@ -547,7 +548,7 @@ def _rewritten() -> dict[str, str]:
     """model_type -> the pattern by which PEFT and transformers rewrite its targets; nothing before transformers 5."""
     found = importlib.util.find_spec("transformers.conversion_mapping")
     mapping = found and importlib.import_module(found.name)
-    patterns = {"mixtral": "mixtral"} | getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    patterns = {"mixtral": "mixtral"} | mapping._MODEL_TO_CONVERSION_PATTERN if mapping else {}
     known = configuration_auto.CONFIG_MAPPING_NAMES
     return {m: pattern for m, pattern in patterns.items() if pattern in ("mixtral", "qwen2_moe") and m in known}
 
@@ -560,9 +561,12 @@ def test_families_whose_targets_are_rewritten():
         theirs = None
     if theirs is not None:
         assert {pattern: {*table} - {"gate"} for pattern, table in theirs._MOE_TARGET_MODULE_MAPPING.items()} == names
-    for model_type, pattern in _rewritten().items():
-        assert model_type.removesuffix("_text") in REWRITTEN
+    found = _rewritten()
+    for model_type, pattern in found.items():
         assert names[pattern] == {*family(model_type.removesuffix("_text")).linears.values()}
+    newest = str(NEWEST_TESTED)
+    ours = {m for m in configuration_auto.CONFIG_MAPPING_NAMES if rewritten(m, newest, transformers.__version__)}
+    assert ours == {m.removesuffix("_text") for m in found} & configuration_auto.CONFIG_MAPPING_NAMES.keys()
 
 
 # --- what has been compared ------------------------------------------------------------------------------------------

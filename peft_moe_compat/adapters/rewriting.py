@@ -29,11 +29,11 @@ def rewritten(model_type: str | None, peft: str, transformers: str | None) -> fr
         peft: The release that reads the config.
         transformers: The release beside it; None for any.
     """
-    beside = None if transformers is None else base_release(parse_version(transformers)).major
+    beside = None if transformers is None else base_release(parse_version(transformers))
     old = base_release(parse_version(peft)) < FIRST_PEFT_FOR_TRANSFORMERS_5
-    if old or (beside is not None and beside < 5) or (model_type is not None and model_type not in families.REWRITTEN):
+    if old or (beside is not None and beside.major < 5):
         return frozenset()
-    found = families.REWRITTEN if model_type is None else {model_type}
+    found = [one for one in ([model_type] if model_type else families.REWRITTEN) if families.is_rewritten(one, beside)]
     return frozenset(name for one in found for name in families.family(one).linears.values())
 
 
