@@ -85,8 +85,9 @@ def examine(lora: ExpertLora, is_reversed: bool = False) -> Numbers:
             if not bool(columns.any()):  # as a rule after the first
                 break
             columns &= (A[expert] == 0).all(0)
+        rows_of_A, rows_of_B = of_A.numpy(), of_B.numpy()
         for expert in updated.nonzero().flatten().tolist():
-            key = of_A[expert].numpy().tobytes(), of_B[expert].numpy().tobytes()
+            key = rows_of_A[expert].tobytes(), rows_of_B[expert].tobytes()
             same.setdefault(key, []).append(seen + expert)
         seen += len(A)
         lost, unused = (first & ~second).sum(1), (second & ~first).sum(1) * updated
