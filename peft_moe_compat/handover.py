@@ -36,6 +36,9 @@ from .proving import prove
 
 __all__ = ["AdapterStream", "adapter_tensors", "save_adapter"]
 
+# Those of 8 bits need a scale, which no file of factors has: e4m3 clips without a word, e8m0 has no sign.
+_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class _Places(Mapping[str, Tensor]):
     """Tensors of a model by name, as they are when they are asked for: parameters may be replaced meanwhile."""
@@ -220,11 +223,12 @@ def adapter_tensors(
         allow_lossy: See `convert_adapter`.
 
     Raises:
-        AdapterError: There is no such adapter or several are active, `dtype` has no floating point, or what
+        AdapterError: There is no such adapter or several are active, `dtype` is an integer's or of 8 bits, or what
             `convert_adapter` raises for its file.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise AdapterError(f"An adapter's weights are floating-point numbers; dtype={dtype} cannot hold them.")
+    if dtype not in _DTYPES:
+        taken = ", ".join(str(taken).removeprefix("torch.") for taken in _DTYPES if taken is not None)
+        raise AdapterError(f"dtype={dtype} cannot hold an adapter's weights; one of {taken} was expected.")
     source, stated = _live(model, adapter_name)
     target = parse_target(to)
     _, plan = planned(source, stated, target, False, allow_lossy)

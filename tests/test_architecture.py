@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "handover": {"errors", "adapters", "model", "patching", "proving"},
 }
 ROOMS["cli"] = {*ROOMS}
+ROOMS["__main__"] = {"cli"}
 # Within `forward`, from below to above.
 FORWARD = ["backend", "dropout", "grouped_mm", "frozen", "kernels", "fused_ops", "fused", "layer", "undecorated"]
 # Room or module -> what it never imports, also not inside a function.

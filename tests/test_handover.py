@@ -105,8 +105,9 @@ def test_gradients_stay_on_while_streams_are_gone_through_and_when_one_is_left_h
 
 def test_a_dtype_that_cannot_hold_the_weights_is_refused():
     model = zoo.peft_model(zoo.tiny_model(FAMILIES[0]))
-    with pytest.raises(AdapterError, match="int8 cannot hold them"):
-        adapter_tensors(model, "peft", dtype=torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+        with pytest.raises(AdapterError, match=f"{dtype} cannot hold .* one of float16, bfloat16, float32, float64"):
+            adapter_tensors(model, "peft", dtype=dtype)
     with torch.no_grad():
         zoo.wrappers(model)[0].lora_A["default"].weight[0, 0] = 1e6
     with pytest.raises(AdapterError, match="1 infinite"):

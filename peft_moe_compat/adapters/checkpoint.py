@@ -11,15 +11,18 @@ from typing import Any
 import torch
 
 from ..errors import AdapterError, AdapterFileError
+from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME
 from .files import download, is_hub_id, read_json, show, usable_path
 from .safetensors_io import TensorInfo
 from .stored import MXFP4, BlockFP8, Format, Plain
-from .tensors import AdapterTensors, open_safetensors, open_shards, refuse_outside
+from .tensors import INDEX, AdapterTensors, open_safetensors, open_shards, refuse_outside
 
 __all__ = ["PLAIN", "Checkpoint", "StoredWeight", "open_checkpoint"]
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
 _HUB_FILES = ["config.json", "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.md"]
+# Of an adapter beside the base, which from_pretrained would look for the weights of.
+_OF_ADAPTERS = (CONFIG_NAME, AUTOMODEL_NAME, INDEX)
 # Ends of files that hold a model's weights in another form: they would be those of the base still.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".safetensors")
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -117,8 +120,13 @@ class Checkpoint:
             )
         return StoredWeight(name, (blocks, scales), MXFP4(), (*scales.shape[:2], 32 * scales.shape[2]))
 
+    @property
+    def adapter(self) -> bool:
+        """Whether an adapter lies in the same folder."""
+        return (self.folder / CONFIG_NAME).is_file()
+
     def other_files(self) -> Iterator[Path]:
-        """Files to copy, relative to the folder: all but weights, in this form or another, and what is hidden.
+        """Files to copy, relative to the folder: all but weights, an adapter beside them, and what is hidden.
 
         Raises:
             AdapterFileError: One is a link to outside of the folder.
@@ -127,7 +135,8 @@ class Checkpoint:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 path = Path(root, name)
-                if path.is_file() and not name.startswith(".") and path.suffix not in _OTHER_WEIGHTS:
+                left = name.startswith(".") or name in _OF_ADAPTERS or path.suffix in _OTHER_WEIGHTS
+                if path.is_file() and not left:
                     refuse_outside(path, self.folder)
                     yield path.relative_to(self.folder)
 
@@ -147,6 +156,11 @@ def open_checkpoint(base: str | Path) -> Checkpoint:
         if os.path.lexists(folder) or not is_hub_id(str(base)):
             raise AdapterFileError(f"{base} is no folder; that of the base model's checkpoint was needed.")
         folder = download(str(base), _HUB_FILES)
+    if not (folder / "config.json").exists() and (folder / CONFIG_NAME).is_file():
+        raise AdapterFileError(
+            f"{folder} holds an adapter; the base model's checkpoint was needed there. BASE comes first: merge BASE "
+            "ADAPTER OUT, and verify ADAPTER MERGED --base BASE."
+        )
     config = read_json(folder / "config.json")
     quantised = config.get("quantization_config")
     if quantised is not None:
@@ -157,13 +171,13 @@ def open_checkpoint(base: str | Path) -> Checkpoint:
             raise AdapterError(f"{folder} is quantised by {show(method)}; {_TAKEN}")
         _check_block(folder, quantised.get("weight_block_size"))
     tensors = AdapterTensors()
-    if (folder / _INDEX).is_file():
-        open_shards(tensors, folder / _INDEX)
+    if (folder / _SHARDED).is_file():
+        open_shards(tensors, folder / _SHARDED)
     elif (folder / _SINGLE).is_file():
         refuse_outside(folder / _SINGLE, folder)  # as shards are, since what is in it is written anew
         open_safetensors(tensors, folder / _SINGLE)
     else:
-        raise AdapterFileError(f"{_SINGLE} or {_INDEX} was needed in {folder}. Save the base model as safetensors.")
+        raise AdapterFileError(f"{_SINGLE} or {_SHARDED} was needed in {folder}. Save the base model as safetensors.")
     return Checkpoint(folder, config, tensors)
 
 

@@ -61,16 +61,19 @@ class Merge:
         out: The new folder.
         rows: Every projection, experts and linears, in the order of the adapter.
         replaced: Weights that the adapter holds whole (`modules_to_save`), put in the place of the base's.
+        left_adapter: Whether an adapter lay beside the base: its files are left out, and it was not merged.
     """
 
     out: Path
     rows: tuple[Rounding, ...]
     replaced: tuple[str, ...]
+    left_adapter: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no number that is infinite: null for those."""
         rows = [{key: finite_or_null(value) for key, value in asdict(row).items()} for row in self.rows]
-        return {"schema_version": 1, "out": str(self.out), "rows": rows, "replaced": list(self.replaced)}
+        found = {"replaced": list(self.replaced), "left_adapter": self.left_adapter}
+        return {"schema_version": 1, "out": str(self.out), "rows": rows, **found}
 
 
 @dataclass
@@ -118,7 +121,8 @@ def merge_adapter(
     Weights of float32, bfloat16, float16, FP8 in blocks (transformers' fine-grained FP8) and MXFP4 are taken, stored
     expert by expert or fused. A shard is written after the other, with a few tensors in memory; each number is rounded
     once, from float64 for a float32 base and from float32 for the others. What the adapter does not change is copied
-    bit for bit, with all other files of the folder but weights in other forms. `out` appears complete or not at all.
+    bit for bit, with all other files of the folder but weights in other forms and an adapter beside them. `out`
+    appears complete or not at all.
 
     Args:
         base: The base model's folder with safetensors and `config.json`, or a Hub id.
@@ -138,7 +142,7 @@ def merge_adapter(
     job = plan_merge(base, adapter, Stated(model, written_by, orientation, packing, nesting))
     with atomic_folder(usable_path(out), source=job.checkpoint.folder) as folder:
         rows = _write(folder, job, progress)
-    return Merge(Path(out), rows, tuple(job.replaced))
+    return Merge(Path(out), rows, tuple(job.replaced), job.checkpoint.adapter)
 
 
 def plan_merge(base: str | Path, adapter: str | Path, stated: Stated) -> Job:

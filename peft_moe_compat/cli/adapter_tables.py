@@ -187,6 +187,8 @@ def show_merge(done: Merge, console: Console) -> None:
     if done.replaced:
         whole = ", ".join(done.replaced)
         console.print(plain(f"taken whole from the adapter: {whole}"), markup=False, highlight=False)
+    if done.left_adapter:
+        console.print("An adapter lay beside the base: its files are left out, and it is not merged.")
     console.print(plain(f"{done.out}: written."), markup=False, highlight=False)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .. import __version__
 from ..errors import PeftMoeCompatError
 from . import adapters, switch, trainers
 from .check import examine, show
@@ -24,6 +25,20 @@ app = typer.Typer(
     add_completion=False,
     help="LoRA on Mixture-of-Experts models: one layout and one grouped-mm forward for every PEFT release.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-moe-compat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
 
 adapters.register(app)
 switch.register(app)

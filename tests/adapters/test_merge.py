@@ -555,6 +555,18 @@ def test_hostile_bases(tmp_path):
     refused(tmp_path, write(tmp_path / "half", half), large, "wider dtype")
 
 
+def test_an_adapter_beside_the_base_is_left_out_and_said(tmp_path):
+    folder, (source, _) = write(tmp_path / "base", base_of(SPEC, "apart")), adapter(tmp_path / "in", SPEC)
+    assert not merge_adapter(folder, source, tmp_path / "alone").left_adapter
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    shown = CliRunner().invoke(app, ["merge", str(folder), str(source), str(tmp_path / "out")], env={"COLUMNS": "200"})
+    assert "An adapter lay beside the base" in shown.output
+    ours, alone = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("out", "alone"))
+    assert ours == alone
+    with pytest.raises(AdapterFileError, match="BASE comes first"):
+        merge_adapter(source, folder, tmp_path / "exchanged")
+
+
 def test_nothing_is_overwritten_and_weights_in_other_forms_are_left_out(tmp_path):
     folder = write(tmp_path / "base", base_of(SPEC, "apart"))
     (folder / "original").mkdir()

@@ -38,6 +38,13 @@ def run(*arguments, columns: int = 200):
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(columns)})
 
 
+def test_the_version_and_the_module():
+    assert run("--version").output == f"peft-moe-compat {peft_moe_compat.__version__}\n"
+    command = [sys.executable, "-m", "peft_moe_compat", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == f"peft-moe-compat {peft_moe_compat.__version__}\n"
+
+
 def test_inspect_shows_what_it_found(files):
     result = run("inspect", files / "in", "--model", files / "config.json")
     assert result.exit_code == 0, result.output
