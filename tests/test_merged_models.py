@@ -117,6 +117,14 @@ RENAMED = {
     },
     "granitemoe": {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
     "hy_v3": {"moe_intermediate_size": 24, "intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2},
+    # Its attention has experts too, of sizes of their own.
+    "jetmoe": {
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "kv_channels": 10,
+        "num_key_value_heads": 2,
+    },
     "laguna": {"moe_intermediate_size": 24, "intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2},
     "phimoe": {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
 }

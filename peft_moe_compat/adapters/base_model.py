@@ -251,8 +251,11 @@ def _scopes(config: Mapping[str, Any]) -> Iterator[tuple[str, Scope]]:
     # longcat_flash: gate_up_proj has rows for the zero experts too, down_proj has none.
     zero = next(iter(_integers(config, ("zero_expert_num",))), 0)
     counts |= {count + zero for count in counts}
+    # jetmoe: its attention has experts too, of an input_linear without a gate, whose rows count as two halves.
+    channels, heads = (_integers(config, (name,)) for name in ("kv_channels", "num_key_value_heads"))
+    inner = frozenset(size for a in channels for b in heads for size in (a * b, a * b // 2))
     if counts and hidden and intermediate:
-        yield _model_type(config), Scope(counts, hidden, intermediate)
+        yield _model_type(config), Scope(counts, hidden, intermediate | inner)
     for value in config.values():
         if isinstance(value, Mapping):
             yield from _scopes(value)
