@@ -13,7 +13,7 @@ from .names import LINEAR_NAMES
 from .outputs import Output
 from .patterns import Patterns
 from .ranks import lora_alpha, lora_rank
-from .readers import NotTakenError
+from .readers import KEEP_THE_BASE, NotTakenError
 from .refit import Refit
 from .rewriting import named_as, reaching, rewritten, targets_of
 from .steps import Step
@@ -59,7 +59,8 @@ def target_config(
         config.pop("peft_version", None)
         if stamps_its_version(target.peft):
             config["peft_version"] = target.peft
-    steps = _fit_for_parameters(config) if how.form == "fused" and target.peft is not None else []
+    parameters = how.form == "fused" and target.peft is not None
+    steps = _fit_for_parameters(config, source.form != "fused") if parameters else []
     _retarget(config, how, experts, [output.path for output in linears] + list(others))
     targets = Targets(config["target_parameters"] or ())
     linears = [_keyed(output, named_as(targets, output.path), target.reader.everything) for output in linears]
@@ -80,13 +81,18 @@ def target_config(
     return config, steps
 
 
-def _fit_for_parameters(config: dict[str, Any]) -> list[Step]:
-    """Takes out of a config what PEFT's `ParamWrapper` refuses and what changes nothing in a trained adapter."""
+def _fit_for_parameters(config: dict[str, Any], moved: bool) -> list[Step]:
+    """Takes out of a config what PEFT's `ParamWrapper` refuses and what changes nothing in a trained adapter.
+
+    `moved`: The LoRA was not that of parameters before.
+    """
     if refused := [name for name in _NOT_ON_PARAMETERS if config.get(name)]:
         raise NotTakenError(
             "parameters", f"The adapter has {' and '.join(refused)}, which PEFT takes on no parameter of fused experts."
         )
     config["fan_in_fan_out"] = False
+    if moved and config.get("init_lora_weights") in KEEP_THE_BASE:  # a beginning of linears; what is loaded replaces it
+        config["init_lora_weights"] = True
     dropout = config.get("lora_dropout")
     config["lora_dropout"] = 0.0
     return [Step("dropout", (dropout,))] if dropout else []

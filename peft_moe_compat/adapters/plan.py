@@ -117,12 +117,13 @@ def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:
     paths = (how.served(how.beside_experts(linear.path)) for linear in made)
     linears = [o if o.path == path else plain(o.part, path) for o, path in zip(made, paths, strict=True)]
     start = source.config.init_lora_weights
-    if not target.reader.everything and start is not None and start not in KEEP_THE_BASE:
+    fuses = how.form == "fused" and source.form in ("per_expert", "stacked")
+    if (fuses or not target.reader.everything) and start is not None and start not in KEEP_THE_BASE:
         raise NotTakenError(
             "initialised",
             f"The adapter was made with init_lora_weights={start!r}, which changes the base model, and {target} does "
-            "not do that again. Have PEFT save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_"
-            "conversion=...).",
+            f"not do that again{' for fused experts' * fuses}. Have PEFT save it as plain LoRA: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...).",
         )
     single = _single_experts(source)
     for name in rest:

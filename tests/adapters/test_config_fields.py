@@ -88,3 +88,19 @@ def test_files_without_lora_on_experts_are_judged_by_the_same_rules(tmp_path, ca
     found = inspect_adapter(linears(tmp_path / "in", extra, **config), model=SPEC.model()).readers
     assert {name: found[name].verdict for name in expected} == expected
     assert {verdict.verdict for name, verdict in found.items() if name.startswith("PEFT")} == {"reads"}
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_single_experts_whose_base_has_changed_do_not_become_fused(tmp_path, start):
+    source = save_per_expert(tmp_path / "in", SPEC, SPEC.factors(SPEC.linear_roles()), init_lora_weights=start)
+    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+        convert_adapter(source, tmp_path / "out", to="peft==0.19.0", model=SPEC.model())
+    found = inspect_adapter(source, model=SPEC.model()).readers
+    assert {verdict.verdict for name, verdict in found.items() if name.startswith("PEFT >= 0.19")} == {"fails"}
+
+
+@pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal", "mica"])
+def test_a_beginning_that_parameters_do_not_have_is_left_out(tmp_path, start):
+    source = save_per_expert(tmp_path / "in", SPEC, SPEC.factors(SPEC.linear_roles()), init_lora_weights=start)
+    convert_adapter(source, tmp_path / "out", to="peft==0.19.0", model=SPEC.model())
+    assert read_config(tmp_path / "out")["init_lora_weights"] is True
