@@ -6,9 +6,10 @@ tensors of the written names and shapes, without data, to load.
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from itertools import count
@@ -234,6 +235,7 @@ def _put(model: Any, folder: Path, tensors: Mapping[str, TensorInfo], loads: boo
     if lost := [name for name in tensors if name not in shapes]:
         raise ValueError(
             f"{len(lost)} of {len(tensors)} tensors would be lost, such as {lost[0].removeprefix(PREFIX)!r}."
+            f"{_elsewhere(lost[0].removeprefix(PREFIX), [name.removeprefix(PREFIX) for name in shapes])}"
         )
     for name, info in tensors.items():
         if info.shape != shapes[name]:
@@ -245,3 +247,15 @@ def _put(model: Any, folder: Path, tensors: Mapping[str, TensorInfo], loads: boo
     adapters = {name.replace(".default.", ".") for name in result.missing_keys}
     if lost := [*result.unexpected_keys, *(adapters & tensors.keys())]:
         raise ValueError(f"PEFT would lose {len(lost)} tensors under other names, such as {lost[0]!r}.")
+
+
+def _elsewhere(lost: str, held: Iterable[str]) -> str:
+    """Where a model has the layers of a lost tensor, if in one other place, for a message."""
+    layers = re.search(r"(?:^|(?<=\.))(layers|blocks|h)\.[0-9]+\..*", lost)
+    if layers is None:
+        return ""
+    before = {name.removesuffix(layers[0]) for name in held if name.endswith(f".{layers[0]}")}
+    if len(before) != 1:
+        return ""
+    old, new = lost[: layers.end(1)], before.pop() + layers[1]
+    return f" This model has these modules under {new!r}: add --rename {old}={new}."

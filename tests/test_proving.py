@@ -135,7 +135,7 @@ def test_a_renamed_adapter_is_not_tried_on_the_model_of_the_old_paths(tmp_path):
     rename = ["model.layers=model.language_model.layers"]
     done = convert_adapter(tmp_path / "in", tmp_path / "out", rename=rename)
     assert done.proof.by != "model"
-    with pytest.raises(AdapterError, match="would not take"):
+    with pytest.raises(AdapterError, match="would not take .*--rename model.language_model.layers=model.layers"):
         convert_adapter(tmp_path / "in", tmp_path / "no", rename=rename, model=tmp_path / "base")
 
 

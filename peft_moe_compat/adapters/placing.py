@@ -89,6 +89,9 @@ def place(source: AdapterSource, parts: Sequence[Part], checkpoint: Checkpoint, 
         target = source.config.target_parameters.matrix(slot.path)
         parameter = "weight" if target is None else target.rpartition(".")[2]
         wanted.append((plain_part(slot), list(_linear_options(slot.path, parameter, base))))
+    if checkpoint.config.get("tie_word_embeddings") is True:
+        for name in (options[0].names[0] for _, options in wanted if options and options[0].names[0].endswith(_TIED)):
+            raise _is_tied(name, checkpoint)
     names = _Names(checkpoint)
     names.settle(wanted, base)
     found: dict[str, tuple[StoredWeight, list[Update]]] = {}
@@ -104,9 +107,6 @@ def place(source: AdapterSource, parts: Sequence[Part], checkpoint: Checkpoint, 
             expert = index // len(option.sides) if len(weight.shape) == 2 else None
             update = Update(part, expert, *option.sides[index % len(option.sides)])
             found.setdefault(weight.name, (weight, []))[1].append(update)
-    tied = checkpoint.config.get("tie_word_embeddings") is True
-    for name in (name for name in found if tied and name.endswith(_TIED)):
-        raise _is_tied(name, checkpoint)
     turned = _transposed([(weight, update) for weight, updates in found.values() for update in updates], base)
     return [_checked(weight, tuple(updates), turned) for weight, updates in found.values()]
 

@@ -117,7 +117,7 @@ def others(how: Refit) -> tuple[list[Output], list[Copied], list[Step]]:
     paths = (how.served(how.beside_experts(linear.path)) for linear in made)
     linears = [o if o.path == path else plain(o.part, path) for o, path in zip(made, paths, strict=True)]
     start = source.config.init_lora_weights
-    fuses = how.form == "fused" and source.form in ("per_expert", "stacked")
+    fuses = how.form == "fused" and source.form != "none"
     if (fuses or not target.reader.everything) and start is not None and start not in KEEP_THE_BASE:
         raise NotTakenError(
             "initialised",
