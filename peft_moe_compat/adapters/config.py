@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..releases import stamps_its_version
 from .adapter_config import UNSLOTH_DETAIL, UNSLOTH_LAYOUT
+from .config_fields import CHANGES
 from .names import LINEAR_NAMES
 from .outputs import Output
 from .patterns import Patterns
@@ -86,7 +87,8 @@ def _fit_for_parameters(config: dict[str, Any], moved: bool) -> list[Step]:
 
     `moved`: The LoRA was not that of parameters before.
     """
-    if refused := [name for name in _NOT_ON_PARAMETERS if config.get(name)]:
+    never = {*_NOT_ON_PARAMETERS, *(CHANGES.keys() - {"layer_replication"} if moved else ())}
+    if refused := sorted(name for name in never if config.get(name)):
         raise NotTakenError(
             "parameters", f"The adapter has {' and '.join(refused)}, which PEFT takes on no parameter of fused experts."
         )

@@ -66,6 +66,9 @@ def test_what_means_something_else_is_neither_merged_nor_written_for_servers(tmp
         if (to, field) != ("llama.cpp", "alora_invocation_tokens"):
             with pytest.raises(AdapterError, match=field):
                 convert_adapter(experts, tmp_path / to, to=to, model=SPEC.model())
+    if field != "layer_replication":  # on the linears beside them
+        with pytest.raises(AdapterError, match=f"{field}, which PEFT takes on no parameter"):
+            convert_adapter(experts, tmp_path / "fused", to="peft==0.19.1", model=SPEC.model())
 
 
 BIAS, HEAD = {f"{Q_PROJ}.lora_B.bias": torch.ones(8)}, {f"{PREFIX}lm_head.weight": torch.ones(16, 8)}
