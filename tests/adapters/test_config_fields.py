@@ -98,8 +98,6 @@ def test_single_experts_whose_base_has_changed_do_not_become_fused(tmp_path, sta
     source = save_per_expert(tmp_path / "in", SPEC, SPEC.factors(SPEC.linear_roles()), init_lora_weights=start)
     with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
         convert_adapter(source, tmp_path / "out", to="peft==0.19.0", model=SPEC.model())
-    found = inspect_adapter(source, model=SPEC.model()).readers
-    assert {verdict.verdict for name, verdict in found.items() if name.startswith("PEFT >= 0.19")} == {"fails"}
 
 
 @pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal", "mica"])
