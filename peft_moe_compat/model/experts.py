@@ -189,8 +189,13 @@ def routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str
 
 def bare(model: Any) -> nn.Module:
     """The model inside a PeftModel: what PEFT matches, and names in adapter files, are relative to it."""
-    found: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return found
+    if not hasattr(model, "get_base_model"):
+        found: nn.Module = model
+        return found
+    try:
+        return model.get_base_model()  # type: ignore[no-any-return]
+    except KeyError:  # it asks the active adapter, which has been deleted
+        return model.base_model.model  # type: ignore[no-any-return]
 
 
 def strip_base_layer(name: str) -> str:

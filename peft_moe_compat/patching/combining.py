@@ -76,6 +76,7 @@ def add_weighted_adapter(stock: Callable[..., None]) -> Callable[..., None]:
         *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
         there = adapter_name in self.peft_config
+        _check_whole(self.model, adapters)
         with _parameters_of_all(self.peft_config, adapters):
             stock(self, adapters, weights, adapter_name, combination_type, *args, **kwargs)
         for wrapper in () if there else self.model.modules():
@@ -125,12 +126,17 @@ def svd_weighted_adapter(stock: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
-def _read(wrapper: Any, adapter_name: str) -> ExpertLora:
-    if is_dtensor(wrapper.lora_A[adapter_name].weight):
+def _check_whole(model: Any, adapters: Sequence[str]) -> None:
+    """Raises `ParallelismError`, before anything is made."""
+    held = (module.lora_A for module in model.modules() if is_param_wrapper(module))
+    if any(is_dtensor(lora_A[name].weight) for lora_A in held for name in adapters if name in lora_A):
         raise ParallelismError(
             "add_weighted_adapter needs whole adapters, but these are spread over ranks with the experts. Combine them "
             "in a process that holds the whole model, and save the result."
         )
+
+
+def _read(wrapper: Any, adapter_name: str) -> ExpertLora:
     transposed = stored_transposed(wrapper.get_base_layer(), wrapper.parameter_name)
     return read_adapter(wrapper, adapter_name, transposed, installed_rule(), None).canonical()
 

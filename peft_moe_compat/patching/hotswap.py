@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.ranks import lora_numbers
-from ..model.wrappers import is_param_wrapper
+from ..errors import ParallelismError
+from ..model.wrappers import is_dtensor, is_param_wrapper
 from .arguments import naming
 from .displaced import notice
 from .given import STATE_DICT, understand_tensors
@@ -40,6 +41,11 @@ def hotswap_adapter_from_state_dict(stock: Any) -> Any:
         wrappers = {p: m for p, m in model.named_modules() if is_param_wrapper(m) and name in m.lora_A}
         if not wrappers:
             return stock(*args, **kwargs)
+        if any(is_dtensor(wrapper.lora_A[name].weight) for wrapper in wrappers.values()):
+            raise ParallelismError(
+                "A hot swap copies into whole factors, but these are spread over ranks with the experts. Put the "
+                "weights in place by set_peft_model_state_dict(model, whole_state_dict), on every rank."
+            )
         if not is_loading():
             tensors = _as_held(model, name, given["config"], tensors)
             args, kwargs = (), {**given, "state_dict": tensors}

@@ -154,6 +154,18 @@ def test_a_trainer_resumes_into_the_adapter_that_is_there(tmp_path, caplog):
     assert len(told(caplog)) == 1
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"), reason="PEFT before 0.20 takes one adapter on parameters"
+)
+def test_an_adapter_is_loaded_where_the_only_one_was_deleted(tmp_path):
+    expected, fresh = save(tmp_path)
+    model = PeftModel.from_pretrained(fresh(), tmp_path)
+    model.delete_adapter("default")
+    rewrite(tmp_path, flipped)
+    model.load_adapter(str(tmp_path), "default")
+    assert_equal(model, expected)
+
+
 def test_a_second_adapter_is_read_as_what_it_is(tmp_path):
     expected, fresh = save(tmp_path)
 

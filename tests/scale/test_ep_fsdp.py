@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from support import zoo
 
@@ -112,6 +113,9 @@ def _refusals(folder):
 
     model = get_peft_model(loaded(), LoraConfig(**CONFIG))
     attempt("second", lambda: model.add_adapter("other", LoraConfig(**CONFIG)))
+    attempt("weighted", lambda: model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat"))
+    attempt("swapped", lambda: hotswap_adapter(model, f"{folder}/adapter", "default"))
+    assert list(model.peft_config) == ["default"]
     attempt("whole modules", lambda: get_peft_model(loaded(), LoraConfig(**CONFIG, modules_to_save=["lm_head"])))
     after = loaded()
     after(input_ids=models.batches()[0])
@@ -235,6 +239,8 @@ def test_refused_by_name(cell):
     for told in run(2, _refusals, str(folder)):
         for name, words in {
             "second": "a second adapter",
+            "weighted": "add_weighted_adapter needs whole adapters",
+            "swapped": "set_peft_model_state_dict",
             "whole modules": "modules_to_save",
             "late": "after the model's first forward",
             "older": "Update PEFT to 0.21.1 and transformers to 5.24",
