@@ -93,7 +93,8 @@ def _fit_for_parameters(config: dict[str, Any], moved: bool) -> list[Step]:
             "parameters", f"The adapter has {' and '.join(refused)}, which PEFT takes on no parameter of fused experts."
         )
     config["fan_in_fan_out"] = False
-    if moved and config.get("init_lora_weights") in KEEP_THE_BASE:  # a beginning of linears; what is loaded replaces it
+    start = config.get("init_lora_weights")
+    if moved and isinstance(start, str) and start in KEEP_THE_BASE:  # of linears; what is loaded replaces it
         config["init_lora_weights"] = True
     dropout = config.get("lora_dropout")
     config["lora_dropout"] = 0.0

@@ -105,3 +105,9 @@ def test_a_beginning_that_parameters_do_not_have_is_left_out(tmp_path, start):
     source = save_per_expert(tmp_path / "in", SPEC, SPEC.factors(SPEC.linear_roles()), init_lora_weights=start)
     convert_adapter(source, tmp_path / "out", to="peft==0.19.0", model=SPEC.model())
     assert read_config(tmp_path / "out")["init_lora_weights"] is True
+
+
+def test_a_beginning_without_a_name_stays_as_it_is(tmp_path):
+    source = save_per_expert(tmp_path / "in", SPEC, SPEC.factors(SPEC.linear_roles()), init_lora_weights=["gaussian"])
+    convert_adapter(source, tmp_path / "out", to="peft==0.19.0", model=SPEC.model())
+    assert read_config(tmp_path / "out")["init_lora_weights"] == ["gaussian"]
