@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from ...model.packed import CODES, FLOAT8, INT8, Codec, PackedWeight
+from ...model.packed import CODES, FLOAT8, Codec, PackedWeight
 from ..grouped_mm import grouped_mm
 from . import gemm
 from .common import Config, Factor, capability_of, cdiv, dot_precision, tile_rows
@@ -23,10 +23,8 @@ __all__ = ["AHEAD_FROM", "linear", "unpacking_of", "unpacks_many"]
 
 # Columns of a tile that is decoded in the product, and its steps along K.
 UNPACKING = Config(64, 4, 3), 64
-# The same for more rows, on Hopper and large Blackwells alone: others have no registers for it. And on average of how
-# many rows to an expert a stack is decoded ahead of the product instead.
-UNPACKING_FOR_MANY = {CODES: (Config(64, 4, 3), 64), INT8: (Config(64, 4, 3), 64), FLOAT8: (Config(128, 8, 3), 64)}
-AHEAD_FROM = 192
+FLOAT8_FOR_MANY = Config(128, 8, 3), 64  # for tiles of more than 64 rows
+AHEAD_FROM = 192  # rows to an expert, on average, from which on a stack is decoded ahead of the product instead
 SCRATCH = 127 * 2**20  # bytes of weights that are decoded at a time: fewer lose more to the tails of launches
 
 
@@ -95,15 +93,15 @@ def _unpacking_product(
 
 
 def unpacks_many(codec: Codec, capability: int) -> bool:
-    """Whether the product decodes, below `AHEAD_FROM`, for tiles of 128 rows too."""
+    """Whether the product decodes, below `AHEAD_FROM`, for tiles of 128 rows too; small cards lack the registers."""
     # Of codes in tiles of 64 columns triton 3.6 compiles nothing for Blackwell (`unpacking_of`).
-    return codec.kind in UNPACKING_FOR_MANY and 90 <= capability < (100 if codec.kind == CODES else 120)
+    return 90 <= capability < (100 if codec.kind == CODES else 120)
 
 
 def unpacking_of(codec: Codec, capability: int, rows: int) -> tuple[Config, int]:
     """Which of those above, for tiles of so many rows on a device of compute capability 9.0 as 90, say."""
-    if rows > 64:
-        return UNPACKING_FOR_MANY[codec.kind]
+    if rows > 64 and codec.kind == FLOAT8:
+        return FLOAT8_FOR_MANY
     config, depth = UNPACKING
     # triton 3.6 cannot compile products of 64 such columns for Blackwell: its compiler fails in a pass.
     return (config._replace(columns=32), depth) if codec.kind == CODES and capability >= 100 else (config, depth)
