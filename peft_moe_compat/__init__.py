@@ -20,7 +20,7 @@ Save. The file is PEFT's, with a stamp that says how its experts' LoRA is laid o
     model.save_pretrained("adapter")
 
 Load. A file of any PEFT release, of Unsloth, NeMo Automodel, VeOmni and others is read as what it is. One that does not
-tell is refused before anything is put into the model, unless `with written_by("peft==0.18.1"):` around the call says.
+tell is refused before anything is put into the model, unless `with written_by("peft==VERSION"):` around the call says.
 
     base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")
     model = PeftModel.from_pretrained(base, "adapter")
