@@ -1,13 +1,15 @@
 """This library beside what else makes training fast: Liger's kernels, attention, torch.compile, continuous batching.
 
-    python benchmarks/composition.py [--what train,batching,watch,names] [--rows plain,liger] [--layers 12] [--json OUT]
+    python benchmarks/composition.py [--what train,batching,watch,names,dbrx] [--rows plain,liger] [--json OUT]
 
 `train`: five steps of Qwen3-30B-A3B's sizes with fewer layers and random bfloat16 weights, LoRA r = 16 on experts and
 attention, 4 x 2048 tokens, AdamW, with gradient checkpointing and without. Each row has a fresh model of the same
 numbers. `batching`: transformers' `generate_batch` on prompts of different lengths beside `generate`, in bfloat16, and
 whether their tokens are equal in float32. `watch`: what `ParamWrapper.__call__` costs the processor while the library
 is active. `names`: a training step with `adapter_names`, two and four adapters in a batch, in a pass for each or one
-for all. `--device cpu` makes everything tiny, to see that it runs.
+for all. `dbrx`: one layer of DBRX's sizes, whose experts lie below each other in matrices, beside its frozen base,
+and how far its output and gradient are from those of merged matrices. `--device cpu` makes everything tiny, to see
+that it runs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--what", default="train,batching,watch,names")
+parser.add_argument("--what", default="train,batching,watch,names,dbrx")
 parser.add_argument("--rows", help="of `train`, with commas; by default all")
 parser.add_argument("--checkpointing", default="on,off")
 parser.add_argument("--layers", type=int, default=12)
@@ -68,12 +70,14 @@ class Way:
     liger: bool = False  # fused linear cross entropy, RMSNorm and rope: liger_kernel_config={"swiglu": False}
     compiled: bool = False  # each decoder layer
     dropout: float = 0.0
+    on_attention: bool = True  # that dropout
 
 
 WAYS = {
     "plain": Way(),
     "liger": Way(liger=True),
     "dropout 0.05": Way(dropout=0.05),
+    "dropout 0.05 on experts alone": Way(dropout=0.05, on_attention=False),
     "eager attention": Way(attention="eager"),
     "flash attention": Way(attention="flash_attention_2"),
     "compiled": Way(compiled=True),
@@ -107,7 +111,7 @@ def base_model(layers: int, attention: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def with_lora(model: nn.Module, dropout: float = 0.0) -> nn.Module:
+def with_lora(model: nn.Module, dropout: float = 0.0, on_attention: bool = True) -> nn.Module:
     config = peft.LoraConfig(
         r=16,
         lora_alpha=32,
@@ -121,6 +125,9 @@ def with_lora(model: nn.Module, dropout: float = 0.0) -> nn.Module:
     for name, p in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.01)
+    for name, layers in wrapped.named_modules():
+        if name.endswith("lora_dropout") and "self_attn" in name and not on_attention:
+            layers["default"] = nn.Identity()
     return wrapped
 
 
@@ -129,7 +136,7 @@ def prepared(way: Way) -> Iterator[nn.Module]:
     """A model with LoRA, as that way has it; what Liger replaces for the whole process is put back."""
     genuine = dict(vars(modeling_qwen3_moe))
     with peft_moe_compat.activate() if way.ours else nothing():
-        model = with_lora(base_model(args.layers, way.attention, DTYPE), way.dropout)
+        model = with_lora(base_model(args.layers, way.attention, DTYPE), way.dropout, way.on_attention)
         try:
             if way.liger:
                 from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
@@ -287,6 +294,72 @@ def named() -> None:
                 say(f"{adapters} adapters, 4 x {length} tokens", **times)
 
 
+def dbrx() -> None:
+    """Stock PEFT's forward cannot run these: what is expected is transformers' own of the updated matrices."""
+    from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+
+    E, k, H, I, tokens = (4, 2, 32, 16, 16) if ON_CPU else (16, 4, 6144, 10752, 8192)  # noqa: E741
+    config = transformers.DbrxConfig(
+        d_model=H, attn_config={}, ffn_config={"ffn_hidden_size": I, "moe_num_experts": E, "moe_top_k": k}
+    ).ffn_config
+    config.hidden_size = H
+    with torch.device(args.device):
+        torch.manual_seed(0)
+        experts = DbrxExperts(config).to(DTYPE)
+        for p in experts.parameters():
+            nn.init.normal_(p, std=0.02).requires_grad_(False)
+        x = torch.randn(1, tokens, H, dtype=DTYPE)
+        weights, index = torch.randn(tokens, E).softmax(-1).topk(k)
+        along, weights = torch.randn_like(x), weights.to(DTYPE)
+
+    def outcome(few: int | None = None) -> tuple[torch.Tensor, ...]:
+        h = x[:, :few].clone().requires_grad_()
+        out = block["ffn"](h, index[:few], weights[:few])
+        leaves = [h, *(p for p in block.parameters() if p.requires_grad)]
+        return out.detach(), *torch.autograd.grad(out, leaves, along[:, :few])
+
+    def figures(row: str) -> None:
+        times = []
+        for step in range(9):
+            if step == 2 and not ON_CPU:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            found = outcome()
+            if not ON_CPU:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+            del found
+        peak = {} if ON_CPU else {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+        say(row, ms=round(1e3 * statistics.median(times[2:]), 2), **peak)
+
+    block = nn.ModuleDict({"ffn": experts})
+    figures("dbrx, frozen base")
+    targets = ["ffn.mlp.w1", "ffn.mlp.v1", "ffn.mlp.w2"]
+    with peft_moe_compat.activate(), torch.device(args.device):
+        peft.inject_adapter_in_model(peft.LoraConfig(r=16, target_modules=[], target_parameters=targets), block)
+        for name, p in block.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.01)
+        figures("dbrx, peft_moe_compat")
+        few = 64
+        found = outcome(few)[:2]  # the output, and the gradient of the hidden states
+        with torch.no_grad():
+            for wrapper in [m for m in block.modules() if hasattr(m, "parameter_name")]:
+                weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
+                weight.data = weight.data + wrapper.get_delta_weight("default").to(weight.dtype)
+                wrapper.enable_adapters(False)
+        merged = outcome_of(block["ffn"], x[:, :few], index[:few], weights[:few], along[:, :few])
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, merged, strict=True)]
+        say("dbrx, peft_moe_compat", off_merged=[round(error, 5) for error in errors])
+
+
+def outcome_of(experts: nn.Module, x: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and the gradient of the hidden states, for the last of `rest`."""
+    x = x.clone().requires_grad_()
+    out = experts(x, *rest[:-1])
+    return out.detach(), torch.autograd.grad(out, x, rest[-1])[0]
+
+
 class Through(nn.Module):
     """An experts module that does nothing."""
 
@@ -333,7 +406,8 @@ def main() -> None:
     card = "cpu" if ON_CPU else torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
     say("machine", device=card, layers=args.layers, tokens=f"{BATCH} x {LENGTH}", **versions)
-    for name, function in (("train", trained), ("batching", batched), ("watch", watched), ("names", named)):
+    functions = {"train": trained, "batching": batched, "watch": watched, "names": named, "dbrx": dbrx}
+    for name, function in functions.items():
         if name in what:
             function()
 
