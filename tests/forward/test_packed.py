@@ -262,7 +262,7 @@ def test_loaded_packed_by_the_tiled_product(stored, sizes, monkeypatch):
     quantise, transposed = FORMATS[stored]
     index = torch.multinomial(torch.tensor([0.75, 0.25]), 400, replacement=True)[:, None] * (sizes[0] - 1)
     check(*build(*sizes, transposed, quantise), index, 1e-2 if INTERPRETED else 4e-2)
-    assert launched or DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] != 9
+    assert launched or (DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] != 9)
 
 
 @pytest.mark.parametrize("scratch", [2**30, 2 * 65 * 256 * 128, 20000], ids=["whole", "some experts", "part of one"])

@@ -69,7 +69,7 @@ def _loaded_product(
                     r += tl.arange(0, HEIGHT)
                 here = r < CODEC[8]
                 if SPANS > 1:
-                    r, c = r[:, None], c + SPAN * tl.arange(0, SPANS)[None, :]
+                    r, c = r[:, None], c + SPAN * tl.arange(0, SPANS)[None, :]  # type: ignore[index]
                     here = (r < CODEC[8]) & (c < CODEC[9])
                 scale, zero = scales_of(
                     scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, here, CODEC
