@@ -184,12 +184,12 @@ def _patterns(
 
     It takes the first that matches: of the table as written, and of the sorted one that its `save_pretrained` writes.
     """
-    table = dict(config.get(patterns) or {})
+    table = config.get(patterns) or Patterns({})
 
-    def missed(new: Mapping[str, Any]) -> dict[_Named, set[str | None]]:
+    def missed(new: Patterns) -> dict[_Named, set[str | None]]:
         """What does not find its value -> the patterns that stand in the way."""
         found: dict[_Named, set[str | None]] = {}
-        for order in (Patterns(new), Patterns(dict(sorted(new.items())))) if new else (Patterns(new),):
+        for order in (new,) if new.as_saved is new else (new, new.as_saved):
             read = {**config, patterns: order}
             for named, value in wanted.items():
                 keys = named.keys if new else named.keys[:1]  # without patterns, one speaks for all
@@ -205,6 +205,6 @@ def _patterns(
     in_the_way = set[str | None]().union(*wrong.values())
     new = {o.pattern if len(by_pattern[o.pattern]) == 1 else o.full_pattern: wanted[o] for o in wrong}
     new |= {pattern: value for pattern, value in table.items() if pattern not in in_the_way | set(new)}
-    if missed(new):  # then each by its own name from the beginning, which no other pattern matches
+    if missed(Patterns(new)):  # then each by its own name from the beginning, which no other pattern matches
         new = {f"^{named.full_pattern}": value for named, value in wanted.items()}
     return new

@@ -12,7 +12,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -120,7 +120,7 @@ class Patterns(dict[str, Any]):
         for index, pattern in enumerate(self._order):
             if _NAME.fullmatch(pattern):
                 head, tail, rest = pattern, "", None
-                wild = tuple(at for at, char in enumerate(pattern) if char == ".")
+                wild = _dots(pattern)
             else:
                 total += len(pattern)
                 if total > _MAX_TOTAL:
@@ -135,6 +135,12 @@ class Patterns(dict[str, Any]):
                 begun = self._begun.setdefault(len(head), {}).setdefault(wild, {})
                 begun.setdefault(head, []).append((index, tail, rest))
 
+    @cached_property
+    def as_saved(self) -> Patterns:
+        """The same in the order in which PEFT's `save_pretrained` writes them."""
+        order = sorted(self._order)
+        return self if order == self._order else Patterns({pattern: self[pattern] for pattern in order})
+
     def find(self, key: str) -> str | None:
         """The first pattern that PEFT's `get_pattern_key` matches with `key`, None where none does."""
         if key not in self._known:
@@ -142,10 +148,10 @@ class Patterns(dict[str, Any]):
         return self._known[key]
 
     def _find(self, key: str) -> str | None:
-        starts = [0, *(at + 1 for at, char in enumerate(key) if char == ".")]
+        starts = [0, *(at + 1 for at in _dots(key))]
         best, size = len(self._order), len(key)
-        for start in starts:
-            for wild, names in self._names.get(size - start, {}).items():
+        for start in (start for start in starts if size - start in self._names):
+            for wild, names in self._names[size - start].items():
                 self._work.spend(1 + size // 64)
                 best = min(best, names.get(_masked(key[start:], wild), best))
         going: dict[int, tuple[_Step, int]] = {}
@@ -165,14 +171,24 @@ class Patterns(dict[str, Any]):
         return self._order[best] if best < len(self._order) else None
 
 
+def _dots(text: str) -> tuple[int, ...]:
+    """Where a text has dots."""
+    found, at = [], text.find(".")
+    while at >= 0:
+        found.append(at)
+        at = text.find(".", at + 1)
+    return tuple(found)
+
+
 def _masked(text: str, wild: tuple[int, ...]) -> str:
     """A text with dots at these places."""
-    if all(text[at] == "." for at in wild):
-        return text
-    chars = list(text)
     for at in wild:
-        chars[at] = "."
-    return "".join(chars)
+        if text[at] != ".":
+            chars = list(text)
+            for there in wild:
+                chars[there] = "."
+            return "".join(chars)
+    return text
 
 
 def _parts(tree: list[tuple[Any, Any]]) -> tuple[str, tuple[int, ...], str, _Step | None]:

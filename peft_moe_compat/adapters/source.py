@@ -38,6 +38,7 @@ class AdapterSource:
     Attributes:
         folder: Where it lies.
         config: adapter_config.json.
+        given: Its fields as they lie there, where `config` has what another file says of them; parsed alike.
         automodel: NeMo Automodel's own file beside it, None where there is none: its name for the layout, and whether
             the experts have a rank of their own. Source: nemo_automodel 0.7, components/_peft/lora.py.
         tensors: The tensors, by name.
@@ -51,6 +52,7 @@ class AdapterSource:
 
     folder: Path
     config: AdapterConfig
+    given: Mapping[str, Any]
     automodel: Mapping[str, Any] | None
     tensors: AdapterTensors
     base: BaseModel | None
@@ -179,6 +181,7 @@ def source_of(
 ) -> AdapterSource:
     """An adapter of this config and these tensors. What else lies in `folder` may speak of it; errors name it."""
     config = parse_config(raw)
+    given = config.raw
     require_few_names(raw, len(tensors.infos))
     beside = folder / AUTOMODEL_NAME
     automodel = read_json(beside) if ordinary_file(beside) else None
@@ -199,7 +202,7 @@ def source_of(
         stamp = replace(stamp, modules={renamed(path, renames): said for path, said in stamp.modules.items()})
     modules = experts_modules(names, config, base, stamp)
     linears, rest = linear_slots(names, tensors.infos, config)
-    return AdapterSource(folder, config, automodel, tensors, base, stamp, names.prefix, modules, linears, rest)
+    return AdapterSource(folder, config, given, automodel, tensors, base, stamp, names.prefix, modules, linears, rest)
 
 
 def _check_config(folder: Path, raw: Mapping[str, Any], saved: Mapping[str, Any] | None) -> None:

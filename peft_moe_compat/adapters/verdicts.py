@@ -15,17 +15,15 @@ from ..errors import AdapterError, AmbiguousAdapterError
 from ..releases import FIRST_PEFT_FOR_TRANSFORMERS_5, NEWEST_TESTED, RULES
 from .conclusions import ReaderVerdict
 from .decide import Decision
-from .files import read_json
 from .names import linear_role
 from .outputs import GGUF_PATH, Output
-from .patterns import Patterns
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
 from .readers import READERS, NotTakenError, Target
 from .refit import Refit, linears_taken_for_experts, module_parts, refit, require_read
 from .rewriting import as_peft_reads, named_as, reaching
 from .shapes import parameter_order
-from .source import CONFIG_NAME, AdapterSource
+from .source import AdapterSource
 from .steps import Step
 from .targets import Targets, any_ending
 from .tensors import SAFETENSORS
@@ -228,7 +226,7 @@ def _layout(how: Refit) -> Iterator[Step]:
 def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     """What the reader takes from the file's own config, where that differs from the planned one."""
     source, target, reader = how.source, how.target, how.target.reader
-    given, planned = read_json(source.folder / CONFIG_NAME), plan.config
+    given, planned = source.given, plan.config
     if target.peft and given.get("peft_type") is None:
         yield Step("peft_type")
     if target.peft and how.form == "fused" and source.base is not None:
@@ -236,8 +234,7 @@ def _config(how: Refit, plan: Plan) -> Iterator[Step]:
     loras = [item for item in plan.items if isinstance(item, Output)]
     keys = _keys(loras, given, reader.everything)
     if reader.scaling == "config":
-        given = {**given, **{name: Patterns(given.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}}
-        if not given["rank_pattern"] and not given["alpha_pattern"]:
+        if not given.get("rank_pattern") and not given.get("alpha_pattern"):
             keys = [names[:1] for names in keys]  # one speaks for all
         looked_up = [(key, lora.part) for lora, names in zip(loras, keys, strict=True) for key in names]
         if any(lora_rank(given, key) != part.meta.rank for key, part in looked_up):
