@@ -112,6 +112,14 @@ FINDINGS = {
         "warning",
         "ranks of lora_B are zero where lora_A has numbers, in {count} of {of} experts: {experts}",
     ),
+    "constant_experts": (
+        "warning",
+        "lora_A or lora_B of {count} of {of} experts is one number throughout, as training never leaves it: {experts}",
+    ),
+    "huge": (
+        "warning",
+        "numbers up to {largest:g}, beside which the weights that they are added to vanish: diverged, or scaled twice",
+    ),
     "same_experts": (
         "warning",
         "{count} of {of} experts have the numbers of another one, copied, or of a pair that they share: {experts}",

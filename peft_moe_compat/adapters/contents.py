@@ -22,7 +22,7 @@ from .tensors import AdapterTensors
 __all__ = ["contents"]
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all)
-_OF_ONE_MATRIX = {"not_finite", "not_trained", "zero_rows", "zero_columns"}  # that need no experts told apart
+_OF_ONE_MATRIX = {"not_finite", "not_trained", "zero_rows", "zero_columns", "huge"}  # that need no experts told apart
 _LOT = 2**24  # bytes
 
 

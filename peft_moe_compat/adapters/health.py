@@ -26,6 +26,11 @@ _FEWEST = 4  # that a median says something of
 _MOST_RANKS = 512  # whose Gram matrices cost no more than reading the factors does
 _SPARSE = 4  # one in so many of an expert's rows
 _AT_ONCE = 2**22  # entries of a factor
+# Entries from which on a factor of one number is no chance: the first step of Adam moves all of lora_B by one distance,
+# and only the signs of their gradients tell its entries apart.
+_MANY = 32
+# A weight's entries are below 10, and their rows' norms below 10^3. Adam moves an entry by the learning rate in a step.
+_LARGEST = 1e6
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Numbers:
         zero_columns: "in": whether every expert with an update has that column of it all zero.
         lost_ranks: "E": how many ranks have lora_A zero and lora_B not, which training never makes.
         unused_ranks: "E": of an expert with an update, how many ranks have lora_B zero and lora_A not.
+        constant: "E": the experts of whose factors one is the same number, and not zero, throughout.
+        largest: Norm of the largest row of a factor that is finite, times the scaling where that is above 1.
         alike: The experts whose factors have the norms of another one's in every row, which no two trained ones have.
         norms: "E", float64: of each expert's update; empty where the rank is too large for it to be cheap.
     """
@@ -53,6 +60,8 @@ class Numbers:
     zero_columns: Tensor
     lost_ranks: Tensor
     unused_ranks: Tensor
+    constant: Tensor
+    largest: float
     alike: tuple[int, ...]
     norms: Tensor
 
@@ -65,17 +74,19 @@ def examine(lora: ExpertLora, is_reversed: bool = False) -> Numbers:
         is_reversed: Whether lora_A, which starts at random, is the canonical B, and lora_B the canonical A.
     """
     nan = infinite = 0
+    largest = 0.0
     rows = torch.zeros(lora.out_features, dtype=torch.int64)
     columns = torch.ones(lora.in_features, dtype=torch.bool)
     per_expert: list[tuple[Tensor, ...]] = []
     same: dict[tuple[bytes, bytes], list[int]] = {}
     seen = 0
-    for A, B in _few(lora):
-        of_A, of_B = torch.linalg.vector_norm(A, dim=2), torch.linalg.vector_norm(B, dim=2)  # "E r", "E out"
-        if not (bool(of_A.isfinite().all()) and bool(of_B.isfinite().all())):
-            for factor in (A, B):
+    for few in _few(lora):
+        (A, of_A), (B, of_B) = map(_rows, few)  # "E r", "E out"
+        for factor, norms in ((A, of_A), (B, of_B)):
+            if not bool(norms.isfinite().all()):
                 of_factor = not_finite(factor)
                 nan, infinite = nan + of_factor[0], infinite + of_factor[1]
+            largest = max(largest, float(norms.where(norms.isfinite(), 0).max()))
         ranks = of_A == 0, torch.linalg.vector_norm(B, dim=1) == 0  # "E r"
         first, second = reversed(ranks) if is_reversed else ranks
         updated = ~(first.all(1) | second.all(1))
@@ -92,11 +103,35 @@ def examine(lora: ExpertLora, is_reversed: bool = False) -> Numbers:
         seen += len(A)
         lost, unused = (first & ~second).sum(1), (second & ~first).sum(1) * updated
         norms = _norms(A, B) * abs(lora.scaling)
-        per_expert.append((first.all(1), second.all(1), without.sum(1), lost, unused, norms))
-    first, second, without, lost, unused, norms = (torch.cat(parts) for parts in zip(*per_expert, strict=True))
+        constant = _is_constant(A) | _is_constant(B)
+        per_expert.append((first.all(1), second.all(1), without.sum(1), lost, unused, constant, norms))
+    first, second, without, lost, unused, constant, norms = (
+        torch.cat(parts) for parts in zip(*per_expert, strict=True)
+    )
     shared = lora.A.stride(0) == lora.B.stride(0) == 0  # one pair for all, and written as one
     alike = tuple(sorted(e for group in same.values() if len(group) > 1 and not shared for e in group))
-    return Numbers(nan, infinite, first, second, rows, without, columns, lost, unused, alike, norms)
+    largest *= max(1.0, abs(lora.scaling))
+    return Numbers(nan, infinite, first, second, rows, without, columns, lost, unused, constant, largest, alike, norms)
+
+
+def _rows(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor and the norms of its rows; in float64 where squares leave float32's range before the numbers do."""
+    norms = torch.linalg.vector_norm(factor, dim=2)
+    if factor.dtype != torch.float64 and not bool((norms.isfinite() & (norms > 0)).all()):
+        return _rows(factor.double())
+    return factor, norms
+
+
+def _is_constant(factor: Tensor) -> Tensor:
+    """ "E": of which experts the factor is the same number, and not zero, throughout."""
+    first = factor[:, :1, :1]
+    # As a rule the first row, or column, tells.
+    found = (factor[:, :1] == first).all(2)[:, 0] & (factor[:, :, :1] == first).all(1)[:, 0] & (first != 0)[:, 0, 0]
+    if factor[0].numel() < _MANY:
+        return torch.zeros_like(found)
+    for expert in found.nonzero().flatten().tolist():
+        found[expert] = bool((factor[expert] == first[expert]).all())
+    return found
 
 
 def not_finite(tensor: Tensor) -> tuple[int, int]:
@@ -124,8 +159,7 @@ def _norms(A: Tensor, B: Tensor) -> Tensor:
         return A.new_empty(0, dtype=torch.float64)
     grams = (A @ A.transpose(1, 2)).double(), (B.transpose(1, 2) @ B).double()
     norms = (grams[0] * grams[1]).sum((1, 2)).clamp(min=0).sqrt()
-    # Squares leave float32's range before the numbers do.
-    if A.dtype != torch.float64 and not bool((norms.isfinite() & (norms > 0)).all()):
+    if {A.dtype, B.dtype} != {torch.float64} and not bool((norms.isfinite() & (norms > 0)).all()):
         return _norms(A.double(), B.double())
     return norms
 
@@ -152,6 +186,11 @@ def findings(numbers: Numbers, halves: Sequence[bool]) -> Iterator[tuple[str, di
     """
     if numbers.nan or numbers.infinite:
         yield "not_finite", {"nan": numbers.nan, "infinite": numbers.infinite}
+    if numbers.largest > _LARGEST:
+        yield "huge", {"largest": float(f"{numbers.largest:.2g}")}
+    if bool(numbers.constant.any()):
+        these = numbers.constant
+        yield "constant_experts", {"experts": _which(these), "count": int(these.sum()), "of": len(these)}
     experts, updated = len(numbers.zero_A), ~(numbers.zero_A | numbers.zero_B)
     untrained = numbers.zero_B & ~numbers.zero_A
     if bool(untrained.all()):

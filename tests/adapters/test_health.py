@@ -130,7 +130,17 @@ def spoil(factors, orientation):
     factors[2, "down"][0][0, 0, :2] = torch.inf
 
 
+def one_number(factors, orientation):
+    as_peft_has_them(factors, orientation)[1][:] = 0.01
+
+
+def one_number_in_some(factors, orientation):
+    as_peft_has_them(factors, orientation)[0][5:] = -2.0
+
+
 CASES = [
+    (one_number, "constant_experts", {"experts": [*range(8)], "count": 8, "of": 8}),
+    (one_number_in_some, "constant_experts", {"experts": [5, 6, 7], "count": 3, "of": 8}),
     (lose_seven_of_eight_experts, "zero_experts", {"experts": [1, 2, 3, 4, 5, 6, 7], "count": 7, "of": 8}),
     (lose_experts_of_lora_B, "untrained_experts", {"experts": [5, 6, 7], "count": 3, "of": 8}),
     (lose_experts_of_lora_A, "zero_experts", {"experts": [5, 6, 7], "count": 3, "of": 8}),
@@ -163,6 +173,37 @@ def test_every_loss_is_said_by_name(tmp_path, change, code, detail, orientation)
     else:
         assert said[0].detail["experts"] == [6]
     assert ", ".join(map(str, said[0].detail.get("experts", []))) in str(said[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("write", [save_fused, save_per_expert, save_stacked])
+def test_numbers_that_are_huge_everywhere(tmp_path, write, dtype):
+    roles = SPEC.linear_roles() if write is save_per_expert else ROLES
+    factors = {key: tuple((factor * 1e30).to(dtype) for factor in pair) for key, pair in SPEC.factors(roles).items()}
+    how = {"peft_version": "0.21.2"} if write is save_fused else {}
+    said = found(write(tmp_path / "in", SPEC, factors, **how))
+    assert {finding.code for finding in said} == {"huge"}
+    assert len(said) == len(roles) * len(SPEC.layers)
+    assert all(1e30 < finding.detail["largest"] < 1e32 for finding in said)
+
+
+@pytest.mark.parametrize("largest", [1e-30, 1e-6, 1.0, 300.0])
+def test_a_scale_that_is_in_use_is_not_huge(largest):
+    A, B = torch.randn(4, 3, 20), torch.randn(4, 12, 3) * largest
+    assert examine(ExpertLora(A, B, 64.0)).largest < 1e6
+
+
+def test_what_is_tiny_is_not_zero(tmp_path):
+    """Its squares are, in float32."""
+    factors = {key: (A * 1e-30, B * 1e-30) for key, (A, B) in SPEC.factors(ROLES).items()}
+    assert found(save_fused(tmp_path / "in", SPEC, factors, peft_version="0.21.2")) == ()
+
+
+def test_one_step_of_adam_is_not_one_number():
+    """It moves every entry of lora_B by the learning rate, one way or the other; a few may all go one way."""
+    A, B = torch.randn(8, 4, 20), torch.randn(8, 12, 4).sign() * 1e-4
+    assert not examine(ExpertLora(A, B, 2.0)).constant.any()
+    assert not examine(ExpertLora(torch.randn(8, 1, 20), torch.full((8, 4, 1), 1e-4), 2.0)).constant.any()
 
 
 def test_an_alpha_of_zero(tmp_path):
@@ -272,7 +313,7 @@ def test_headers_alone(tmp_path):
 
 
 def test_every_code_has_a_case_and_a_level(tmp_path):
-    said = {case[1] for case in CASES} | {"not_trained", "no_scaling", "missing_layers", "not_settled"}
+    said = {case[1] for case in CASES} | {"huge", "not_trained", "no_scaling", "missing_layers", "not_settled"}
     assert said == set(FINDINGS)
     factors = SPEC.factors(ROLES)
     spoil(factors, "linear")
