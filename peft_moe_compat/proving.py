@@ -6,7 +6,9 @@ tensors of the written names and shapes, without data, to load.
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 from .adapters import convert
 from .adapters.base_model import BaseModel
 from .adapters.bounds import MAX_LAYERS, MAX_NAMES
+from .adapters.config_fields import CHANGES, SAYS_NOTHING
 from .adapters.files import read_json
 from .adapters.names import PREFIX
 from .adapters.proof import Proof
@@ -49,6 +52,12 @@ FOREIGN = (
 _MAX_COUNT, _MAX_MODULES = 100_000, 100_000
 # Pairs that load no adapter with experts, whatever its config says.
 _BROKEN = {"from_pretrained_loading_info", "from_pretrained_distributed_operation"}
+# Fields that say something else than where LoRA is and how large: some need more than a model without weights.
+_ASIDE = sorted(
+    SAYS_NOTHING
+    | CHANGES.keys()
+    | {"init_lora_weights", "layers_pattern", "lora_bias", "modules_to_save", "trainable_token_indices", "use_dora"}
+)
 _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "")
 
 
@@ -79,26 +88,63 @@ def prove(folder: Path, target: Target, base: BaseModel | None) -> Proof | None:
     pair = installed["peft"], installed["transformers"]
     if (target.peft, target.transformers) != pair or base is None or not _is_real(base.config):
         return None
-    targets = read_json(folder / CONFIG_NAME).get("target_modules")
+    given = read_json(folder / CONFIG_NAME)
+    targets = given.get("target_modules")
     if isinstance(targets, list) and len(targets) > MAX_NAMES:
         return None  # PEFT compares every name with every other one
     tensors, refused = open_tensors(folder).infos, {}
+    loads = not _BROKEN & {issue.code for issue in known_issues(*pair)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, model in _models(base.config):
             try:
-                _put(model, folder, tensors, loads=not _BROKEN & {issue.code for issue in known_issues(*pair)})
+                _put(model, folder, tensors, loads)
             except FOREIGN as error:
                 refused[name] = " ".join(str(error).split())
             else:
                 return Proof("model", (f"PEFT {pair[0]}", f"{name} (transformers {pair[1]})"))
-    if not refused:
-        return None
-    name, why = next(iter(refused.items()))
+        if not refused:
+            return None
+        name, why = next(iter(refused.items()))
+
+        def takes(config: Mapping[str, Any]) -> bool:
+            model = next(model for there, model in _models(base.config) if there == name)
+            with tempfile.TemporaryDirectory() as other:
+                Path(other, CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+                try:
+                    _put(model, Path(other), tensors, loads)
+                except FOREIGN:
+                    return False
+            return True
+
+        field = _in_the_way(given, takes)
     raise AdapterError(
         f"PEFT {pair[0]} would not take what was written into {name} of transformers {pair[1]}, so it was thrown away: "
-        f"{why} Is it the adapter's base model? For a model of another class name PEFT alone: --to peft=={pair[0]}."
+        f"{why.rstrip('.')}. {_advice(field, pair[0])}"
     )
+
+
+def _in_the_way(config: Mapping[str, Any], takes: Callable[[Mapping[str, Any]], bool]) -> str | None:
+    """The field without which PEFT takes a config, of those that say neither where LoRA is nor how large."""
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict()
+    fields = [name for name in _ASIDE if config.get(name) not in (None, usual.get(name))]
+    if not fields or not takes({name: value for name, value in config.items() if name not in fields}):
+        return None
+    # Where it takes two of them away, the first is said first.
+    without = ({name: value for name, value in config.items() if name != field} for field in fields)
+    return next((field for field, one in zip(fields, without, strict=True) if takes(one)), fields[0])
+
+
+def _advice(field: str | None, peft: str) -> str:
+    if field is None:
+        return f"Is it the adapter's base model? For a model of another class name PEFT alone: --to peft=={peft}."
+    if field in SAYS_NOTHING:
+        what = "says nothing of a trained adapter: take it out of the adapter's"
+    else:
+        what = "is what it stumbles over. If the adapter was trained without it, take it out of its"
+    return f"{field} {what} {CONFIG_NAME}, and convert again."
 
 
 def model_without_weights(base: BaseModel) -> tuple[str, Any]:

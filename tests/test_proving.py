@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 
 import pytest
@@ -68,6 +70,24 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, monkeypatch):
     save_file(wrong, out / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"experts\.lora_\w.weight' is \(\d+, \d+\), and \(\d+, \d+\) is needed"):
         proving.prove(out, parse_target(THE_PAIR), load_base_model(config))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("megatron_config", {"params_dtype": "float32"}, "says nothing of a trained adapter: take it out"),
+        ("layers_pattern", "layers", "is what it stumbles over. If the adapter was trained without it, take it out"),
+    ],
+)
+def test_the_field_that_stands_in_the_way_is_named(tmp_path, field, value, said):
+    """Megatron's layers are not made without Megatron; the base model has nothing to do with it."""
+    base = saved(zoo.FAMILIES[0], tmp_path / "in")
+    config = tmp_path / "in" / "adapter_config.json"
+    config.write_text(json.dumps({**read_config(tmp_path / "in"), field: value, "inference_mode": False}))
+    with pytest.raises(AdapterError, match=rf"thrown away: .*\. {field} {re.escape(said)}") as raised:
+        convert_adapter(tmp_path / "in", tmp_path / "out", to=THE_PAIR, model=base)
+    assert "base model?" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_refusal_leaves_nothing(tmp_path):
