@@ -88,8 +88,9 @@ def _loaded_product(
         here = s < tl.load(offs + expert)
         STEP: tl.constexpr = 32 if R > 32 else R
         for first in tl.static_range(0, R, STEP if R else 1):
-            at = low + s.to(tl.int64)[:, None] * R + first + tl.arange(0, STEP)[None, :]
-            u = tl.load(at, mask=here[:, None], other=0.0)
+            # Not by address: the factor goes through registers, and triton then lets a product begin before what threads
+            # have stored for it is to be seen.
+            u = low.load([first_s, first])
             f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, STEP, dtype, first)
             total = tl.dot(f.T, u.T, total, input_precision=PRECISION)
         if BIAS:
@@ -138,6 +139,7 @@ def loaded_linear(
     per = 2 if weight.codec.kind == CODES else 1
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, arguments, R = low_rank(y, low, factor, bias)
+    u = descriptor_of(u, x.shape[0], R, (BLOCK, min(R, 32))) if R else descriptor_of(x, x.shape[0], K, (BLOCK, DEPTH))
     tiles = tiles_of_route(route, E, BLOCK)
     data, *others = packed_arguments(weight)
     block = (DEPTH, CONFIG.columns // per) if weight.rows_are_in else (CONFIG.columns, DEPTH // per)
