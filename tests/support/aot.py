@@ -164,7 +164,12 @@ def unpacking(capability, codec, rows_are_in):
         columns, depth = loaded_gemm.CONFIG.columns, loaded_gemm.DEPTH
         height, width = (depth, columns) if rows_are_in else (columns, depth)
         packed = f"tensordesc<u8[{height}, {width // (2 if codec.kind == CODES else 1)}]>"
-        types |= {"limit": "i32", "data": packed, "low": f"tensordesc<bf16[{loaded_gemm.BLOCK}, 16]>", "x": f"tensordesc<bf16[{loaded_gemm.BLOCK}, {depth}]>"}
+        types |= {
+            "limit": "i32",
+            "data": packed,
+            "low": f"tensordesc<bf16[{loaded_gemm.BLOCK}, 16]>",
+            "x": f"tensordesc<bf16[{loaded_gemm.BLOCK}, {depth}]>",
+        }
         sizes = {"R": 16, "BIAS": True, "SPAN": loaded_gemm._span(weight), "GROUP": gemm.GROUP_TILES}
         sizes |= {"BLOCK": loaded_gemm.BLOCK, "BLOCK_N": columns, "BLOCK_K": depth}
         yield f"loaded, {name}", loaded_gemm._loaded_product, {**known, **sizes}, loaded_gemm.CONFIG, types

@@ -88,8 +88,8 @@ def _loaded_product(
         here = s < tl.load(offs + expert)
         STEP: tl.constexpr = 32 if R > 32 else R
         for first in tl.static_range(0, R, STEP if R else 1):
-            # Not by address: the factor goes through registers, and triton then lets a product begin before what threads
-            # have stored for it is to be seen.
+            # Not by address: the factor goes through registers, and triton then lets a product begin before what
+            # threads have stored for it is to be seen.
             u = low.load([first_s, first])
             f = factor_tile(factor, rank, stride_e, stride_r, stride_d, scaling, expert, n, N, STEP, dtype, first)
             total = tl.dot(f.T, u.T, total, input_precision=PRECISION)
