@@ -16,7 +16,7 @@ from ..errors import AdapterError, AdapterFileError
 from .adapter_config import AUTOMODEL_NAME, CONFIG_NAME, AdapterConfig, parse_config, require_few_names
 from .base_model import BaseModel, base_model_of
 from .files import find_adapter, ordinary_file, read_json, show
-from .names import PREFIX, Names, in_model, sort_names
+from .names import PREFIX, Names, in_model, linear_role, role_of, sort_names
 from .ranks import lora_rank
 from .renaming import renamed, renamed_config
 from .safetensors_io import TensorInfo, without_data
@@ -231,9 +231,24 @@ def _check_experts(folder: Path, names: Names) -> None:
         raise AdapterFileError(
             f"{folder} holds LoRA on experts in several forms: {', '.join(forms)}. Were two adapters merged into one?"
         )
+    for path, places in names.pairs.items():
+        _check_roles(path, sorted({place.name for place in places if place.form != "fused"}))
     for factor in (factor for places in names.pairs.values() for pair in places.values() for factor in pair):
         if not is_signed_float(factor.dtype):
             raise AdapterFileError(f"{factor.name!r} is {factor.dtype}; LoRA of floating-point numbers was needed.")
+
+
+def _check_roles(path: str, linears: list[str]) -> None:
+    """Whether no two of an experts module's linears are the same one in two spellings."""
+    by_role: dict[str | None, str] = {}
+    for linear in linears:
+        role = role_of(path, linear) or linear_role(linear)
+        sides = ("gate", "up") if role == "gate_up" else (role,)
+        for side in sides:
+            if (other := by_role.setdefault(side, linear)) != linear:
+                raise AdapterFileError(
+                    f"{path!r} has two {side} LoRA ({other}, {linear}); one was expected. Were two adapters merged?"
+                )
 
 
 def _automodel_ranks(folder: Path, names: Names, config: AdapterConfig, base: BaseModel | None) -> dict[str, int]:

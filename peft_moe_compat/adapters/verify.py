@@ -152,7 +152,9 @@ def _read(adapter: str | Path, stated: Stated) -> _Side:
     parts: dict[tuple[str, str], Part] = {}
     stems = _stems(module.path for module in source.modules)
     for part in module_parts(source, decision, fill_missing=True):
-        parts[_place(part.path, stems), part.role or part.name] = part
+        key = _place(part.path, stems), part.role or part.name
+        if (other := parts.setdefault(key, part)) is not part:  # of experts without a gate, whose up has two names
+            raise AdapterError(f"{part.path!r} has two {key[1]} LoRA ({other.name}, {part.name}); one was expected.")
     base = source.base
     paths = [base.beside_experts(slot.path, "fused") if base else slot.path for slot in source.linears]
     linears = {(path, "linear"): plain_part(slot) for path, slot in zip(paths, source.linears, strict=True)}

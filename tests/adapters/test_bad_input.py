@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from peft_moe_compat.adapters.convert import convert_adapter
 from peft_moe_compat.adapters.inspect import inspect_adapter
+from peft_moe_compat.adapters.verify import verify_adapters
 from peft_moe_compat.cli.main import app
 from peft_moe_compat.errors import PeftMoeCompatError
 
@@ -165,6 +166,31 @@ def test_per_expert_factors_that_do_not_fit_together(tmp_path, role):
     source = save_per_expert(tmp_path / "in", SPEC, factors)
     result = run_convert(source, tmp_path / "out", base(tmp_path))
     assert_refused(result, tmp_path, {"in", "config.json"})
+
+
+@pytest.mark.parametrize(
+    ("experts", "kept"),
+    [([3], True), ([0, 1, 2, 3], True), ([3], False)],
+    ids=["one expert's beside it", "every expert's beside it", "one expert's in its place"],
+)
+@pytest.mark.parametrize(("old", "new"), [("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "gate_up_proj")])
+def test_one_linear_in_two_spellings(tmp_path, experts, old, new, kept):
+    """`verify` compared the last of them alone, and `inspect` said nothing."""
+    spec = Spec()
+    source = save_per_expert(tmp_path / "in", spec, spec.factors(("gate", "up", "down")))
+    tensors = load(source)
+    for name in [name for name in tensors if f".{old}." in name and any(f".{e}.{old}." in name for e in experts)]:
+        tensors[name.replace(old, new)] = tensors[name] * 3
+        if not kept:
+            del tensors[name]
+    twice = save(tmp_path / "twice", tensors, read_config(source))
+    for run in (
+        lambda: inspect_adapter(twice, model=spec.model()),
+        lambda: convert_adapter(twice, tmp_path / "out", to="per-expert", model=spec.model()),
+        lambda: verify_adapters(twice, source, model=spec.model()),
+    ):
+        with pytest.raises(PeftMoeCompatError, match=r"has two \w+ LoRA \(\w+, \w+\); one was expected"):
+            run()
 
 
 def test_an_adapter_of_a_dense_model_is_none_of_ours(tmp_path):
