@@ -27,7 +27,6 @@ from peft_moe_compat.forward.kernels import (
     gradients,
     launch,
     layer,
-    loaded_gemm,
     packed_gemm,
     routing,
     rows,
@@ -160,19 +159,6 @@ def unpacking(capability, codec, rows_are_in):
         sizes = {"R": 16, "BIAS": True, "SPAN": span, "BLOCK": block, "BLOCK_N": config.columns, "BLOCK_K": depth}
         known["PRECISION"] = "tf32"
         yield f"in the product, {name}", packed_gemm._unpacking_product, {**known, **sizes}, config, types
-    if capability == 90:
-        columns, depth = loaded_gemm.CONFIG.columns, loaded_gemm.DEPTH
-        height, width = (depth, columns) if rows_are_in else (columns, depth)
-        packed = f"tensordesc<u8[{height}, {width // (2 if codec.kind == CODES else 1)}]>"
-        types |= {
-            "limit": "i32",
-            "data": packed,
-            "low": f"tensordesc<bf16[{loaded_gemm.BLOCK}, 16]>",
-            "x": f"tensordesc<bf16[{loaded_gemm.BLOCK}, {depth}]>",
-        }
-        sizes = {"R": 16, "BIAS": True, "SPAN": loaded_gemm._span(weight), "GROUP": gemm.GROUP_TILES}
-        sizes |= {"BLOCK": loaded_gemm.BLOCK, "BLOCK_N": columns, "BLOCK_K": depth}
-        yield f"loaded, {name}", loaded_gemm._loaded_product, {**known, **sizes}, loaded_gemm.CONFIG, types
 
 
 LAUNCHES = []
@@ -236,7 +222,7 @@ def launched():
             for shape in ((128, 256), (128, 128))
         )
         _layer(128, up if transposed else up.mT, down if transposed else down.mT, (512, 20, 4))
-    modules = activation, decode, dropout, _factors, gemm, gradients, loaded_gemm, packed_gemm, routing, rows, unpack
+    modules = activation, decode, dropout, _factors, gemm, gradients, packed_gemm, routing, rows, unpack
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
     defined = sorted({kernel.jit.__name__ for kernel in kernels})
     return {"defined": defined, "launched": sorted(set(names)), "together": together}

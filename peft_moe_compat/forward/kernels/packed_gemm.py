@@ -15,18 +15,16 @@ from .dropout import Kept
 from .gemm import Tiling, add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
 from .interface import next_power
 from .launch import Repeated, kernel
-from .loaded_gemm import TABLE_BELOW, is_loaded, loaded_linear
 from .permute import in_registers
 from .routing import Route, Tiles
 from .unpack import Unpacking, codec_of, packed_arguments, span_of, unpack, weight_tile
 
-__all__ = ["AHEAD_FROM", "MANY", "linear", "unpacking_of", "unpacks_many"]
+__all__ = ["AHEAD_FROM", "linear", "unpacking_of", "unpacks_many"]
 
 # Columns of a tile that is decoded in the product, and its steps along K.
 UNPACKING = Config(64, 4, 3), 64
 FLOAT8_FOR_MANY = Config(128, 8, 3), 64  # for tiles of more than 64 rows
-AHEAD_FROM = 192  # rows to an expert, on average, from which on a stack is decoded otherwise
-MANY = AHEAD_FROM, TABLE_BELOW  # such numbers, from each of which on other kernels may run
+AHEAD_FROM = 192  # rows to an expert, on average, from which on a stack is decoded ahead of the product instead
 SCRATCH = 127 * 2**20  # bytes of weights that are decoded at a time: fewer lose more to the tails of launches
 
 
@@ -156,8 +154,6 @@ def _packed_linear(
     if few or (route.rows < AHEAD_FROM * E and unpacks_many(weight.codec, capability_of(x.device))):
         tiles = route.small if few else route.large
         return _unpacked_in_product(x, weight, route, tiles, low, factor, bias)
-    if is_loaded(x, weight, route):
-        return loaded_linear(x, weight, route, low, factor, bias)
     tiling = tiling_of(x)
     if not tiling or K % tiling.depth or N % (16 // x.element_size()):
         whole = unpack(weight, route.offs, (0, E), (0, rows), (0, columns))

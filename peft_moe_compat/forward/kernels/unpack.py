@@ -19,23 +19,13 @@ from .common import cdiv
 from .launch import Repeated, kernel
 from .permute import looked_up
 
-__all__ = [
-    "Unpacking",
-    "codec_of",
-    "numbers",
-    "packed_arguments",
-    "scaled",
-    "scales_of",
-    "span_of",
-    "unpack",
-    "weight_tile",
-]
+__all__ = ["Unpacking", "codec_of", "packed_arguments", "span_of", "unpack", "weight_tile"]
 
 UNPACKED = 4096  # bytes that a program decodes
 
 
 @triton.jit
-def scales_of(scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, mask, CODEC: tl.constexpr):
+def _scales(scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, mask, CODEC: tl.constexpr):
     """(scales, zero points) of the weights at rows r and columns c of one expert, float32."""
     HEIGHT: tl.constexpr = CODEC[2]
     WIDTH: tl.constexpr = CODEC[3]
@@ -69,11 +59,8 @@ def _e2m1(code):
 
 
 @triton.jit
-def numbers(byte, table, CODEC: tl.constexpr, FLOAT8: tl.constexpr = False):
-    """(first, second) numbers of a byte as float32; the same twice where it holds one.
-
-    FLOAT8: whether the device converts those, as from compute capability 8.9 on.
-    """
+def _numbers(byte, table, CODEC: tl.constexpr):
+    """(first, second) numbers of a byte as float32; the same twice where it holds one."""
     if CODEC[0] == 0:
         if CODEC[4]:
             high, low = _e2m1((byte >> 4).to(tl.int32)), _e2m1((byte & 15).to(tl.int32))
@@ -86,9 +73,6 @@ def numbers(byte, table, CODEC: tl.constexpr, FLOAT8: tl.constexpr = False):
     elif CODEC[0] == 1:
         first = byte.to(tl.int8, bitcast=True).to(tl.float32)
         second = first
-    elif FLOAT8:
-        first = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        second = first
     else:  # float8 e4m3fn by its bits, which every device and the interpreter can
         bits = byte.to(tl.int32)
         size = ((bits & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
@@ -99,7 +83,7 @@ def numbers(byte, table, CODEC: tl.constexpr, FLOAT8: tl.constexpr = False):
 
 
 @triton.jit
-def scaled(number, zero, scale, dtype: tl.constexpr, CODEC: tl.constexpr):
+def _scaled(number, zero, scale, dtype: tl.constexpr, CODEC: tl.constexpr):
     """Multiplied in float32, in the format's order, and rounded once."""
     if CODEC[5]:
         number -= zero
@@ -119,16 +103,16 @@ def _decoded(
     A span is SPAN bytes of a row r from column c on, with one scale.
     """
     PER: tl.constexpr = 2 if CODEC[0] == 0 else 1
-    scale, zero = scales_of(scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, mask, CODEC)
+    scale, zero = _scales(scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, mask, CODEC)
     base = data + expert.to(tl.int64) * (CODEC[8] * CODEC[9] // PER) + r * (CODEC[9] // PER) + c // PER
     byte = tl.load(tl.expand_dims(base, -1) + tl.arange(0, SPAN), mask=tl.expand_dims(mask, -1), other=0)
     scale = tl.expand_dims(scale, -1)
     if CODEC[5]:
         zero = tl.expand_dims(zero, -1)
-    first, second = numbers(byte, table, CODEC)
-    value = scaled(first, zero, scale, dtype, CODEC)
+    first, second = _numbers(byte, table, CODEC)
+    value = _scaled(first, zero, scale, dtype, CODEC)
     if PER == 2:
-        value = tl.join(value, scaled(second, zero, scale, dtype, CODEC))
+        value = tl.join(value, _scaled(second, zero, scale, dtype, CODEC))
     return value
 
 
