@@ -313,6 +313,7 @@ def dbrx() -> None:
         along, weights = torch.randn_like(x), weights.to(DTYPE)
 
     def outcome(few: int | None = None) -> tuple[torch.Tensor, ...]:
+        """The output and the gradients, first that of the hidden states."""
         h = x[:, :few].clone().requires_grad_()
         out = block["ffn"](h, index[:few], weights[:few])
         leaves = [h, *(p for p in block.parameters() if p.requires_grad)]
@@ -342,22 +343,15 @@ def dbrx() -> None:
                 nn.init.normal_(p, std=0.01)
         figures("dbrx, peft_moe_compat")
         few = 64
-        found = outcome(few)[:2]  # the output, and the gradient of the hidden states
+        found = outcome(few)[:2]
         with torch.no_grad():
             for wrapper in [m for m in block.modules() if hasattr(m, "parameter_name")]:
                 weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
                 weight.data = weight.data + wrapper.get_delta_weight("default").to(weight.dtype)
                 wrapper.enable_adapters(False)
-        merged = outcome_of(block["ffn"], x[:, :few], index[:few], weights[:few], along[:, :few])
+        merged = outcome(few)[:2]
         errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, merged, strict=True)]
         say("dbrx, peft_moe_compat", off_merged=[round(error, 5) for error in errors])
-
-
-def outcome_of(experts: nn.Module, x: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and the gradient of the hidden states, for the last of `rest`."""
-    x = x.clone().requires_grad_()
-    out = experts(x, *rest[:-1])
-    return out.detach(), torch.autograd.grad(out, x, rest[-1])[0]
 
 
 class Through(nn.Module):
