@@ -79,8 +79,8 @@ def check_names(case: Case, to: str, form: str, reading: Reading) -> None:
         known = {f"ffn_{role}_exps" for role in family.apart_roles}
         good = {name.rpartition(".")[2] for name in reading.names} <= known
     elif form == "outer":
-        known = {"w1.lora_A", "w3.lora_A", "w2.lora_B"}
-        of_all = [t for name, t in reading.tensors.items() if name.removesuffix(".weight")[-9:] in known]
+        known = ("experts.w1.lora_A", "experts.w3.lora_A", "experts.w2.lora_B")
+        of_all = [t for name, t in reading.tensors.items() if name.removesuffix(".weight").endswith(known)]
         good = all(tensor.shape[0] == 1 for tensor in of_all)
         good &= {name.rpartition(".")[2] for name in reading.names} <= {"w1", "w2", "w3"}
     elif form == "single":
