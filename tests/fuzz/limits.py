@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.limits import TRACED
+from support.limits import seconds
 
-SECONDS, GIB = 5 * TRACED, 2**30
+SECONDS, GIB = seconds(5), 2**30
 
 
 class TooSlowError(BaseException):

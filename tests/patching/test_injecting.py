@@ -68,7 +68,7 @@ EXPERTS = {
     "missing": (lambda tensors: {n: t for n, t in tensors.items() if ".experts.2." not in n}, LINEARS),
     "gate alone": (lambda tensors: {n: t for n, t in tensors.items() if "up_proj" not in n}, LINEARS[::2]),
     "listed": (
-        lambda tensors: {re.sub(r"experts\.(\d+)\.down_proj", r"experts.down_projs.\1", n): t for n, t in tensors.items()},
+        lambda tensors: {re.sub(r"(\d+)\.down_proj", r"down_projs.\1", n): t for n, t in tensors.items()},
         LINEARS,
     ),
 }
