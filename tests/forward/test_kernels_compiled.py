@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.sass import overwritten
 
 pytest.importorskip(
     "triton", reason="triton is on no CPU-only install but tox's `kernels`, `triton360` and `...-torch...`"
@@ -44,6 +45,25 @@ def test_every_kernel_fits_the_smallest_device(kernels):
 def test_nothing_spills_at_the_usual_rank(kernels):
     """A register or two kept over a kernel's length, as triton 3.5's assembler does at 80 of them, is none."""
     assert [k for k in kernels if k["stack"] > 8 and k["R"] == 16 and k["dtype"] == "bf16"] == []
+
+
+LOOP = """
+    /*0010*/  LDS.64 R6, [R2] ;
+    /*0020*/  WARPGROUP.DEPBAR.LE gsb0, {left} ;
+    /*0030*/  F2FP.BF16.F32.PACK_AB R{to}, R6, R7 ;
+    /*0040*/  HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8], R24, gsb0 ;
+    /*0050*/  @P0 BRA 0x10 ;
+"""
+
+
+@pytest.mark.parametrize(("left", "to", "found"), [("0x0", 8, 0), ("0x1", 8, 1), ("0x1", 11, 1), ("0x1", 12, 0)])
+def test_a_register_is_found_that_is_overwritten_on_the_next_time_round(left, to, found):
+    assert len(overwritten(LOOP.format(left=left, to=to))) == found
+
+
+def test_no_register_is_overwritten_that_a_multiplication_under_way_reads(kernels):
+    """Which the interpreter cannot show, and a GPU only at times."""
+    assert [(k["kernel"], k["overwritten"]) for k in kernels if k["overwritten"]] == []
 
 
 def test_what_is_no_number_stays_that(kernels):

@@ -38,6 +38,9 @@ from peft_moe_compat.forward.kernels.interface import Nonlinearity
 from peft_moe_compat.forward.kernels.launch import Kernel
 from peft_moe_compat.model.packed import CODES, FLOAT8, INT8, Codec, encoded
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.sass import overwritten
+
 TYPES = {"order": "*i32", "offs": "*i32", "tiles": "*i32", "factor": "*fp32", "grad": "*fp32", "dots": "*fp32"}
 TYPES |= {
     "dweights": "*fp32",
@@ -85,17 +88,21 @@ def compiled(kernel, capability, dtype, constants, config, fuse=True, **types):
 
 
 def usage(name, capability, dtype, R, found):
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    def of_cubin(option):
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(found.asm["cubin"])
+            file.flush()
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+    text = of_cubin("-res-usage")
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
     ahead = re.search("async_copy_global_to_local|async_tma_copy_global", found.asm["ttgir"])
     return {
         "loses NaN": re.search(r"(min|max)\.f32", found.asm["ptx"]) is not None,
         "kernel": name, "capability": capability, "dtype": dtype, "R": R, "registers": registers, "stack": stack,
         "shared": found.metadata.shared, "loads ahead": ahead is not None,
+        "overwritten": overwritten(of_cubin("-sass")) if capability == 90 else [],
     }  # fmt: skip
 
 

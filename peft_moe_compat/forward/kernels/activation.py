@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Factor, dot_precision, factor_tile, fitting, roomy, tile_rows
+from .common import INTERPRETED, Config, Factor, dot_precision, factor_tile, fitting, roomy, tile_rows
 from .dropout import Kept, enlarged, stored
 from .interface import Nonlinearity, padded_rank
 from .launch import kernel
@@ -23,14 +21,12 @@ PROGRAM_ROWS = 32  # at most, so that two programs of the backward share a multi
 
 # As torch does: a model that has diverged says so.
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
-# Triton's interpreter runs no assembly.
-_ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @triton.jit
 def _sigmoid(x):
     """Four instructions for the fourteen that treat denormal numbers apart; as precise."""
-    if _ASSEMBLY:
+    if not INTERPRETED:
         return tl.inline_asm_elementwise(
             """{
             .reg .f32 t;

@@ -11,7 +11,21 @@ import triton.language as tl
 
 from ...layout import Factor
 
-__all__ = ["Config", "Factor", "capability_of", "cdiv", "dot_precision", "factor_tile", "fitting", "roomy", "tile_rows"]
+__all__ = [
+    "INTERPRETED",
+    "Config",
+    "Factor",
+    "capability_of",
+    "cdiv",
+    "dot_precision",
+    "factor_tile",
+    "fitting",
+    "multiplied",
+    "roomy",
+    "tile_rows",
+]
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # triton's interpreter runs no assembly
 
 
 class Config(NamedTuple):
@@ -87,3 +101,17 @@ def factor_tile(
     )
     tile = tl.load(at, mask=(r[:, None] < rank) & (d[None, :] < D), other=0.0)
     return (tile.to(tl.float32) * scaling).to(dtype)
+
+
+@triton.jit
+def multiplied(total):
+    """The sums of a `tl.dot` in a loop whose left operand is computed there: of multiplications that are done.
+
+    That operand lies in registers. On Hopper, where multiplications go on while a program does, triton (3.5 to 3.9) has
+    the next round of the loop write over registers that those under way still read: it waits only behind the next
+    (`rsDotNeedsWait` in its WGMMAPipeline.cpp), and numbers were seen to come out wrong. For sums that the loop itself
+    reads it waits at once; to the machine this reading is nothing.
+    """
+    if not INTERPRETED:
+        total = tl.inline_asm_elementwise("", "=f,0", [total], dtype=tl.float32, is_pure=True, pack=1)
+    return total

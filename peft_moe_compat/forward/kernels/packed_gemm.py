@@ -10,7 +10,7 @@ from torch import Tensor
 from ...model.packed import CODES, FLOAT8, Codec, PackedWeight
 from ..grouped_mm import grouped_mm
 from . import gemm
-from .common import Config, Factor, capability_of, cdiv, dot_precision, tile_rows
+from .common import Config, Factor, capability_of, cdiv, dot_precision, multiplied, tile_rows
 from .dropout import Kept
 from .gemm import Tiling, add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
 from .interface import next_power
@@ -83,7 +83,7 @@ def _unpacking_product(
                 data, scales, table, zero_points, scale_table, scale_scales, scale_offset,
                 expert, n, first_k, dtype, CODEC, SPAN, BLOCK_K,
             )  # fmt: skip
-        total = tl.dot(w, a, total, input_precision=PRECISION)
+        total = multiplied(tl.dot(w, a, total, input_precision=PRECISION))
     result = plus_low(
         total.T, low, bias, expert, s, here, n, N, factor, rank, stride_e, stride_r, stride_d, scaling, dtype,
         R, BIAS, PRECISION,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["ASSEMBLY", "in_registers", "looked_up"]
+from .common import INTERPRETED
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+__all__ = ["ASSEMBLY", "in_registers", "looked_up"]
 
 
 def _assembly() -> str:
