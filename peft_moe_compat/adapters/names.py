@@ -263,6 +263,12 @@ def _is_of_experts(name: str) -> bool:
     return last.endswith(("expert", "experts", "exps")) and _EXPERTS.search(last) is not None
 
 
+def _is_inside_experts(path: str) -> bool:
+    """Whether a module lies in one of routed experts, and is not its router."""
+    *above, _ = path.lower().split(".")
+    return any(_kind(part) == "experts" for part in above) and _is_of_experts(f"{path}.lora_A")
+
+
 @lru_cache(4096)
 def _kind(part: str) -> str | None:
     """What a component of a path speaks of."""
@@ -352,6 +358,8 @@ def _place(name: str, ndim: int, targets: Targets) -> tuple[Place, str] | None:
     if expert and _is_experts(expert["path"]):
         return None  # of an expert's linear that nobody calls so, not of a router of that name
     target = targets.matrix(path)
+    if target and target.endswith(".weight") and role_of(path, "weight") is None and _is_inside_experts(path):
+        return None  # a router's `gate.weight` is targeted, and so is called what an expert's linear may be
     known = target is not None and (ndim == 2 or role_of(path, target.rpartition(".")[2]) is not None)
     if known or depth or parameter == "experts":
         return Place("fused", path, depth), match["factor"]

@@ -257,9 +257,10 @@ def test_a_pattern_says_that_an_untargeted_pair_is_of_experts(tmp_path):
     assert_updates(read_adapter(tmp_path / "apart", QWEN, spec.E).experts, spec.updates(factors))
 
 
-def test_an_experts_linear_is_no_router(tmp_path):
+@pytest.mark.parametrize("where", [(3, "gate"), ("gate",), ("mlp", "gate")])
+def test_an_experts_linear_is_no_router(tmp_path, where):
     spec = Spec(layers=(0,))
-    tensors = pair(stem(spec, 0, 3, "gate"), torch.ones(2, 8), torch.ones(6, 2))
+    tensors = pair(stem(spec, 0, *where), torch.ones(2, 8), torch.ones(6, 2))
     source = save(tmp_path / "in", tensors, lora_config(spec, target_parameters=["gate.weight"]))
     with pytest.raises(AdapterFileError, match="names that are not understood"):
         convert_adapter(source, tmp_path / "out", to=NEW, model=spec.model())
