@@ -93,15 +93,17 @@ def prove(folder: Path, target: Target, base: BaseModel | None) -> Proof | None:
     if isinstance(targets, list) and len(targets) > MAX_NAMES:
         return None  # PEFT compares every name with every other one
     tensors, refused = open_tensors(folder).infos, {}
-    loads = not _BROKEN & {issue.code for issue in known_issues(*pair)}
+    broken = next((issue for issue in known_issues(*pair) if issue.code in _BROKEN), None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, model in _models(base.config):
             try:
-                _put(model, folder, tensors, loads)
+                _put(model, folder, tensors, broken is None)
             except FOREIGN as error:
                 refused[name] = " ".join(str(error).split())
             else:
+                if broken is not None:
+                    return Proof("none", (f"here {broken.symptom}; {broken.remedy}",))
                 return Proof("model", (f"PEFT {pair[0]}", f"{name} (transformers {pair[1]})"))
         if not refused:
             return None
@@ -112,7 +114,7 @@ def prove(folder: Path, target: Target, base: BaseModel | None) -> Proof | None:
             with tempfile.TemporaryDirectory() as other:
                 Path(other, CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
                 try:
-                    _put(model, Path(other), tensors, loads)
+                    _put(model, Path(other), tensors, broken is None)
                 except FOREIGN:
                     return False
             return True

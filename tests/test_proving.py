@@ -15,7 +15,7 @@ from support import zoo
 from support.adapter_files import Spec, read_config, save_fused
 from support.limits import seconds
 
-from peft_moe_compat import AdapterError, convert_adapter, proving
+from peft_moe_compat import AdapterError, convert_adapter, proving, releases
 from peft_moe_compat.adapters.base_model import load_base_model
 from peft_moe_compat.adapters.proof import Proof
 from peft_moe_compat.adapters.readers import parse_target
@@ -47,6 +47,16 @@ def test_other_readers_and_hand_made_configs_are_judged_by_rules(tmp_path, famil
     for index, (to, model) in enumerate([("per-expert", config), (another, config), ("peft", by_hand)]):
         done = convert_adapter(tmp_path / "in", tmp_path / str(index), to=to, model=model)
         assert done.proof.by == "rules"
+
+
+@pytest.mark.parametrize("broken", sorted(proving._BROKEN))
+def test_a_pair_that_loads_no_adapter_proves_nothing(tmp_path, broken, monkeypatch):
+    config = saved(zoo.FAMILIES[0], tmp_path / "in")
+    issue = next(issue for issue in releases.KNOWN_ISSUES if issue.code == broken)
+    monkeypatch.setattr(proving, "known_issues", lambda *_: [issue])
+    done = convert_adapter(tmp_path / "in", tmp_path / "out", to=THE_PAIR, model=config)
+    assert done.proof.by == "none"
+    assert str(done.proof) == f"not known whether it is read: here {issue.symptom}; {issue.remedy}"
 
 
 def test_a_folder_that_peft_would_not_take_never_appears(tmp_path):

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from ..releases import installed_versions
+
 if TYPE_CHECKING:
     from ..adapters.conclusions import Conclusion, ExpertsSummary, Finding, Inspection, ReaderVerdict
     from ..adapters.convert import Conversion
@@ -62,7 +64,9 @@ def show_inspection(found: Inspection, console: Console) -> None:
         console.print(_modules_table(found.modules))
     if found.content is not None:
         console.print(_contents_table(found.content) if found.content else "content: nothing out of the ordinary")
-    readers = Table(title="What each reader would do with it", show_header=False)
+    beside = installed_versions("transformers")["transformers"]
+    pair = "" if beside == "not installed" else f" (PEFT beside transformers {beside})"
+    readers = Table(title=f"What each reader would do with it{pair}", show_header=False)
     readers.add_column()
     readers.add_column()
     readers.add_column(overflow="fold")

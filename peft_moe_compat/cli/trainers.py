@@ -153,8 +153,8 @@ def init(
         dropout=dropout,
         seed=seed,
     )
-    layers = f"{written.layers} layer{'s' * (written.layers != 1)}"
-    typer.echo(f"{written.folder}: {written.numbers:,} numbers on {layers} of {written.model}")
+    weights = f"{written.layers} weight{'s' * (written.layers != 1)}"
+    typer.echo(f"{written.folder}: {written.numbers:,} numbers on {weights} of {written.model}")
     if written.unreached:
         typer.echo(f"warning: nothing in the model is called {', '.join(map(repr, written.unreached))}", err=True)
 

@@ -122,7 +122,7 @@ def test_init_writes_what_it_says(model, tmp_path):
     result = run("init", folder, out, "--rank", 2, "--alpha", 3, "--target-modules", "q_proj, v_proj", "--seed", 7)
     assert result.exit_code == 0, result.output
     assert f"{out}: " in result.output
-    assert " numbers on 8 layers of " in result.output  # two linears and two stacks in each of two
+    assert " numbers on 8 weights of " in result.output  # two linears and two stacks in each of two
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 3, str(folder))
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
@@ -132,7 +132,7 @@ def test_init_writes_what_it_says(model, tmp_path):
     assert "exists already" in result.output
     result = run("init", folder, tmp_path / "one", "--rank", 2, "--target-parameters", names[-1])
     assert result.exit_code == 0, result.output
-    assert " numbers on 2 layers of " in result.output
+    assert " numbers on 2 weights of " in result.output
 
 
 @pytest.fixture
