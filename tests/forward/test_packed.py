@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 import peft_moe_compat
 from peft_moe_compat.forward import fused
-from peft_moe_compat.forward.kernels import packed_gemm, trial
+from peft_moe_compat.forward.kernels import loaded_gemm, packed_gemm, trial
 from peft_moe_compat.forward.kernels.interface import Nonlinearity
 from peft_moe_compat.forward.kernels.launch import Kernel
 from peft_moe_compat.forward.kernels.unpack import unpack
@@ -248,6 +248,24 @@ def test_output_and_gradients_equal_a_float64_loop(stored, seed, data):
     check(*build(E, H, I, transposed, quantise), index, 1e-2 if INTERPRETED else 4e-2)
 
 
+@pytest.mark.parametrize(
+    ("stored", "sizes"),
+    [*((stored, (2, 128, 64)) for stored in FORMATS), ("int8 rows", (2, 64, 80)), ("mxfp4", (1, 192, 64))],
+)
+def test_loaded_packed_by_the_tiled_product(stored, sizes, monkeypatch):
+    """Columns that end within a tile, experts with rows for a half tile and for several tiles."""
+    launched = []
+    monkeypatch.setattr(loaded_gemm, "BELOW_OF_MUCH", 10**9)
+    monkeypatch.setattr(loaded_gemm, "BELOW", 10**9)
+    run = loaded_gemm.loaded_linear
+    monkeypatch.setattr(packed_gemm, "loaded_linear", lambda *a: (launched.append(a[1].rows_are_in), run(*a))[1])
+    torch.manual_seed(0)
+    quantise, transposed = FORMATS[stored]
+    index = torch.multinomial(torch.tensor([0.75, 0.25]), 400, replacement=True)[:, None] * (sizes[0] - 1)
+    check(*build(*sizes, transposed, quantise), index, 1e-2 if INTERPRETED else 4e-2)
+    assert launched or (DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] != 9)
+
+
 @pytest.mark.parametrize("scratch", [2**30, 2 * 65 * 256 * 128, 20000], ids=["whole", "some experts", "part of one"])
 @pytest.mark.parametrize(
     "stored", ["nf4", "nf4, transposed", "int8 rows", "mxfp4", "fp8, blocks that end past the stack"]
@@ -256,6 +274,7 @@ def test_part_by_part_ahead_of_the_tiled_product(stored, scratch, monkeypatch):
     """Bit for bit what the same kernels give for the dequantised weights."""
     monkeypatch.setattr(packed_gemm, "SCRATCH", scratch)
     monkeypatch.setattr(packed_gemm, "AHEAD_FROM", 64)
+    monkeypatch.setattr(packed_gemm, "is_loaded", lambda *_: False)
     torch.manual_seed(0)
     quantise, transposed = FORMATS[stored]
     experts, loras = build(2, 128, 128, transposed, quantise)

@@ -27,6 +27,7 @@ from peft_moe_compat.forward.kernels import (
     gradients,
     launch,
     layer,
+    loaded_gemm,
     packed_gemm,
     routing,
     rows,
@@ -166,6 +167,15 @@ def unpacking(capability, codec, rows_are_in):
         sizes = {"R": 16, "BIAS": True, "SPAN": span, "BLOCK": block, "BLOCK_N": config.columns, "BLOCK_K": depth}
         known["PRECISION"] = "tf32"
         yield f"in the product, {name}", packed_gemm._unpacking_product, {**known, **sizes}, config, types
+    if capability == 90:
+        columns, depth, rows = loaded_gemm.CONFIG.columns, loaded_gemm.DEPTH, loaded_gemm.BLOCK
+        height, width = (depth, columns) if rows_are_in else (columns, depth)
+        types |= {"limit": "i32", "data": f"tensordesc<u8[{height}, {width // (2 if codec.kind == CODES else 1)}]>"}
+        for part, height in (("", rows), ("half_", rows // 2)):
+            types |= {f"{part}{of}": f"tensordesc<bf16[{height}, {n}]>" for of, n in (("x", depth), ("low", 16))}
+        sizes = {"R": 16, "BIAS": True, "SPAN": loaded_gemm._span(weight), "GROUP": gemm.GROUP_TILES}
+        sizes |= {"BLOCK": rows, "BLOCK_N": columns, "BLOCK_K": depth}
+        yield f"loaded, {name}", loaded_gemm._loaded_product, {**known, **sizes}, loaded_gemm.CONFIG, types
 
 
 LAUNCHES = []
@@ -228,8 +238,8 @@ def launched():
             encoded(torch.randn(4, *(shape if transposed else shape[::-1])), codec, torch.bfloat16)
             for shape in ((128, 256), (128, 128))
         )
-        _layer(128, up if transposed else up.mT, down if transposed else down.mT, (512, 20, 4))
-    modules = activation, decode, dropout, _factors, gemm, gradients, packed_gemm, routing, rows, unpack
+        _layer(128, up if transposed else up.mT, down if transposed else down.mT, (1400, 512, 20, 4))
+    modules = activation, decode, dropout, _factors, gemm, gradients, loaded_gemm, packed_gemm, routing, rows, unpack
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
     defined = sorted({kernel.jit.__name__ for kernel in kernels})
     return {"defined": defined, "launched": sorted(set(names)), "together": together}

@@ -18,8 +18,10 @@ from .launch import kernel
 from .routing import Route
 
 __all__ = [
+    "GROUP_TILES",
     "Tiling",
     "add_to",
+    "descriptor_of",
     "grouped_linear",
     "low_rank",
     "plus_low",
@@ -281,7 +283,7 @@ def _described(rows: int, columns: int, block: tuple[int, int], dtype: torch.dty
     return {name: value for name, value in vars(checked).items() if name != "base"}
 
 
-def _descriptor(tensor: Tensor, rows: int, columns: int, block: tuple[int, int]) -> TensorDescriptor:
+def descriptor_of(tensor: Tensor, rows: int, columns: int, block: tuple[int, int]) -> TensorDescriptor:
     """Of a matrix of which the tensor is all, on 16 bytes; triton's own checks take as long as a launch."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     vars(descriptor).update(_described(rows, columns, block, tensor.dtype), base=tensor)
@@ -294,7 +296,7 @@ def tiles_of(x: Tensor, stack: Tensor, along_k: bool, rows: int, tiling: Tiling)
         return x, stack
     (E, height, width), (columns, depth) = stack.shape, (tiling.config.columns, tiling.depth)
     block = (columns, depth) if along_k else (depth, columns)
-    return _descriptor(x, x.shape[0], x.shape[1], (rows, depth)), _descriptor(stack, E * height, width, block)
+    return descriptor_of(x, x.shape[0], x.shape[1], (rows, depth)), descriptor_of(stack, E * height, width, block)
 
 
 def _tiled(

@@ -1,4 +1,5 @@
-"""The grouped product with a quantised stack, decoded ahead of it part by part, or within it where rows are few."""
+"""The grouped product with a quantised stack: decoded ahead of it part by part where rows are many, within it where
+they are few, and in between as `loaded_gemm` does it."""
 
 from __future__ import annotations
 
@@ -15,16 +16,18 @@ from .dropout import Kept
 from .gemm import Tiling, add_to, low_rank, plus_low, product_tile, programs_of, tiles_of, tiling_of, turn
 from .interface import next_power
 from .launch import Repeated, kernel
+from .loaded_gemm import BELOW, BELOW_OF_MUCH, FROM, is_loaded, loaded_linear
 from .permute import in_registers
 from .routing import Route, Tiles
 from .unpack import Unpacking, codec_of, packed_arguments, span_of, unpack, weight_tile
 
-__all__ = ["AHEAD_FROM", "linear", "unpacking_of", "unpacks_many"]
+__all__ = ["AHEAD_FROM", "MANY", "linear", "unpacking_of", "unpacks_many"]
 
 # Columns of a tile that is decoded in the product, and its steps along K.
 UNPACKING = Config(64, 4, 3), 64
 FLOAT8_FOR_MANY = Config(128, 8, 3), 64  # for tiles of more than 64 rows
 AHEAD_FROM = 192  # rows to an expert, on average, from which on a stack is decoded ahead of the product instead
+MANY = FROM, AHEAD_FROM, BELOW_OF_MUCH, BELOW  # such numbers, from each of which on other kernels may run
 SCRATCH = 127 * 2**20  # bytes of weights that are decoded at a time: fewer lose more to the tails of launches
 
 
@@ -146,10 +149,12 @@ def _parts(weight: PackedWeight, column: int) -> list[_Part]:
 def _packed_linear(
     x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
 ) -> Tensor:
-    """`grouped_linear` of a quantised stack: decoded in the product where few rows reach an expert, else part by part
-    ahead of the tiled product, or all at once where that does not run."""
+    """`grouped_linear` of a quantised stack: decoded in the product where few rows reach an expert, or that gains, else
+    part by part ahead of the tiled product, or all at once where that does not run."""
     E, rows, columns = weight.stored
     _, K, N = weight.shape
+    if is_loaded(x, weight, route):
+        return loaded_linear(x, weight, route, low, factor, bias)
     few = route.large.block < 128
     if few or (route.rows < AHEAD_FROM * E and unpacks_many(weight.codec, capability_of(x.device))):
         tiles = route.small if few else route.large

@@ -14,7 +14,7 @@ from .common import cdiv
 from .interface import next_power
 from .launch import kernel
 
-__all__ = ["Route", "Tiles", "route", "steps"]
+__all__ = ["Route", "Tiles", "route", "steps", "tiles_of_route"]
 
 _STEP = 64  # rows one program of the sort compares with each other
 
@@ -121,6 +121,23 @@ def _place(
         t = chunk * per_program + start + tl.arange(0, TABLE)
         _write_tiles(small, num_small, total, ends - total, t, SMALL, E)
         _write_tiles(large, num_large, total, ends - total, t, LARGE, E)
+
+
+@kernel("limit")
+def _tiles(offs, tiles, limit, num_experts, BLOCK: tl.constexpr, E: tl.constexpr, TABLE: tl.constexpr):
+    """`_write_tiles` of rows that are sorted."""
+    e = tl.arange(0, E)
+    start = tl.load(offs + e - 1, mask=(e > 0) & (e < num_experts), other=0)
+    total = tl.load(offs + e, mask=e < num_experts, other=0) - start
+    _write_tiles(tiles, limit, total, start, tl.program_id(0) * TABLE + tl.arange(0, TABLE), BLOCK, E)
+
+
+def tiles_of_route(route: Route, num_experts: int, block: int) -> Tiles:
+    """Tiles of another height, of rows that are sorted."""
+    limit, E = min(route.rows, route.rows // block + num_experts), next_power(num_experts, 16)
+    table = route.offs.new_empty(2 * limit + 2)
+    _tiles((cdiv(limit, 16), 1, 1), route.offs, table, limit, num_experts, BLOCK=block, E=E, TABLE=16)
+    return Tiles(table, limit, block)
 
 
 def steps(S: int, num_experts: int) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ from .dropout import Kept, kept_of
 from .interface import HeldProjection, Nonlinearity
 from .launch import compiled_together
 from .layer import Projection, any_trains, backward_pass, forward_pass, tile_sizes
-from .packed_gemm import AHEAD_FROM
+from .packed_gemm import MANY
 from .routing import Route, Tiles, route, steps
 
 __all__ = ["Kind", "kind_of", "rows_of_every_kind", "worst_error"]
@@ -64,7 +64,7 @@ class Kind(NamedTuple):
         trains: Whether there is a backward.
         tiles: Rows of the small and large tiles; None for the kernels of few rows.
         sparse: Whether there are fewer rows than experts.
-        ahead: Whether a quantised stack has so many rows that any format is decoded ahead of the product.
+        ahead: The largest of `packed_gemm.MANY` that a quantised stack has of rows to an expert; 0 where none.
         steps: The routing's.
     """
 
@@ -78,7 +78,7 @@ class Kind(NamedTuple):
     trains: bool
     tiles: tuple[int, int] | None
     sparse: bool
-    ahead: bool
+    ahead: int
     steps: tuple[int, ...]
 
 
@@ -136,6 +136,7 @@ def kind_of(
     trains = any_trains([hidden, weights, *_tensors(up[2]), *_tensors(down[2])])
     known = tuple(nonlinearity[:3]) if isinstance(nonlinearity, Nonlinearity) else None
     drops = any(lora is not None and lora.dropout for _, _, lora in (up, down))
+    packed = isinstance(up[0], PackedWeight) or isinstance(down[0], PackedWeight)
     few = rows <= most_rows(up[0], down[0]) and known is not None and not (trains or drops)
     return (
         (hidden.dtype, index.dtype, weights.dtype, up[0].dtype),
@@ -148,7 +149,7 @@ def kind_of(
         trains,
         None if few else tile_sizes(rows, E),
         not few and rows < E,
-        rows >= AHEAD_FROM * E and isinstance(up[0], PackedWeight) | isinstance(down[0], PackedWeight),
+        max(least * (rows >= least * E) for least in (0, *MANY)) if packed else 0,
         () if few else (E, *steps(rows, E)),
     )
 
@@ -156,7 +157,7 @@ def kind_of(
 def rows_of_every_kind(E: int, k: int, packed: bool) -> list[int]:
     """Numbers of rows, one at least for every size of tiles: for a graph, which does not know its own."""
     E, k = constant(E), constant(k)
-    return [k, MOST_PACKED_ROWS + 1, MOST_ROWS + 1, E, 16 * E, 64 * E, *[AHEAD_FROM * E] * packed]
+    return [k, MOST_PACKED_ROWS + 1, MOST_ROWS + 1, E, 16 * E, 64 * E, *[least * E for least in MANY if packed]]
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -335,7 +336,9 @@ def worst_error(device: torch.device, values: tuple[Any, ...], rows: int) -> flo
     (E, H, I), (of_hidden, _, of_weights, _) = kind.sizes, kind.dtypes
     # Two and a half of the larger tiles. 60 % of the rows go to one expert, which makes a full tile and a ragged one;
     # none to another where there are four, and some to those of another rank.
-    least = AHEAD_FROM * E if kind.ahead else kind.tiles[1] * 5 // 2 if kind.tiles else 8
+    least = kind.ahead * E if kind.ahead else kind.tiles[1] * 5 // 2 if kind.tiles else 8
+    if not kind.ahead and (kind.up.codec or kind.down.codec):
+        least = min(least, MANY[0] * E - k)
     T = 1 if kind.sparse else -(-least // k)
     index = drawn.index(T, [0] * 12 + [E - 1] * 5 + [1 % E] * 2 + [E])
     index[0, 0] = 0

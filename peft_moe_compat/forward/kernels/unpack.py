@@ -19,13 +19,23 @@ from .common import cdiv
 from .launch import Repeated, kernel
 from .permute import looked_up
 
-__all__ = ["Unpacking", "codec_of", "packed_arguments", "span_of", "unpack", "weight_tile"]
+__all__ = [
+    "Unpacking",
+    "codec_of",
+    "numbers",
+    "packed_arguments",
+    "scaled",
+    "scales_of",
+    "span_of",
+    "unpack",
+    "weight_tile",
+]
 
 UNPACKED = 4096  # bytes that a program decodes
 
 
 @triton.jit
-def _scales(scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, mask, CODEC: tl.constexpr):
+def scales_of(scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, mask, CODEC: tl.constexpr):
     """(scales, zero points) of the weights at rows r and columns c of one expert, float32."""
     HEIGHT: tl.constexpr = CODEC[2]
     WIDTH: tl.constexpr = CODEC[3]
@@ -59,8 +69,11 @@ def _e2m1(code):
 
 
 @triton.jit
-def _numbers(byte, table, CODEC: tl.constexpr):
-    """(first, second) numbers of a byte as float32; the same twice where it holds one."""
+def numbers(byte, table, CODEC: tl.constexpr, FLOAT8: tl.constexpr = False):
+    """(first, second) numbers of a byte as float32; the same twice where it holds one.
+
+    FLOAT8: whether the device converts those, as from compute capability 8.9 on.
+    """
     if CODEC[0] == 0:
         if CODEC[4]:
             high, low = _e2m1((byte >> 4).to(tl.int32)), _e2m1((byte & 15).to(tl.int32))
@@ -73,6 +86,9 @@ def _numbers(byte, table, CODEC: tl.constexpr):
     elif CODEC[0] == 1:
         first = byte.to(tl.int8, bitcast=True).to(tl.float32)
         second = first
+    elif FLOAT8:
+        first = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        second = first
     else:  # float8 e4m3fn by its bits, which every device and the interpreter can
         bits = byte.to(tl.int32)
         size = ((bits & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
@@ -83,7 +99,7 @@ def _numbers(byte, table, CODEC: tl.constexpr):
 
 
 @triton.jit
-def _scaled(number, zero, scale, dtype: tl.constexpr, CODEC: tl.constexpr):
+def scaled(number, zero, scale, dtype: tl.constexpr, CODEC: tl.constexpr):
     """Multiplied in float32, in the format's order, and rounded once."""
     if CODEC[5]:
         number -= zero
@@ -103,16 +119,16 @@ def _decoded(
     A span is SPAN bytes of a row r from column c on, with one scale.
     """
     PER: tl.constexpr = 2 if CODEC[0] == 0 else 1
-    scale, zero = _scales(scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, mask, CODEC)
+    scale, zero = scales_of(scales, zero_points, scale_table, scale_scales, scale_offset, expert, r, c, mask, CODEC)
     base = data + expert.to(tl.int64) * (CODEC[8] * CODEC[9] // PER) + r * (CODEC[9] // PER) + c // PER
     byte = tl.load(tl.expand_dims(base, -1) + tl.arange(0, SPAN), mask=tl.expand_dims(mask, -1), other=0)
     scale = tl.expand_dims(scale, -1)
     if CODEC[5]:
         zero = tl.expand_dims(zero, -1)
-    first, second = _numbers(byte, table, CODEC)
-    value = _scaled(first, zero, scale, dtype, CODEC)
+    first, second = numbers(byte, table, CODEC)
+    value = scaled(first, zero, scale, dtype, CODEC)
     if PER == 2:
-        value = tl.join(value, _scaled(second, zero, scale, dtype, CODEC))
+        value = tl.join(value, scaled(second, zero, scale, dtype, CODEC))
     return value
 
 
