@@ -51,8 +51,9 @@ LOOP = """
     /*0010*/  LDS.64 R6, [R2] ;
     /*0020*/  WARPGROUP.DEPBAR.LE gsb0, {left} ;
     /*0030*/  F2FP.BF16.F32.PACK_AB R{to}, R6, R7 ;
-    /*0040*/  HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8], R24, gsb0 ;
-    /*0050*/  @P0 BRA 0x10 ;
+    /*0040*/  HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8], R24 ;
+    /*0050*/  HGMMA.64x64x16.F32.BF16 R24, R16, gdesc[UR8], R24, gsb0 ;
+    /*0060*/  @P0 BRA 0x10 ;
 """
 
 
