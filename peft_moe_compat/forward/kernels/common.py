@@ -107,10 +107,10 @@ def factor_tile(
 def multiplied(total):
     """The sums of a `tl.dot` in a loop whose left operand is computed there: of multiplications that are done.
 
-    That operand lies in registers. On Hopper, where multiplications go on while a program does, triton (3.5 to 3.9) has
-    the next round of the loop write over registers that those under way still read: it waits only behind the next
-    (`rsDotNeedsWait` in its WGMMAPipeline.cpp), and numbers were seen to come out wrong. For sums that the loop itself
-    reads it waits at once; to the machine this reading is nothing.
+    That operand lies in registers. On Hopper, where multiplications go on while a program does, triton has the next
+    round of the loop write over registers that those under way still read: it waits only behind the next
+    (`rsDotNeedsWait` in its WGMMAPipeline.cpp). With triton 3.6 numbers came out wrong; what 3.9 assembled of the same
+    kernels was free of it. For sums that the loop itself reads it waits at once; to the machine that is nothing.
     """
     if not INTERPRETED:
         total = tl.inline_asm_elementwise("", "=f,0", [total], dtype=tl.float32, is_pure=True, pack=1)

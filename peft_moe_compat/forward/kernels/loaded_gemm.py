@@ -22,7 +22,7 @@ __all__ = ["BELOW", "BELOW_OF_MUCH", "FROM", "is_loaded", "loaded_linear"]
 # decodes while the other multiplies.
 BLOCK, CONFIG, DEPTH, PROGRAMS = 256, Config(64, 4, 3), 64, 2
 # Rows to an expert, on average, from which on this is the fastest, and below which. Decoding ahead does it once for all
-# rows, so wins earlier where that takes much, as of codes, or numbers less a zero point (benchmarks/loaded.py).
+# rows, so wins earlier where that takes much, as of codes, or numbers less a zero point (benchmarks/NOTES.md).
 FROM, BELOW_OF_MUCH, BELOW = 128, 320, 640
 
 
@@ -147,7 +147,7 @@ def is_loaded(x: Tensor, weight: PackedWeight, route: Route) -> bool:
         and x.element_size() == 2
         and K % DEPTH == 0
         and width % 16 == 0
-        and x.data_ptr() % 16 == 0
+        and x.data_ptr() % 16 == weight.data.data_ptr() % 16 == 0
         and E * max(rows, columns) < 2**31
         and _span(weight) >= 16
         and FROM * E <= route.rows < (BELOW_OF_MUCH if codec.kind == CODES or codec.zeros else BELOW) * E
