@@ -120,7 +120,7 @@ def test_a_start_pays_under_two_ms_and_imports_nothing(enabled):
         "print(time.process_time() - start, len({*sys.modules} - before), sys.meta_path[0].__class__.__name__)"
     )
     results = [enabled.run("-S", "-c", code, str(alone)).stdout.split() for _ in range(5)]
-    assert min(float(took) for took, *_ in results) < seconds(0.002)
+    assert min(float(took) for took, *_ in results) < seconds(0.002, child=True)
     assert {tuple(rest) for _, *rest in results} == {("0", at_start.PeftMoeCompatFinder.__name__)}
 
 

@@ -10,10 +10,8 @@ def overwritten(assembly):
     line = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?\s*([A-Z0-9_.]+)\s*(.*?)\s*;")
     code = [match.groups() for match in map(line.match, assembly.splitlines()) if match]
     places = {int(address, 16): place for place, (address, _, _) in enumerate(code)}
-    under_way, found = (
-        [],
-        [],
-    )  # (registers of a left operand, whether it ends a group), one multiplication after another
+    # (registers of a left operand, whether it ends a group) of one multiplication after another
+    under_way, found = [], []
 
     def step(operation, operands):
         if operation.startswith("WARPGROUP.DEPBAR"):  # waits for all groups but so many
