@@ -321,6 +321,7 @@ class Inspection:
         modules: The experts modules, in the order of the file.
         other_tensors, other_bytes: What the file holds besides, all of it carried along unchanged.
         readers: Reader -> what it does with the file.
+        transformers: The installed release, beside which PEFT is judged; None where there is none.
         content: What the numbers show; None where they were not read.
         notes: Whatever else is worth knowing.
     """
@@ -340,6 +341,7 @@ class Inspection:
     other_tensors: int
     other_bytes: int
     readers: dict[str, ReaderVerdict]
+    transformers: str | None
     content: tuple[Finding, ...] | None = None
     notes: tuple[str, ...] = ()
 

@@ -54,7 +54,8 @@ def inspect_adapter(
     infos = source.tensors.infos
     expert_names = {name for module in source.modules for slot in module.every_slot() for name in slot.names}
     others = infos.keys() - expert_names
-    beside = installed_versions("transformers")["transformers"]
+    installed = installed_versions("transformers")["transformers"]
+    beside = None if installed == "not installed" else installed
     notes = list(source.tensors.notes)
     if model is None and base is not None:
         notes.append(f"the base model's config was found at {source.config.base_model_name}")
@@ -73,7 +74,8 @@ def inspect_adapter(
         modules=tuple(_summary(module, decision, base.expert_counts if base else ()) for module in source.modules),
         other_tensors=len(others),
         other_bytes=sum(infos[name].nbytes for name in others),
-        readers=reader_verdicts(source, decision, None if beside == "not installed" else beside),
+        readers=reader_verdicts(source, decision, beside),
+        transformers=beside,
         content=contents(source, decision, progress) if content else None,
         notes=tuple(notes),
     )

@@ -14,11 +14,15 @@ from packaging.version import InvalidVersion, Version
 
 from ..errors import AdapterError, AmbiguousAdapterError
 from ..releases import (
+    FIRST_PEFT_THAT_REWRITES,
     NEWEST_TESTED,
     NEWEST_TRANSFORMERS,
+    RULES,
+    base_release,
     installed_versions,
     newer_than_tested,
     parse_releases,
+    parse_version,
     release_for,
 )
 from .base_model import BaseModel
@@ -84,11 +88,14 @@ class Reader:
     lacking: Mapping[str, str] = field(default_factory=dict)
 
 
-_PEFT = Reader(
+_PEFT_19 = Reader(
     "PEFT",
     "fused",
+    since=str(FIRST_PEFT_THAT_REWRITES),
     everything=True,
     lacking={
+        "from_fused": "fails",
+        "from_fused:others": "wrong",  # it wraps what it finds, and warns of parameters that are not there
         "from_stacked": "fails",
         "from_stacked:targeted": "wrong",  # it wraps what else the targets name, and leaves the stacks out
         "packing": "wrong",
@@ -102,6 +109,11 @@ _PEFT = Reader(
         "upstream_patterns": "wrong",
         "upstream_roles": "wrong",
     },
+)
+_PEFT_17 = replace(
+    _PEFT_19,
+    since=str(RULES[0].since),
+    lacking={**_PEFT_19.lacking, "from_per_expert": "fails", "from_per_expert:others": "wrong"},
 )
 _FUSED_28 = frozenset(
     {
@@ -220,7 +232,7 @@ _LLAMA_CPP = Reader(
 )
 # Reader -> its rows, the oldest first; each holds until the next one's `since`.
 READERS: dict[str, tuple[Reader, ...]] = {
-    "peft": (_PEFT,),
+    "peft": (_PEFT_17, _PEFT_19),
     "per-expert": (Reader("a reader of single experts", "per_expert", everything=True),),
     "vllm": (_VLLM_28, _VLLM_29, _VLLM_30, _VLLM_32, _VLLM_33),
     "sglang": (_SGLANG,),
@@ -287,10 +299,10 @@ class Target:
 
     @cached_property
     def reader(self) -> Reader:
-        rows = READERS[self.name]
-        if self.release is None:
+        rows, release = READERS[self.name], self.release or self.peft
+        if release is None:
             return replace(rows[-1], scaling=rows[0].scaling, mounted=rows[0].mounted)
-        return [row for row in rows if Version(row.since) <= Version(self.release)][-1]
+        return [row for row in rows if Version(row.since) <= base_release(parse_version(release))][-1]
 
     @property
     def newest_known(self) -> str:
@@ -331,7 +343,7 @@ def parse_target(to: str) -> Target:
     if not release and to in READERS:
         return Target(to)
     if not rows or not rows[0].since:
-        told = [reader for reader, (first, *_) in READERS.items() if first.since]
+        told = [reader for reader, (first, *_) in READERS.items() if first.since and reader != "peft"]
         raise AdapterError(
             f"No reader is called {to!r}; one of {', '.join(READERS)}, peft==VERSION, "
             f"peft==VERSION,transformers==VERSION{''.join(f', {reader}==VERSION' for reader in told)} was expected."

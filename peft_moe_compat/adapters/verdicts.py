@@ -170,13 +170,13 @@ def _is_shared_outer(source: AdapterSource) -> bool:
 def _form(source: AdapterSource) -> Step:
     """That the experts' LoRA is in the form it has, with what matters of it to some readers."""
     base, paths = source.base, [module.path for module in source.modules]
-    if source.form == "fused":
-        moved = base is not None and any(base.per_expert_path(path) != path for path in paths)
-        return Step("from_fused", ("moved",) if moved else ())
     if source.form == "stacked" and all(map(GGUF_PATH.fullmatch, paths)):
         return Step("from_stacked", ("gguf",))
+    fused = source.form == "fused"
     found = {
-        "gate_up": "gate_up" in map(linear_role, _linears(source)),
+        "moved": fused and base is not None and any(base.per_expert_path(path) != path for path in paths),
+        "others": bool(source.linears),
+        "gate_up": not fused and "gate_up" in map(linear_role, _linears(source)),
         "targeted": bool(source.config.raw.get("target_modules")),
     }
     return Step(f"from_{source.form}", tuple(detail for detail, there in found.items() if there))

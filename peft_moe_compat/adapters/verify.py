@@ -219,14 +219,15 @@ def _parted(side: _Side) -> _Side:
 
 
 def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Comparison:
+    named = (first.parts.get(key) or second.parts[key]).path, key[1]
     loras = [_load(side, key) for side in (first, second)]
     there = [lora for lora in loras if lora is not None]
     shape = (there[0].out_features, there[0].in_features)
     if any((lora.out_features, lora.in_features) != shape for lora in there):
-        return Comparison(*key, math.inf, math.inf, "the two have different sizes")
+        return Comparison(*named, math.inf, math.inf, "the two have different sizes")
     largest, squares, norm = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     if math.prod(shape) > _MAX_NUMBERS:
-        raise AdapterError(f"{key[0]}: an update of {shape[0]} x {shape[1]} numbers is more than is compared.")
+        raise AdapterError(f"{named[0]}: an update of {shape[0]} x {shape[1]} numbers is more than is compared.")
     # Several experts at once, or some rows of one.
     few = _blocks(max(lora.num_experts for lora in there), _BLOCK // max(1, math.prod(shape)))
     for experts, rows in product(few, _blocks(shape[0], _BLOCK // max(1, shape[1]))):
@@ -235,7 +236,7 @@ def _compare_parts(key: tuple[str, str], first: _Side, second: _Side) -> Compari
         largest = torch.maximum(largest, difference.abs().max())  # keeps NaN
         squares += difference.square().sum().item()
         norm += deltas[0].square().sum().item()
-    return Comparison(*key, largest.item(), relative(squares, norm) ** 0.5)
+    return Comparison(*named, largest.item(), relative(squares, norm) ** 0.5)
 
 
 def _load(side: _Side, key: tuple[str, str]) -> ExpertLora | None:

@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from ..releases import installed_versions
-
 if TYPE_CHECKING:
     from ..adapters.conclusions import Conclusion, ExpertsSummary, Finding, Inspection, ReaderVerdict
     from ..adapters.convert import Conversion
@@ -64,8 +62,7 @@ def show_inspection(found: Inspection, console: Console) -> None:
         console.print(_modules_table(found.modules))
     if found.content is not None:
         console.print(_contents_table(found.content) if found.content else "content: nothing out of the ordinary")
-    beside = installed_versions("transformers")["transformers"]
-    pair = "" if beside == "not installed" else f" (PEFT beside transformers {beside})"
+    pair = f" (PEFT beside transformers {found.transformers})" if found.transformers else ""
     readers = Table(title=f"What each reader would do with it{pair}", show_header=False)
     readers.add_column()
     readers.add_column()

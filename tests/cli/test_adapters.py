@@ -231,6 +231,7 @@ INSPECTION = {
     "other_tensors": int,
     "other_bytes": int,
     "readers": dict,
+    "transformers": TEXT,
     "content": [FINDING],
     "notes": [str],
     "undecided": [{"orientation", "packing", "nesting"}],
