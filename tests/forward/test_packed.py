@@ -74,6 +74,12 @@ def torchao(config):
     return quantise
 
 
+def int8_with_zero_points(module, name):
+    weight = module._parameters[name].detach() + 0.02  # more numbers above zero than below
+    packed = ao.Int8Tensor.from_hp(weight, ao.PerRow(), mapping_type=ao.MappingType.ASYMMETRIC)
+    setattr(module, name, nn.Parameter(packed, requires_grad=False))
+
+
 def mxfp4(module, name):
     """Random blocks, of about the size of what they replace."""
     E, into, out = module._parameters[name].shape
@@ -111,6 +117,7 @@ FORMATS = {
     "int8 rows": (int8, False),
     "int8 rows, transposed": (int8, True),
     "torchao int8": (torchao(ao.Int8WeightOnlyConfig()), False),
+    "torchao int8, zero points": (int8_with_zero_points, True),
     "torchao float8": (torchao(ao.Float8WeightOnlyConfig()), True),
     "mxfp4": (mxfp4, True),
     "fp8": (fp8((128, 128)), False),
@@ -314,8 +321,21 @@ def test_a_stack_encoded_for_a_trial_is_near_what_it_stands_for(codec):
     assert ((found.decoded() - exact).norm() / exact.norm()).item() < (0.2 if codec.kind == CODES else 0.04)
 
 
+def test_zero_points_that_are_zero_are_left_out():
+    asymmetric, symmetric = nn.Module(), nn.Module()
+    for module, quantise in ((asymmetric, int8_with_zero_points), (symmetric, FORMATS["torchao int8"][0])):
+        module.weight = nn.Parameter(torch.randn(2, 32, 64, device=DEVICE).to(DTYPE))
+        quantise(module, "weight")
+    assert weights.read_packed(asymmetric, "weight", DTYPE).codec.zeros
+    assert not weights.read_packed(symmetric, "weight", DTYPE).codec.zeros
+    symmetric.weight.zero_point.fill_(3)  # as loading into it would
+    assert weights.read_packed(symmetric, "weight", DTYPE).codec.zeros
+    symmetric.weight.zero_point.zero_()
+    assert not weights.read_packed(symmetric, "weight", DTYPE).codec.zeros
+
+
 @pytest.mark.parametrize("T", [4, 20, 120, 200])
-@pytest.mark.parametrize("stored", ["nf4, nested", "int8 rows", "mxfp4", "fp8", "torchao int8"])
+@pytest.mark.parametrize("stored", ["nf4, nested", "int8 rows", "mxfp4", "fp8", "torchao int8, zero points"])
 def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
     launched = {"trial": set(), "layer": set()}
     place, errors = "layer", []
@@ -350,7 +370,7 @@ def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "stored", ["nf4, nested", "int8 rows, transposed", "torchao int8", "torchao float8", "mxfp4", "fp8"]
+    "stored", ["nf4, nested", "int8 rows, transposed", "torchao int8, zero points", "torchao float8", "mxfp4", "fp8"]
 )
 def test_one_graph_trains_as_eager_does(stored, monkeypatch):
     """The packed tensors go into the graph's operators as they are: nothing is dequantised beside them.
