@@ -164,6 +164,7 @@ def test_ours_is_imported_early_but_where_something_heavy_must_wait():
         ("patching.activation", "model.probe"),  # torch, at activation
         ("patching.activation", "patching.displaced"),
         ("patching.activation", "patching.reach"),
+        ("patching.activation", "patching.replacement"),
         ("patching.activation", "patching.replacements"),
         ("patching.activation", "releases"),  # a type alone
         ("showing", "reporting"),  # torch
@@ -187,7 +188,7 @@ def test_only_patching_touches_somebody_elses_objects():
     others = ("patching", "quantising", "cli")  # which packs the experts of a model that it is given
     found = {name: foreign_assignments(MODULES[name]) for name in MODULES if room(name) not in others}
     assert {name: lines for name, lines in found.items() if lines} == ALLOWED
-    assert "setattr(self.owner, self.name, function)" in foreign_assignments(MODULES["patching.replacements"])
+    assert "setattr(self.owner, self.name, function)" in foreign_assignments(MODULES["patching.replacement"])
 
 
 def foreign_assignments(tree: ast.Module) -> list[str]:

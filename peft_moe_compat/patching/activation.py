@@ -18,7 +18,7 @@ from ..releases import release_for
 
 if TYPE_CHECKING:
     from ..releases import LayoutRule
-    from .replacements import Placed, Replacement
+    from .replacement import Placed, Replacement
 
 __all__ = ["Activation", "activate", "deactivate", "is_active"]
 
@@ -85,7 +85,7 @@ class Activation:
             UnsupportedPeftError: There is nothing.
             PatchConflictError: There is somebody else's forward, and it is not one that calls PEFT's own.
         """
-        from .replacements import below
+        from .replacement import below
 
         if replacement.missing():
             raise UnsupportedPeftError(

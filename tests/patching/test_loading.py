@@ -38,7 +38,8 @@ from peft_moe_compat.errors import (
     LayoutError,
 )
 from peft_moe_compat.patching.opening import written_by
-from peft_moe_compat.patching.replacements import Replacement, below, replacements
+from peft_moe_compat.patching.replacement import Replacement, below
+from peft_moe_compat.patching.replacements import replacements
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)

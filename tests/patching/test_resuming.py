@@ -501,7 +501,7 @@ print("RESULT" + json.dumps([lazy, modules, after, again]))
     ("before", "imported"), [("", False), ("from transformers import Trainer", True), ("import peft", False)]
 )
 def test_trainer_is_followed_whenever_it_is_imported_and_never_by_us(before, imported):
-    ours, theirs = (["peft_moe_compat.patching.replacements"] * 2, ["transformers.trainer"] * 2)
+    ours, theirs = (["peft_moe_compat.patching.replacement"] * 2, ["transformers.trainer"] * 2)
     assert result_of(IMPORTS.format(before=before), timeout=120) == [imported, ours, theirs, ours]
 
 
