@@ -28,7 +28,7 @@ def run(*command: str) -> str:
         text=True,
         cwd=TESTS,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -48,7 +48,7 @@ class Environment:
             text=True,
             env=clean | environment,
             cwd=self.folder,
-            timeout=300,
+            timeout=600,
             check=False,
         )
 

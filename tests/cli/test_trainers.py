@@ -220,7 +220,7 @@ def test_the_trainer_itself_runs_on_what_is_pasted_and_the_report_says_so(name, 
         text=True,
         env=os.environ | told | quiet,
         cwd=trainable,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]

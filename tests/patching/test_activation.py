@@ -33,7 +33,7 @@ def run(code: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -286,4 +286,4 @@ print("RESULT" + json.dumps(found))
 )
 def test_transformers_load_adapter_without_a_file():
     """In a process of its own: transformers 5.0 to 5.12 rewrite PEFT when this is called."""
-    assert result_of(TRANSFORMERS_SCRIPT, timeout=120).keys() == set(GATED)
+    assert result_of(TRANSFORMERS_SCRIPT).keys() == set(GATED)

@@ -139,6 +139,6 @@ print("RESULT" + json.dumps(found))
 )
 def test_transformers_own_loader_reads_them_too():
     """In a process of its own: transformers 5.0 to 5.12 rewrite PEFT when this is called."""
-    found = result_of(TRANSFORMERS_SCRIPT, timeout=300)
+    found = result_of(TRANSFORMERS_SCRIPT)
     assert found.keys() == {name_of(folder) for folder in FUSED}
     assert sum(outcome == "right" for outcome in found.values()) > len(FUSED) // 4, set(found.values())

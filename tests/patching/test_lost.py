@@ -129,7 +129,7 @@ except LayoutError as error:
 )
 def test_what_transformers_own_loader_drops_is_missed():
     """In a process of its own: transformers 5.0 to 5.12 rewrite PEFT when this is called."""
-    assert re.search(r"LoRA tensors .* did not reach the model", result_of(OWN_LOADER_SCRIPT, timeout=200))
+    assert re.search(r"LoRA tensors .* did not reach the model", result_of(OWN_LOADER_SCRIPT))
 
 
 def test_what_does_not_fit_may_be_left_out_on_request(tmp_path, stock):

@@ -502,7 +502,7 @@ print("RESULT" + json.dumps([lazy, modules, after, again]))
 )
 def test_trainer_is_followed_whenever_it_is_imported_and_never_by_us(before, imported):
     ours, theirs = (["peft_moe_compat.patching.replacement"] * 2, ["transformers.trainer"] * 2)
-    assert result_of(IMPORTS.format(before=before), timeout=120) == [imported, ours, theirs, ours]
+    assert result_of(IMPORTS.format(before=before)) == [imported, ours, theirs, ours]
 
 
 def test_a_trainer_that_somebody_else_patched_calls_theirs(monkeypatch):

@@ -214,5 +214,5 @@ print("RESULT" + json.dumps(found))
 )
 def test_transformers_own_loader_keeps_them_too():
     """In a process of its own: transformers 5.0 to 5.12 rewrite PEFT when this is called."""
-    for family, plain, named in result_of(OWN_LOADER_SCRIPT, timeout=300):
+    for family, plain, named in result_of(OWN_LOADER_SCRIPT):
         assert named == plain, family

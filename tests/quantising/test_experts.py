@@ -152,7 +152,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 config = model.config.quantization_config.to_dict()
 print("RESULT", json.dumps([config["experts"], config["double_quant"], sum(p.nbytes for p in model.parameters())]))
 """
-    assert processes.result_of(script, tmp_path, timeout=300) == [
+    assert processes.result_of(script, tmp_path) == [
         "nf4",
         True,
         sum(p.nbytes for p in model.parameters()),
@@ -347,7 +347,7 @@ def peak_of(folder, options, first):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in eager.items():
             patch.setenv(name, value)
-        return processes.result_of(_PEAK, folder, json.dumps(options), first, timeout=600)
+        return processes.result_of(_PEAK, folder, json.dumps(options), first)
 
 
 @pytest.fixture(scope="module")

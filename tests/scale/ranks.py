@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 
 __all__ = ["run"]
 
-_GROUP_TIMEOUT = timedelta(seconds=60)
+_GROUP_TIMEOUT = timedelta(minutes=5)
 # Imported once, by the process that every rank is a fork of; longer to import than any rank runs.
 _PRELOADED = ["accelerate", "peft", "peft_moe_compat", "scale.models", "torch._dynamo", "torch.distributed.fsdp"]
 
@@ -53,7 +53,7 @@ if current_process().name == "MainProcess":
     _start_server()
 
 
-def run(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 180) -> list[Any]:
+def run(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
     """What `function(*arguments)` returned on every rank, in their order.
 
     The first rank that fails ends the others and raises here with its traceback; so does the time limit.

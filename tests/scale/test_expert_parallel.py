@@ -179,7 +179,7 @@ def cell(request, tmp_path_factory):
     finally:
         peft_moe_compat.activate()
     convert_adapter(folder / "adapter", folder / "older", to="peft==0.18.1", model=folder / "base")
-    return folder, stock, run(2, _on_two_ranks, str(folder), timeout=300)
+    return folder, stock, run(2, _on_two_ranks, str(folder))
 
 
 def _close(found, expected, tolerance=2e-5):
@@ -279,7 +279,7 @@ def test_merges(cell):
 def test_other_numbers_of_ranks(cell):
     """What two ranks trained loads on four, which save it as it was."""
     folder, stock, _ = cell
-    for rank in run(4, _on_four_ranks, str(folder), timeout=300):
+    for rank in run(4, _on_four_ranks, str(folder)):
         _close(rank["gradients"], stock["gradients once trained"], 1e-3)
         _close({"logits": rank["logits"]}, {"logits": stock["trained"]}, 1e-4)
     two, four = (load_file(folder / name / "adapter_model.safetensors") for name in ("trained-2", "saved-4"))

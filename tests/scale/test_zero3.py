@@ -155,7 +155,7 @@ def _on_two_ranks(folder: str):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return run(2, _on_two_ranks, str(folder), timeout=300)
+    return run(2, _on_two_ranks, str(folder))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

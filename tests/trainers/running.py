@@ -52,7 +52,7 @@ def run(command: list[str | Path], folder: Path, **environment: str) -> str:
         env=os.environ | calm | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
