@@ -6,14 +6,12 @@ transformers compute, bit for bit. One `Codec` says how a format does it.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["CODES", "E2M1", "FLOAT8", "INT8", "Codec", "PackedWeight", "encoded", "seen_zero"]
+__all__ = ["CODES", "E2M1", "FLOAT8", "INT8", "Codec", "PackedWeight", "encoded"]
 
 # What a byte holds: two indices into a table, or one number.
 CODES, INT8, FLOAT8 = 0, 1, 2
@@ -145,29 +143,6 @@ class PackedWeight(NamedTuple):
         if codec.steps != 1:
             value = value * (1 / codec.steps)
         return value.to(self.dtype) if self.rows_are_in else value.to(self.dtype).mT
-
-
-# Zero points -> their version when they were read, and whether all were 0.
-_SEEN: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
-
-
-def seen_zero(zero_points: Tensor) -> bool:
-    """Whether zero points are all 0, as those of a symmetric quantisation are: the codec can do without them then.
-
-    They are read once, for which the host waits for the device, and again when somebody has written to them. False
-    where they cannot be read: in a graph, while a CUDA graph is captured, on the meta device.
-    """
-    if torch.compiler.is_compiling() or type(zero_points) not in (Tensor, torch.nn.Parameter):
-        return False
-    if zero_points.is_inference() or zero_points.is_meta:
-        return False
-    version, found = _SEEN.get(zero_points, (-1, False))
-    if version != zero_points._version:
-        if zero_points.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        found = not bool(zero_points.any())
-        _SEEN[zero_points] = zero_points._version, found
-    return found
 
 
 def encoded(exact: Tensor, codec: Codec, dtype: torch.dtype) -> PackedWeight:

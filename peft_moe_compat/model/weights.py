@@ -16,7 +16,7 @@ from ..errors import PeftMoeCompatError
 from ..families import PACKED_CLASSES
 from ..reasons import Reason, because
 from .decoders import DECODERS
-from .packed import FLOAT8, INT8, Codec, PackedWeight, seen_zero
+from .packed import FLOAT8, INT8, Codec, PackedWeight
 
 __all__ = [
     "FORMATS",
@@ -138,8 +138,6 @@ class TorchAO(Format):
             return None
         data, scale, shape = weight.qdata, weight.scale, tuple(weight.shape)
         zeros = getattr(weight, "zero_point", None)
-        if zeros is not None and seen_zero(zeros):  # torchao's symmetric quantisation keeps them
-            zeros = None
         of_blocks = scale.ndim == 3 and scale.shape[0] == shape[0] and (zeros is None or zeros.shape == scale.shape)
         if data.dtype != dtype_of_data or not of_blocks or any(map(operator.mod, shape, scale.shape)):
             return None

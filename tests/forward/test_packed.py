@@ -324,19 +324,6 @@ def test_a_stack_encoded_for_a_trial_is_near_what_it_stands_for(codec):
     assert ((found.decoded() - exact).norm() / exact.norm()).item() < (0.2 if codec.kind == CODES else 0.04)
 
 
-def test_zero_points_that_are_zero_are_left_out():
-    asymmetric, symmetric = nn.Module(), nn.Module()
-    for module, quantise in ((asymmetric, int8_with_zero_points), (symmetric, FORMATS["torchao int8"][0])):
-        module.weight = nn.Parameter(torch.randn(2, 32, 64, device=DEVICE).to(DTYPE))
-        quantise(module, "weight")
-    assert weights.read_packed(asymmetric, "weight", DTYPE).codec.zeros
-    assert not weights.read_packed(symmetric, "weight", DTYPE).codec.zeros
-    symmetric.weight.zero_point.fill_(3)  # as loading into it would
-    assert weights.read_packed(symmetric, "weight", DTYPE).codec.zeros
-    symmetric.weight.zero_point.zero_()
-    assert not weights.read_packed(symmetric, "weight", DTYPE).codec.zeros
-
-
 @pytest.mark.parametrize("T", [4, 20, 120, 200])
 @pytest.mark.parametrize("stored", ["nf4, nested", "int8 rows", "mxfp4", "fp8", "torchao int8, zero points"])
 def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
