@@ -41,6 +41,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import peft_moe_compat
 
+if not Path(peft_moe_compat.__file__).is_relative_to(Path(args.package).resolve()):
+    raise SystemExit(f"{args.package} is no checkout: {peft_moe_compat.__file__} was imported.")
+
 QWEN, SMALL, WIDE, MANY = (128, 8, 2048, 768), (8, 2, 1024, 512), (8, 2, 4096, 14336), (512, 10, 2048, 512)
 CASES = [(QWEN, T, 16, False) for T in (1, 8, 64, 512, 2048, 8192, 32768, 65536)]
 CASES += [(QWEN, 8192, r, False) for r in (4, 10, 32, 64, 128, 256)]

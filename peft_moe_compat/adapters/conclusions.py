@@ -293,7 +293,7 @@ class ReaderVerdict:
 
     Attributes:
         verdict: `"reads"` where a conversion for it would change nothing, in names, tensors, or the config as it takes
-            that; else what it is known to do without the change, `"fails"` or `"wrong"` (without an error), or
+            that; else what it is known to do without the change, `"fails"` or `"wrong"` (maybe without an error), or
             `"unknown"`.
         why: What a conversion would change, or what stands in its way.
         in_general: The same for all releases of the reader, where one conversion is right in all of them.

@@ -14,10 +14,8 @@ from packaging.version import InvalidVersion, Version
 
 from ..errors import AdapterError, AmbiguousAdapterError
 from ..releases import (
-    FIRST_PEFT_THAT_REWRITES,
     NEWEST_TESTED,
     NEWEST_TRANSFORMERS,
-    RULES,
     base_release,
     installed_versions,
     newer_than_tested,
@@ -67,7 +65,7 @@ class Reader:
         reads: Those of `config_fields.CHANGES` that it applies; of PEFT's, which applies all, nothing.
         heeds: Fields of the config that make it refuse, of those which say that something else than LoRA is there.
         lacking: What it does with a file on which a step was not taken: its kind, or kind:family, or kind:detail ->
-            "fails" or "wrong" (without an error). Of all others nothing is known: it may read the file as it is.
+            "fails" or "wrong" (maybe without an error). Of all others nothing is known: it may read the file as it is.
     """
 
     title: str
@@ -88,14 +86,14 @@ class Reader:
     lacking: Mapping[str, str] = field(default_factory=dict)
 
 
-_PEFT_19 = Reader(
+_PEFT_191 = Reader(
     "PEFT",
     "fused",
-    since=str(FIRST_PEFT_THAT_REWRITES),
+    since="0.19.1",
     everything=True,
     lacking={
-        "from_fused": "fails",
-        "from_fused:others": "wrong",  # it wraps what it finds, and warns of parameters that are not there
+        "from_fused": "wrong",  # it wraps what else the targets name, and fails where that is nothing
+        "from_per_expert:gpt_oss": "wrong",  # which it does not convert
         "from_stacked": "fails",
         "from_stacked:targeted": "wrong",  # it wraps what else the targets name, and leaves the stacks out
         "packing": "wrong",
@@ -110,11 +108,9 @@ _PEFT_19 = Reader(
         "upstream_roles": "wrong",
     },
 )
-_PEFT_17 = replace(
-    _PEFT_19,
-    since=str(RULES[0].since),
-    lacking={**_PEFT_19.lacking, "from_per_expert": "fails", "from_per_expert:others": "wrong"},
-)
+# It converts single experts into factors of the next release, the other way round than its own.
+_PEFT_190 = replace(_PEFT_191, since="0.19.0", lacking={**_PEFT_191.lacking, "from_per_expert": "fails"})
+_PEFT_17 = replace(_PEFT_191, since="0.17.0", lacking={**_PEFT_191.lacking, "from_per_expert": "wrong"})
 _FUSED_28 = frozenset(
     {
         "GptOssForCausalLM",
@@ -232,7 +228,7 @@ _LLAMA_CPP = Reader(
 )
 # Reader -> its rows, the oldest first; each holds until the next one's `since`.
 READERS: dict[str, tuple[Reader, ...]] = {
-    "peft": (_PEFT_17, _PEFT_19),
+    "peft": (_PEFT_17, _PEFT_190, _PEFT_191),
     "per-expert": (Reader("a reader of single experts", "per_expert", everything=True),),
     "vllm": (_VLLM_28, _VLLM_29, _VLLM_30, _VLLM_32, _VLLM_33),
     "sglang": (_SGLANG,),
@@ -299,10 +295,14 @@ class Target:
 
     @cached_property
     def reader(self) -> Reader:
-        rows, release = READERS[self.name], self.release or self.peft
-        if release is None:
+        rows = READERS[self.name]
+        if self.name == "peft":
+            release = base_release(parse_version(str(self.peft)))
+        elif self.release is None:
             return replace(rows[-1], scaling=rows[0].scaling, mounted=rows[0].mounted)
-        return [row for row in rows if Version(row.since) <= base_release(parse_version(release))][-1]
+        else:
+            release = Version(self.release)
+        return [row for row in rows if Version(row.since) <= release][-1]
 
     @property
     def newest_known(self) -> str:

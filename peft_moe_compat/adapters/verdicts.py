@@ -33,7 +33,7 @@ __all__ = ["reader_verdict", "reader_verdicts"]
 _WORDS = {
     "reads": "as it is written for it",
     "fails": "it needs {}; convert it with {}",
-    "wrong": "it needs {}, and says nothing where that lacks; convert it with {}",
+    "wrong": "it needs {}, and may say nothing where that lacks; convert it with {}",
     "unknown": "it may take the file as it is: nobody has tried. A conversion would give it {}; to be sure, convert it "
     "with {}",
 }
@@ -117,6 +117,8 @@ def reader_verdict(source: AdapterSource, decision: Decision, target: Target) ->
 
 def _without(step: Step, source: AdapterSource, target: Target) -> str:
     """What the reader does with the file where the step is not taken."""
+    if target.name == "peft" and target.transformers is None and step.kind in ("from_fused", "from_per_expert"):
+        return "unknown"  # one beside transformers 4 and one beside 5 take different forms
     shapes = [[(slot.lora_A.shape, slot.lora_B.shape) for slot in module.slots] for module in source.modules]
     if step.kind == "orientation":
         return "wrong" if all(A[1] == B[0] for slots in shapes for A, B in slots) else "fails"
@@ -175,7 +177,6 @@ def _form(source: AdapterSource) -> Step:
     fused = source.form == "fused"
     found = {
         "moved": fused and base is not None and any(base.per_expert_path(path) != path for path in paths),
-        "others": bool(source.linears),
         "gate_up": not fused and "gate_up" in map(linear_role, _linears(source)),
         "targeted": bool(source.config.raw.get("target_modules")),
     }
