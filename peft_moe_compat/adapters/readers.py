@@ -16,6 +16,7 @@ from ..errors import AdapterError, AmbiguousAdapterError
 from ..releases import (
     NEWEST_TESTED,
     NEWEST_TRANSFORMERS,
+    RULES,
     base_release,
     installed_versions,
     newer_than_tested,
@@ -86,10 +87,12 @@ class Reader:
     lacking: Mapping[str, str] = field(default_factory=dict)
 
 
-_PEFT_191 = Reader(
+# A row for each layout of PEFT's, the oldest first.
+_FIRST, _TURNED, _LINEAR = (str(rule.since) for rule in RULES)
+_PEFT_LINEAR = Reader(
     "PEFT",
     "fused",
-    since="0.19.1",
+    since=_LINEAR,
     everything=True,
     lacking={
         "from_fused": "wrong",  # it wraps what else the targets name, and fails where that is nothing
@@ -108,9 +111,9 @@ _PEFT_191 = Reader(
         "upstream_roles": "wrong",
     },
 )
-# It converts single experts into factors of the next release, the other way round than its own.
-_PEFT_190 = replace(_PEFT_191, since="0.19.0", lacking={**_PEFT_191.lacking, "from_per_expert": "fails"})
-_PEFT_17 = replace(_PEFT_191, since="0.17.0", lacking={**_PEFT_191.lacking, "from_per_expert": "wrong"})
+# It converts single experts into factors of the next layout, the other way round than its own.
+_PEFT_TURNED = replace(_PEFT_LINEAR, since=_TURNED, lacking={**_PEFT_LINEAR.lacking, "from_per_expert": "fails"})
+_PEFT_FIRST = replace(_PEFT_LINEAR, since=_FIRST, lacking={**_PEFT_LINEAR.lacking, "from_per_expert": "wrong"})
 _FUSED_28 = frozenset(
     {
         "GptOssForCausalLM",
@@ -228,7 +231,7 @@ _LLAMA_CPP = Reader(
 )
 # Reader -> its rows, the oldest first; each holds until the next one's `since`.
 READERS: dict[str, tuple[Reader, ...]] = {
-    "peft": (_PEFT_17, _PEFT_190, _PEFT_191),
+    "peft": (_PEFT_FIRST, _PEFT_TURNED, _PEFT_LINEAR),
     "per-expert": (Reader("a reader of single experts", "per_expert", everything=True),),
     "vllm": (_VLLM_28, _VLLM_29, _VLLM_30, _VLLM_32, _VLLM_33),
     "sglang": (_SGLANG,),

@@ -177,7 +177,7 @@ def cell(request, tmp_path_factory):
     assert abs(expected["dropped"]["0.loss"] - models.train(one.eval(), models.batches(1))["0.loss"]) > 1e-2
     found = {}
     for count, layouts in LAYOUTS.items():
-        ranks = run(count, _on_ranks, str(folder), layouts, timeout=600)
+        ranks = run(count, _on_ranks, str(folder), layouts)
         found |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
     return folder, expected, found
 
