@@ -160,6 +160,7 @@ def test_ours_is_imported_early_but_where_something_heavy_must_wait():
     assert late == {
         ("forward.fused", "forward.fused_ops"),  # triton
         ("forward.fused", "forward.kernels.layer"),
+        ("forward.fused", "forward.kernels.kinds"),
         ("forward.fused", "forward.kernels.trial"),
         ("patching.activation", "model.probe"),  # torch, at activation
         ("patching.activation", "patching.displaced"),

@@ -73,7 +73,7 @@ def _unsupported(device: torch.device) -> Reason | None:
 def _trial_reason(device: torch.device, kind: tuple[Any, ...], rows: int) -> Reason | None:
     """Why a trial of the fused kernels on a device failed, None where it gave the numbers it should.
 
-    The first question about a kind, of `kernels.trial.kind_of`, tries all kernels that such a layer launches, so that
+    The first question about a kind, of `kernels.kinds.kind_of`, tries all kernels that such a layer launches, so that
     one that cannot be built is found out before a backward needs it.
     """
     if device in _given_up:
@@ -224,15 +224,17 @@ def _trial_fails(
     down: HeldProjection,
 ) -> bool:
     """Whether the kernels of this layer and batch, or of any batch that a graph may get, are not to be trusted."""
-    from .kernels import trial  # with triton
-
-    (hidden, index, _), compiling = routed, torch.compiler.is_compiling()
+    hidden, index, _ = routed
     if hidden.device.type not in _TRIED_ON:
         return False
-    some_packed = any(isinstance(held[0], PackedWeight) for held in (up, down))
-    sizes = trial.rows_of_every_kind(up[0].shape[0], index.shape[1], some_packed) if compiling else [index.numel()]
-    kinds = [(trial.kind_of(nonlinearity, routed, up, down, rows), rows) for rows in sizes]
-    return any(_trial_reason(hidden.device, kind, rows) is not None for kind, rows in kinds)
+    from .kernels import kinds  # with triton
+
+    sizes = [index.numel()]
+    if torch.compiler.is_compiling():
+        some_packed = any(isinstance(held[0], PackedWeight) for held in (up, down))
+        sizes = kinds.rows_of_every_kind(up[0].shape[0], index.shape[1], some_packed)
+    asked = [(kinds.kind_of(nonlinearity, routed, up, down, rows), rows) for rows in sizes]
+    return any(_trial_reason(hidden.device, kind, rows) is not None for kind, rows in asked)
 
 
 def _dropped_apart(held: HeldProjection) -> bool:
@@ -272,12 +274,15 @@ def run_fused(
         return experts(nonlinearity, routed, up, down)
     from .kernels import layer  # with triton
 
-    @cache
+    read: list[layer.Projection] = []  # `functools.cache` would take 5 us to make
+
     def tried_down() -> layer.Projection:
-        down = read_down()
-        if _dropped_apart(down) or _trial_fails(nonlinearity, routed, up, down):
-            raise _NotHereError
-        return layer.Projection.of(*down)
+        if not read:
+            down = read_down()
+            if _dropped_apart(down) or _trial_fails(nonlinearity, routed, up, down):
+                raise _NotHereError
+            read.append(layer.Projection.of(*down))
+        return read[0]
 
     if _dropped_apart(up):
         return None

@@ -157,7 +157,7 @@ def read_adapter(
 def dropout_of(wrapper: Any, adapter_name: str) -> float:
     """The probability with which an adapter's input is dropped now: 0 in evaluation."""
     layer = wrapper._modules["lora_dropout"]._modules.get(adapter_name)
-    return float(getattr(layer, "p", 0.0)) if layer is not None and layer.training else 0.0
+    return float(vars(layer).get("p", 0.0)) if layer is not None and layer.training else 0.0  # PEFT's, or an Identity
 
 
 def active_adapters(wrapper: Any) -> list[str]:

@@ -70,8 +70,9 @@ class Handover:
             for adapter_name in adapter_names if wrapper.parameter_name == name else ():
                 if only not in (None, adapter_name):
                     continue
-                factors = (wrapper._modules[side]._modules[adapter_name] for side in ("lora_A", "lora_B"))
-                if any(still_sharded(held_weight(factor), held is not None) for factor in factors):
+                A, B = (wrapper._modules[side]._modules[adapter_name] for side in ("lora_A", "lora_B"))
+                spread = held is not None
+                if still_sharded(held_weight(A), spread) or still_sharded(held_weight(B), spread):
                     raise PeftMoeCompatError(
                         f"lora_A or lora_B of {name!r}, adapter {adapter_name!r}, is a DTensor in the forward: it is "
                         "read without calling the module that holds it, so its own fully_shard never gathers it. Give "

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 import peft_moe_compat
 from peft_moe_compat.forward import fused
-from peft_moe_compat.forward.kernels import loaded_gemm, packed_gemm, trial
+from peft_moe_compat.forward.kernels import kinds, loaded_gemm, packed_gemm
 from peft_moe_compat.forward.kernels.interface import Nonlinearity
 from peft_moe_compat.forward.kernels.launch import Kernel
 from peft_moe_compat.forward.kernels.unpack import unpack
@@ -356,7 +356,7 @@ def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
             out.sum().backward()
     assert launched["trial"] == launched["layer"]
     assert [0 < error < fused._TRIAL_ERROR / 2 for error in errors] == [True]
-    assert trial.Kind(*next(iter(fused._tried[hidden.device]))).up[-1] is not None
+    assert kinds.Kind(*next(iter(fused._tried[hidden.device]))).up[-1] is not None
 
 
 @pytest.mark.parametrize(
@@ -432,9 +432,9 @@ def test_what_a_graph_tries_is_all_that_its_batches_need(E, packed, grad):
     )
 
     def kind(rows):
-        return trial.kind_of(Nonlinearity("silu", False), routed, up, down, rows)[:-1]
+        return kinds.kind_of(Nonlinearity("silu", False), routed, up, down, rows)[:-1]
 
-    tried = {kind(rows) for rows in trial.rows_of_every_kind(E, 2, packed)}
+    tried = {kind(rows) for rows in kinds.rows_of_every_kind(E, 2, packed)}
     assert {kind(rows) for rows in [*range(2, 300, 2), *(E * n for n in range(1, 300))]} <= tried
 
 
@@ -447,9 +447,9 @@ def test_a_graph_is_tried_before_it_runs(monkeypatch):
     hidden, index = torch.randn(4, 64, device=DEVICE).to(DTYPE), torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
     with torch.no_grad():
         compiled(hidden, index, torch.ones(4, 1, device=DEVICE).to(DTYPE))
-    kinds = {trial.Kind(*kind) for of_device in fused._tried.values() for kind in of_device}
-    assert {kind.tiles for kind in kinds} == {None, (16, 16), (64, 64), (64, 128)}
-    assert all(kind.up[-1] is not None for kind in kinds)
+    found = {kinds.Kind(*kind) for of_device in fused._tried.values() for kind in of_device}
+    assert {kind.tiles for kind in found} == {None, (16, 16), (64, 64), (64, 128)}
+    assert all(kind.up[-1] is not None for kind in found)
     torch._dynamo.reset()
 
 

@@ -8,6 +8,7 @@ The layer, in the order of computation (S routed rows sorted by expert; R the ra
     activation   h = act(gate) * up and u = h A^T in one pass; its backward in place, with <h, dh> and dy (scaling B)
     gradients    of lora_A and lora_B: one pass over the rows, gathered again where they were never kept
     layer        the autograd function that ties them together
+    kinds        what of a layer and batch its kernels are compiled for
     trial        all that a layer launches, on a small problem, against torch
     interface    what these and those above tell each other; imports no triton
 """

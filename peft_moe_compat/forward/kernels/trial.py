@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import index as constant
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,147 +16,20 @@ from torch.nn import functional
 
 from ...layout import ExpertLora, FlatLora, flat, to_flat
 from ...model.packed import Codec, PackedWeight, encoded
-from .decode import MOST_PACKED_ROWS, MOST_ROWS, few_rows, most_rows
+from .decode import few_rows
 from .dropout import Kept, kept_of
 from .interface import HeldProjection, Nonlinearity
+from .kinds import Held, Kind
 from .launch import compiled_together
-from .layer import Projection, any_trains, backward_pass, forward_pass, tile_sizes
+from .layer import Projection, backward_pass, forward_pass
 from .packed_gemm import MANY
-from .routing import Route, Tiles, route, steps
+from .routing import Route, Tiles, route
 
-__all__ = ["Kind", "kind_of", "rows_of_every_kind", "worst_error"]
+__all__ = ["worst_error"]
 
 # What the up projection gives lies around these, away from where a slope jumps (0, and the limit): rounding would put
 # some elements on the other side.
 _CENTRES, _LIMIT = (-4.0, 1.3, 4.0), 2.6
-
-
-class Held(NamedTuple):
-    """How a projection is held.
-
-    Attributes:
-        along_in: Whether a weight's in-features lie contiguous.
-        packed: Whether it has no gaps and starts on 16 bytes.
-        bias: Its dtype.
-        lora: (rank, orientation, packing, dtypes of both factors, whether it has a dropout); orientation and packing
-            empty for an `ExpertLora`.
-        codec: Of a quantised weight; a height or width of -1 is a whole expert's.
-    """
-
-    along_in: bool
-    packed: bool
-    bias: torch.dtype | None
-    lora: tuple[int, str, str, torch.dtype, torch.dtype, bool] | None
-    codec: tuple[Any, ...] | None
-
-
-class Kind(NamedTuple):
-    """All that the kernels of a layer and batch are compiled for: constants, which a graph is guarded by.
-
-    Attributes:
-        dtypes: Of the hidden states, the index, the routing weights, and the base weights.
-        sizes: E, H and I of a small layer whose kernels are the same: congruent, so that strides divide alike.
-        k: Experts of a token.
-        nonlinearity: Without its alpha and limit, which kernels take as arguments; None for a module's own.
-        gated: Whether the up projection is twice as wide.
-        up, down: How both projections are held.
-        trains: Whether there is a backward.
-        tiles: Rows of the small and large tiles; None for the kernels of few rows.
-        sparse: Whether there are fewer rows than experts.
-        ahead: The largest of `packed_gemm.MANY` that a quantised stack has of rows to an expert; 0 where none.
-        steps: The routing's.
-    """
-
-    dtypes: tuple[torch.dtype, ...]
-    sizes: tuple[int, int, int]
-    k: int
-    nonlinearity: tuple[str, bool, bool] | None
-    gated: bool
-    up: Held
-    down: Held
-    trains: bool
-    tiles: tuple[int, int] | None
-    sparse: bool
-    ahead: int
-    steps: tuple[int, ...]
-
-
-def _reduced(size: int, least: int, unit: int) -> int:
-    """The smallest size from `least` on that is congruent to a larger one."""
-    return size if size < least + unit else least + (size - least) % unit
-
-
-def _tensors(lora: ExpertLora | FlatLora | None) -> tuple[Tensor, ...]:
-    if lora is None:
-        return ()
-    return lora[:2] if isinstance(lora, FlatLora) else (lora.A, lora.B)
-
-
-def _held(weight: Tensor | PackedWeight, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> tuple[Any, ...]:
-    """`Held` as a tuple."""
-    form = codec = None
-    if isinstance(weight, PackedWeight):
-        along_in, packed, aligned, codec = not weight.rows_are_in, True, True, weight.codec
-        if codec.height:
-            sizes = zip(codec[2:4], weight.stored[1:], strict=True)
-            height, width = (-1 if block >= size else block for block, size in sizes)
-            codec = codec._replace(height=height, width=width)
-    else:
-        along_in = weight.stride(1) == 1
-        packed = (weight.mT if along_in else weight).is_contiguous()
-        aligned = torch.compiler.is_compiling() or weight.data_ptr() % 16 == 0  # a graph's tensors have no address yet
-    if lora is not None:
-        A, B = _tensors(lora)
-        order = (lora.orientation, lora.packing) if isinstance(lora, FlatLora) else ("", "")
-        form = (constant(lora.rank), *order, A.dtype, B.dtype, bool(lora.dropout))
-    return (
-        along_in,
-        packed and aligned,
-        None if bias is None else bias.dtype,
-        form,
-        codec and tuple(map(constant, codec)),
-    )
-
-
-def kind_of(
-    nonlinearity: Nonlinearity | Callable[[Tensor], Tensor],
-    routed: tuple[Tensor, Tensor, Tensor],
-    up: HeldProjection,
-    down: HeldProjection,
-    rows: int,
-) -> tuple[Any, ...]:
-    """What the kernels of a layer are compiled for with that many rows: a `Kind`, in the plain tuples dynamo wants.
-
-    Args:
-        routed: hidden_states "T H", top_k_index and top_k_weights "T k".
-    """
-    hidden, index, weights = routed
-    E, H, N, I, k = map(constant, (*up[0].shape, down[0].shape[1], index.shape[1]))
-    trains = any_trains([hidden, weights, *_tensors(up[2]), *_tensors(down[2])])
-    known = tuple(nonlinearity[:3]) if isinstance(nonlinearity, Nonlinearity) else None
-    drops = any(lora is not None and lora.dropout for _, _, lora in (up, down))
-    packed = isinstance(up[0], PackedWeight) or isinstance(down[0], PackedWeight)
-    few = rows <= most_rows(up[0], down[0]) and known is not None and not (trains or drops)
-    return (
-        (hidden.dtype, index.dtype, weights.dtype, up[0].dtype),
-        (_reduced(E, max(4, k + 1), 16), _reduced(H, 576, 64), _reduced(I, 576, 64)),
-        k,
-        known,
-        N != I,
-        _held(*up),
-        _held(*down),
-        trains,
-        None if few else tile_sizes(rows, E),
-        not few and rows < E,
-        max(least * (rows >= least * E) for least in (0, *MANY)) if packed else 0,
-        () if few else (E, *steps(rows, E)),
-    )
-
-
-def rows_of_every_kind(E: int, k: int, packed: bool) -> list[int]:
-    """Numbers of rows, one at least for every size of tiles: for a graph, which does not know its own."""
-    E, k = constant(E), constant(k)
-    return [k, MOST_PACKED_ROWS + 1, MOST_ROWS + 1, E, 16 * E, 64 * E, *[least * E for least in MANY if packed]]
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -326,7 +198,7 @@ def worst_error(device: torch.device, values: tuple[Any, ...], rows: int) -> flo
     Raises ArithmeticError where that many rows are sorted wrongly, and whatever a kernel raises that cannot be built.
 
     Args:
-        values: Of the kind, from `kind_of`.
+        values: Of the kind, from `kinds.kind_of`.
     """
     kind = Kind(*values)
     kind = kind._replace(up=Held(*kind.up), down=Held(*kind.down))
