@@ -162,4 +162,4 @@ _known_kind = lru_cache(1024)(_kind)  # a forward asks for it each time
 def rows_of_every_kind(E: int, k: int, packed: bool) -> list[int]:
     """Numbers of rows, one at least for every size of tiles: for a graph, which does not know its own."""
     E, k = constant(E), constant(k)
-    return [k, MOST_PACKED_ROWS + 1, MOST_ROWS + 1, E, 16 * E, 64 * E, *[least * E for least in MANY if packed]]
+    return [k, MOST_PACKED_ROWS + 1, MOST_ROWS + 1, E, 4 * E, 16 * E, 64 * E, *[least * E for least in MANY if packed]]

@@ -82,7 +82,9 @@ def tile_sizes(S: int, E: int) -> tuple[int, int]:
     rows = S // E
     if rows >= 64:
         return 64, 128
-    return (64, 64) if rows >= 16 else (16, 16)
+    if rows >= 16:
+        return 64, 64
+    return (16, 64) if rows >= 4 else (16, 16)  # products of tiles of 16 rows are torch's: more launches, fewer zeros
 
 
 class Passed(NamedTuple):
@@ -119,7 +121,9 @@ def forward_pass(
     kept = kept_of(up.drop, where, up.weight.shape[1])
     x, low_up, _ = gather(hidden, where, k, up.weight.dtype, up.A, kept=kept)
     up = up.ready(S)
-    rows = linear(x, up.weight, where, low_up, up.packed, up.bias)
+    # What the activation, "S I", will take: half of the up projection's out-features, or more where nothing is gated.
+    room = S * (up.weight.shape[2] // 2) * x.element_size()
+    rows = linear(x, up.weight, where, low_up, up.packed, up.bias, room=room)
     del x
     down = read_down()
     kept = kept_of(down.drop, where, down.weight.shape[1])
@@ -156,20 +160,24 @@ def backward_pass(
     dup, weighted_h = passed.up, dh
     d_down_A = factor_gradient(low_g, weighted_h, where, wanted[2], kept=kept)
     d_down_B = factor_gradient(passed.low_down, dout, where, wanted[3], gather_k=k, weights=weights)
+    room = dh.nbytes - sum(found.nbytes for found in (d_down_A, d_down_B) if found is not None)
     del weighted_h, dh
     kept = kept_of(up.drop, where, up.weight.shape[1])
-    d_up_A = factor_gradient(low_y, hidden, where, wanted[0], gather_k=k, kept=kept)
-    d_up_B = factor_gradient(passed.low_up, dup, where, wanted[1])
     dhidden = None
     if wants_hidden:
-        dx = _to_rows(dup, up, where, low_y, kept)
+        dx = _to_rows(dup, up, where, low_y, kept, room)
         dhidden = combine(dx, where, None, k, hidden.dtype)
+        del dx
+    d_up_A = factor_gradient(low_y, hidden, where, wanted[0], gather_k=k, kept=kept)
+    d_up_B = factor_gradient(passed.low_up, dup, where, wanted[1])
     return dhidden, dweights.to(weights.dtype), d_up_A, d_up_B, d_down_A, d_down_B
 
 
-def _to_rows(gradient: Tensor, through: Projection, where: Route, low: Tensor | None, kept: Kept | None) -> Tensor:
+def _to_rows(
+    gradient: Tensor, through: Projection, where: Route, low: Tensor | None, kept: Kept | None, room: int = 0
+) -> Tensor:
     """The gradient of a projection's output "S out" -> of its rows "S in"; `low` is its product with lora_B."""
-    return linear(gradient, through.weight.mT, where, low, through.A, kept=kept)
+    return linear(gradient, through.weight.mT, where, low, through.A, kept=kept, room=room)
 
 
 def _apart(weight: Tensor | PackedWeight) -> tuple[tuple[Any, ...] | None, tuple[Tensor | None, ...]]:

@@ -57,7 +57,7 @@ def _tile(
     for k in range(0, K, BLOCK_K):
         a = x.load([first_s, k])
         first_r, first_c = (k, first_n) if IN else (first_n, k)
-        first, second = numbers(data.load([expert * CODEC[8] + first_r, first_c // PER]), table, CODEC, True)
+        first, second = numbers(data.load([expert * CODEC[8] + first_r, first_c // PER]), table, CODEC)
         number = first
         if PER == 2:
             number = tl.join(first, second).reshape(HEIGHT, WIDTH)

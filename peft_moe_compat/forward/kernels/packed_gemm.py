@@ -118,13 +118,18 @@ def linear(
     factor: Factor | None,
     bias: Tensor | None = None,
     kept: Kept | None = None,
+    room: int = 0,
 ) -> Tensor:
-    """`gemm.grouped_linear`, of a quantised stack too."""
+    """`gemm.grouped_linear`, of a quantised stack too.
+
+    Args:
+        room: Bytes that the layer holds less now than at its highest, which decoded weights may take beyond `SCRATCH`.
+    """
     if not isinstance(weight, PackedWeight):
         return gemm.grouped_linear(x, weight, route, low, factor, bias, kept)
     if kept is None:
-        return _packed_linear(x, weight, route, low, factor, bias)
-    return add_to(_packed_linear(x, weight, route, None, None, bias), route, low, factor, None, kept)
+        return _packed_linear(x, weight, route, low, factor, bias, room)
+    return add_to(_packed_linear(x, weight, route, None, None, bias, room), route, low, factor, None, kept)
 
 
 class _Part(NamedTuple):
@@ -134,12 +139,13 @@ class _Part(NamedTuple):
     out: tuple[int, int]
 
 
-def _parts(weight: PackedWeight, column: int) -> list[_Part]:
-    """Pieces of at most `SCRATCH` bytes, as equal as can be; out-features in whole tiles of so many columns."""
+def _parts(weight: PackedWeight, column: int, room: int) -> list[_Part]:
+    """Pieces as equal as can be: of experts, in at most `SCRATCH` + `room` bytes, or where not one fits, of one's
+    out-features, in `SCRATCH` alone, since kernels are compiled for how many; in whole tiles of so many columns."""
     E, K, N = weight.shape
     size = K * N * weight.dtype.itemsize
-    if size <= SCRATCH:
-        count = cdiv(E, SCRATCH // size)
+    if size <= SCRATCH + max(room, 0):
+        count = cdiv(E, (SCRATCH + max(room, 0)) // size)
         return [_Part((E * i // count, E * (i + 1) // count), (0, N)) for i in range(count)]
     width = max(1, SCRATCH // (K * column * weight.dtype.itemsize)) * column
     width = cdiv(cdiv(N, cdiv(N, width)), column) * column
@@ -147,8 +153,9 @@ def _parts(weight: PackedWeight, column: int) -> list[_Part]:
 
 
 def _packed_linear(
-    x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None,
+    room: int,
+) -> Tensor:  # fmt: skip
     """`grouped_linear` of a quantised stack: decoded in the product where few rows reach an expert, or that gains, else
     part by part ahead of the tiled product, or all at once where that does not run."""
     E, rows, columns = weight.stored
@@ -163,12 +170,12 @@ def _packed_linear(
     if not tiling or K % tiling.depth or N % (16 // x.element_size()):
         whole = unpack(weight, route.offs, (0, E), (0, rows), (0, columns))
         return add_to(grouped_mm(x, whole if weight.rows_are_in else whole.mT, route.offs), route, low, factor, bias)
-    return _ahead(x, weight, route, low, factor, bias, tiling)
+    return _ahead(x, weight, route, low, factor, bias, tiling, room)
 
 
 def _ahead(
     x: Tensor, weight: PackedWeight, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None,
-    tiling: Tiling,
+    tiling: Tiling, room: int,
 ) -> Tensor:  # fmt: skip
     """Decoded part by part, each multiplied before the next takes its memory.
 
@@ -179,7 +186,7 @@ def _ahead(
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, (factor_at, *others), R = low_rank(y, low, factor, bias)
     tiles, along_k, (block_n, num_warps, num_stages) = route.large, not weight.rows_are_in, tiling.config
-    parts = _parts(weight, block_n)
+    parts = _parts(weight, block_n, room)
     scratch = x.new_empty(max((e - first_e) * (n - first_n) for (first_e, e), (first_n, n) in parts) * K, dtype=y.dtype)
     constants = {
         "R": R, "BIAS": bias is not None, "ALONG_K": along_k, "BLOCK": tiles.block, "BLOCK_N": block_n,

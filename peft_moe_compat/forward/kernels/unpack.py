@@ -1,7 +1,8 @@
 """From packed bytes to weights, bit for bit what the format's own dequantisation gives. See `model.packed`.
 
 A kernel is compiled for a `CODEC`: the fields of `model.packed.Codec`, then rows and columns of an expert as stored,
-and whether these rows are in-features.
+whether these rows are in-features, and whether the device converts float8, as from compute capability 8.9 on (what
+triton's interpreter makes of its NaN is a number).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...model.packed import CODES, PackedWeight
-from .common import cdiv
+from ...model.packed import CODES, FLOAT8, PackedWeight
+from .common import INTERPRETED, capability_of, cdiv
 from .launch import Repeated, kernel
 from .permute import looked_up
 
@@ -69,11 +70,8 @@ def _e2m1(code):
 
 
 @triton.jit
-def numbers(byte, table, CODEC: tl.constexpr, FLOAT8: tl.constexpr = False):
-    """(first, second) numbers of a byte as float32; the same twice where it holds one.
-
-    FLOAT8: whether the device converts those, as from compute capability 8.9 on.
-    """
+def numbers(byte, table, CODEC: tl.constexpr):
+    """(first, second) numbers of a byte as float32; the same twice where it holds one."""
     if CODEC[0] == 0:
         if CODEC[4]:
             high, low = _e2m1((byte >> 4).to(tl.int32)), _e2m1((byte & 15).to(tl.int32))
@@ -86,7 +84,7 @@ def numbers(byte, table, CODEC: tl.constexpr, FLOAT8: tl.constexpr = False):
     elif CODEC[0] == 1:
         first = byte.to(tl.int8, bitcast=True).to(tl.float32)
         second = first
-    elif FLOAT8:
+    elif CODEC[11]:
         first = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         second = first
     else:  # float8 e4m3fn by its bits, which every device and the interpreter can
@@ -179,7 +177,8 @@ def _unpack(
 
 def codec_of(weight: PackedWeight) -> tuple[Any, ...]:
     """What a kernel is compiled for; numbers alone, which triton hashes."""
-    numbers = *weight.codec, *weight.stored[1:], weight.rows_are_in
+    converts = weight.codec.kind == FLOAT8 and capability_of(weight.device) >= 89 and not INTERPRETED.value
+    numbers = *weight.codec, *weight.stored[1:], weight.rows_are_in, converts
     return tuple(int(n) if isinstance(n, bool) else n for n in numbers)
 
 
