@@ -6,8 +6,8 @@ r"""LoRA on quantised experts: stock PEFT and this library, one experts layer an
 
 For every format: the errors against a float64 loop over the dequantised weights, relative to the norm of the output, of
 the adapter's effect and of the gradients (hidden states, and the worst of lora_A and lora_B); median milliseconds of
-forward + backward, and how many times the unquantised layer's; the highest memory above the weights; microseconds of a
-forward of few tokens, replayed as a CUDA graph with a cold L2. A case that fails prints its error.
+forward + backward, and how many times the unquantised layer's beside it; the highest memory above the weights;
+microseconds of a forward of few tokens, replayed as a CUDA graph with a cold L2. A case that fails prints its error.
 
 bitsandbytes and torchao are used where they can be imported.
 """
@@ -59,9 +59,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--formats", help="names, between commas; all by default")
     parser.add_argument("--who", default="ours,stock")
     parser.add_argument("--decode", default="1,16,64", help="tokens of a forward alone")
-    parser.add_argument("--model", default="1024,512", help="hidden and intermediate size of the small model")
+    parser.add_argument("--model", default="1024,512", help="hidden and intermediate size of the small model, if any")
     parser.add_argument("--tokens", default="8192,2048")
-    parser.add_argument("--check-tokens", type=int, default=256)
+    parser.add_argument("--check-tokens", type=int, default=256, help="of the errors; 0: none")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--block", type=int, default=128, help="of the FP8 scales")
     parser.add_argument("--repeats", type=int, default=7)
@@ -300,17 +300,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(step) -> dict[str, float]:
-    """Median milliseconds and, on a GPU, the peak above what was allocated before, in GiB."""
-    times = []
+def measure(step, unquantised=None) -> dict[str, float]:
+    """Median milliseconds and, on a GPU, the peak above what was allocated before, in GiB.
+
+    With `unquantised`, that step's milliseconds too, in turns with the other's: a card that has worked is slower.
+    """
+    steps = [step] if unquantised is None else [step, unquantised]
+    times: list[list[float]] = [[] for _ in steps]
     for i in range(ARGS.repeats + 2):
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        if i >= 2:
-            times.append(time.perf_counter() - start)
-    result = {"ms": 1000 * statistics.median(times)}
+        for each, found in zip(steps, times, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            each()
+            synchronize()
+            if i >= 2:
+                found.append(time.perf_counter() - start)
+    ms, *others = (1000 * statistics.median(found) for found in times)
+    result = {"ms": ms}
+    for plain in others:
+        result |= {"bf16_ms": plain, "times_bf16": ms / plain}
     if ARGS.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -320,7 +328,7 @@ def measure(step) -> dict[str, float]:
     return result
 
 
-def trains(block: nn.ModuleDict, tokens: int, H: int, k: int) -> dict[str, float]:
+def training_step(block: nn.ModuleDict, tokens: int, H: int, k: int):
     experts = block["experts"].get_base_layer()
     hidden, index, weights = inputs(tokens, H, experts.num_experts, k)
     grad = torch.randn_like(hidden)
@@ -332,7 +340,7 @@ def trains(block: nn.ModuleDict, tokens: int, H: int, k: int) -> dict[str, float
         for parameter in parameters:
             parameter.grad = None
 
-    return measure(step)
+    return step
 
 
 def decodes(block: nn.ModuleDict, tokens: int, H: int, k: int) -> float:
@@ -356,8 +364,8 @@ def decodes(block: nn.ModuleDict, tokens: int, H: int, k: int) -> float:
     return statistics.median(times)
 
 
-# (who, shape, tokens or "decode tokens") -> what the unquantised layer took
-UNQUANTISED: dict[tuple, float] = {}
+UNQUANTISED: dict[tuple, nn.ModuleDict] = {}  # (class, who) -> the layer of the shape at hand
+DECODED: dict[tuple, float] = {}  # (class, who, shape, tokens) -> microseconds of the unquantised layer
 
 
 def layer_case(stored: str, who: str, make, quantise, shape: list[int]) -> None:
@@ -368,23 +376,22 @@ def layer_case(stored: str, who: str, make, quantise, shape: list[int]) -> None:
     row = {"case": "layer", "format": stored, "who": who, "shape": shape, "weights_gib": held_mib(experts) / 1024}
     block = wrapped(experts)
     row["report"] = peft_moe_compat_report(block) if who == "ours" else ""
-    row["errors"] = errors(block, block["experts"], H, k)
+    if ARGS.check_tokens:
+        row["errors"] = errors(block, block["experts"], H, k)
     add(row)
+    plain = UNQUANTISED.get((make, who))
     for tokens in sizes(ARGS.tokens):
         row = {"case": "layer", "format": stored, "who": who, "tokens": tokens, "shape": shape}
-        row |= trains(block, tokens, H, k)
-        add(row | compared(row["ms"], stored, make, who, shape, tokens))
+        beside = None if plain is None else training_step(plain, tokens, H, k)
+        add(row | measure(training_step(block, tokens, H, k), beside))
     for tokens in sizes(ARGS.decode) if ARGS.decode else ():
-        us = decodes(block, tokens, H, k)
+        us, key = decodes(block, tokens, H, k), (make, who, *shape, tokens)
         row = {"case": "decode", "format": stored, "who": who, "tokens": tokens, "shape": shape, "us": us}
-        add(row | compared(us, stored, make, who, shape, -tokens))
-
-
-def compared(time_: float, stored: str, make, who: str, shape: list[int], what: int) -> dict[str, float]:
-    key = make, who, *shape, what
+        if stored.startswith("bf16"):
+            DECODED[key] = us
+        add(row | ({"times_bf16": us / DECODED[key]} if key in DECODED else {}))
     if stored.startswith("bf16"):
-        UNQUANTISED[key] = time_
-    return {"times_bf16": time_ / UNQUANTISED[key]} if key in UNQUANTISED else {}
+        UNQUANTISED[make, who] = block
 
 
 def add(row: dict) -> None:
@@ -497,11 +504,12 @@ def main() -> None:
     print(json.dumps(found), flush=True)
     wanted = ARGS.formats.split(",") if ARGS.formats else [*FORMATS, *GPT_OSS_FORMATS]
     for shape in map(sizes, ARGS.shapes.split(";")):
+        UNQUANTISED.clear()
         for make, formats in ((qwen_experts, FORMATS), (gpt_oss_experts, GPT_OSS_FORMATS)):
             for stored, quantise in formats.items():
                 for who in ARGS.who.split(",") if stored in wanted else ():
                     guarded("layer", stored, who, layer_case, stored, who, make, quantise, shape)
-    for stored, quantise in FORMATS.items():
+    for stored, quantise in FORMATS.items() if ARGS.model else ():
         for who in ARGS.who.split(",") if stored in wanted else ():
             guarded("model", stored, who, model_case, stored, who, quantise)
     if ARGS.json:

@@ -7,8 +7,9 @@
 Forward + backward ms by CUDA events, medians of 7, of stock PEFT, of this package with set_backend("torch"), and with
 its own choice. A row is marked where that choice is more than 5 % slower than either. Of formats, as `bench` has them,
 stock PEFT trains none: there it is the plain path alone, which dequantises whole stacks. With --against, the choice of
-another checkout of this package instead, in a process of its own that measures each row before and after this one; a
-row is marked where it is more than 5 % slower than both.
+another checkout of this package instead: each in PROCESSES of its own, measured in turns, ROUNDS times, and the time is
+the median of a process's medians in the fastest of them. Where the processor is the limit, processes of the same code
+were seen to differ by a quarter for as long as they lived.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,7 @@ import peft_moe_compat
 if not Path(peft_moe_compat.__file__).is_relative_to(Path(args.package).resolve()):
     raise SystemExit(f"{args.package} is no checkout: {peft_moe_compat.__file__} was imported.")
 
+PROCESSES, ROUNDS = 3, 3
 QWEN, SMALL, WIDE, MANY = (128, 8, 2048, 768), (8, 2, 1024, 512), (8, 2, 4096, 14336), (512, 10, 2048, 512)
 CASES = [(QWEN, T, 16, False) for T in (1, 8, 64, 512, 2048, 8192, 32768, 65536)]
 CASES += [(QWEN, 8192, r, False) for r in (4, 10, 32, 64, 128, 256)]
@@ -136,10 +139,11 @@ class Layer:
         return found
 
 
-class Other:
-    """Another checkout, in a process that answers row by row."""
+class Process:
+    """A checkout of this package in a process that answers row by row."""
 
     def __init__(self, checkout):
+        self.checkout = checkout
         command = [sys.executable, __file__, "--package", checkout, "--repeats", str(args.repeats)]
         more = ["--peft", args.peft] if args.peft else []
         self.process = subprocess.Popen([*command, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -148,8 +152,19 @@ class Other:
         print(json.dumps(row), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit("The other checkout failed; its error is above.")
-        return json.loads(answer)
+            raise SystemExit(f"{self.checkout} failed; its error is above.")
+        return json.loads(answer)[0]
+
+
+def in_turns(processes, *row):
+    """The milliseconds of each checkout."""
+    times = {process: [] for process in processes}
+    for i in range(ROUNDS):
+        for process in processes if i % 2 else processes[::-1]:
+            times[process].append(process.measured(*row))
+    checkouts = dict.fromkeys(process.checkout for process in processes)
+    medians = [(process.checkout, statistics.median(found)) for process, found in times.items()]
+    return [min(ms for checkout, ms in medians if checkout == one) for one in checkouts]
 
 
 def serve():
@@ -159,8 +174,10 @@ def serve():
 
 
 def main() -> None:
-    rows, layer, other = [], Layer(), Other(args.against) if args.against else None
-    columns = ["before", "after"] if other else ["stock PEFT", "torch"]
+    rows, layer = [], Layer()
+    checkouts = [args.against, args.package] if args.against else []
+    processes = [Process(checkout) for _ in range(PROCESSES) for checkout in checkouts]
+    columns = ["against"] if checkouts else ["stock PEFT", "torch"]
     print(torch.cuda.get_device_name())
     heads = "".join(f"{column:>12}" for column in columns)
     print(f"{'E,k,H,I':20}{'stored':>15}{'tokens':>7}{'rank':>5}  routing {heads}         own")
@@ -171,14 +188,13 @@ def main() -> None:
             continue
         row = {"shape": shape, "format": stored or "bfloat16", "tokens": T, "rank": rank, "skewed": skewed}
         case = stored, shape, T, rank, skewed
-        if other:
-            [before], [own], [after] = other.measured(*case), layer.measured(*case, ["triton"]), other.measured(*case)
-            found = {"before": before, "after": after}
+        if checkouts:
+            *times, own = in_turns(processes, *case)
         else:
-            peers = ["torch"] if stored else ["stock PEFT", "torch"]
+            peers = columns[1:] if stored else columns
             *times, own = layer.measured(*case, [*peers, "triton"])
-            found = dict(zip(peers, times, strict=True))
-        row |= found | {"own": own, "slower": own > 1.05 * (max if other else min)(found.values())}
+        found = dict(zip(columns[-len(times) :], times, strict=True))
+        row |= found | {"own": own, "slower": own > 1.05 * min(times)}
         rows.append(row)
         shown = "".join(f"{row[column]:12.3f}" if column in row else " " * 12 for column in columns)
         print(
