@@ -90,7 +90,10 @@ FINDINGS = {
     "not_finite": ("error", "{nan} NaN and {infinite} infinite entries"),
     "zero_experts": (
         "warning",
-        "lora_A of {count} of {of} experts is zero or missing, as training never leaves it: {experts}",
+        (
+            "lora_A of {count} of {of} experts is zero or missing, as training never leaves it, but of experts that no "
+            "token reached where a conversion has exchanged lora_A and lora_B: {experts}"
+        ),
     ),
     "untrained_experts": (
         "note",
