@@ -22,7 +22,7 @@ from .adapters.convert import Conversion, emitted, layout_of, planned, write_ada
 from .adapters.files import atomic_folder, usable_path
 from .adapters.plan import Plan
 from .adapters.proof import by_rules
-from .adapters.readers import parse_target
+from .adapters.reader_target import parse_target
 from .adapters.safetensors_io import TensorInfo
 from .adapters.source import AdapterSource, source_of
 from .adapters.stated import Stated

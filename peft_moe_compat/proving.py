@@ -25,7 +25,7 @@ from .adapters.config_fields import CHANGES, SAYS_NOTHING
 from .adapters.files import read_json
 from .adapters.names import PREFIX
 from .adapters.proof import Proof
-from .adapters.readers import Target
+from .adapters.reader_target import Target
 from .adapters.safetensors_io import TensorInfo
 from .adapters.source import CONFIG_NAME
 from .adapters.tensors import open_tensors

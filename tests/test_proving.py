@@ -18,7 +18,7 @@ from support.limits import seconds
 from peft_moe_compat import AdapterError, convert_adapter, proving, releases
 from peft_moe_compat.adapters.base_model import load_base_model
 from peft_moe_compat.adapters.proof import Proof
-from peft_moe_compat.adapters.readers import parse_target
+from peft_moe_compat.adapters.reader_target import parse_target
 
 THE_PAIR = f"peft=={installed},transformers=={transformers.__version__}"
 

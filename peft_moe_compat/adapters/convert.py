@@ -18,7 +18,7 @@ from .decide import Decision, decide
 from .files import atomic_folder, usable_path
 from .plan import Plan, plan_conversion
 from .proof import Proof, Prover, by_rules
-from .readers import Target, parse_target
+from .reader_target import Target, parse_target
 from .refit import linears_taken_for_experts, refit
 from .renaming import parse_renames
 from .safetensors_io import write_safetensors

@@ -10,7 +10,7 @@ from ..errors import AdapterError
 from .base_model import BaseModel
 from .decide import decide
 from .orientations import has_separate_experts
-from .readers import Target
+from .reader_target import Target
 from .source import open_adapter, uncollected
 from .stated import Stated
 from .verdicts import reader_verdict

@@ -13,7 +13,8 @@ from .decide import Decision
 from .orientations import expert_parameter, has_separate_experts, orientations, orientations_after
 from .outputs import GGUF_PATH, Output, fused, gguf, per_expert, shared_outer
 from .parts import Part, expert_parts
-from .readers import NotTakenError, Target, is_of
+from .reader_target import Target
+from .readers import NotTakenError, is_of
 from .rewriting import taken_for_experts
 from .shapes import parameter_order
 from .shaping import alternating, join, part_gate_up, zeros_like

@@ -19,7 +19,8 @@ from .names import linear_role
 from .outputs import GGUF_PATH, Output
 from .plan import Plan, others, plan_conversion
 from .ranks import lora_alpha, lora_rank
-from .readers import READERS, NotTakenError, Target
+from .reader_target import Target
+from .readers import READERS, NotTakenError
 from .refit import Refit, linears_taken_for_experts, module_parts, refit, require_read
 from .rewriting import as_peft_reads, named_as, reaching
 from .shapes import parameter_order

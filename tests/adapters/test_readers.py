@@ -8,7 +8,8 @@ import pytest
 from support.adapter_files import load
 
 from peft_moe_compat import AdapterError, AmbiguousAdapterError, convert_adapter, inspect_adapter
-from peft_moe_compat.adapters.readers import READERS, parse_target
+from peft_moe_compat.adapters.reader_target import parse_target
+from peft_moe_compat.adapters.readers import READERS
 
 QWEN = {"num_experts": 4, "hidden_size": 16, "moe_intermediate_size": 12}
 

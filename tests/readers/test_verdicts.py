@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 
 from peft_moe_compat import convert_adapter, inspect_adapter
-from peft_moe_compat.adapters.readers import Target
+from peft_moe_compat.adapters.reader_target import Target
 
 from . import llama_cpp_reader, ordinary, sglang_reader, vllm_reader
 from . import tiny as t
