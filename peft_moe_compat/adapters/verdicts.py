@@ -34,7 +34,7 @@ __all__ = ["reader_verdict", "reader_verdicts"]
 _WORDS = {
     "reads": "as it is written for it",
     "fails": "it needs {}; convert it with {}",
-    "wrong": "it needs {}, and may say nothing where that lacks; convert it with {}",
+    "wrong": "it needs {}: as the file is, it may load other numbers without a word; convert it with {}",
     "unknown": "it may take the file as it is: nobody has tried. A conversion would give it {}; to be sure, convert it "
     "with {}",
 }

@@ -41,7 +41,7 @@ def escape(text: str) -> str:
     return escape_markup(plain(text))
 
 
-_MARKS = {"reads": "[green]reads it[/]", "wrong": "[red]wrong, silently[/]", "fails": "fails", "unknown": "?"}
+_MARKS = {"reads": "[green]reads it[/]", "wrong": "[red]may load wrongly[/]", "fails": "fails", "unknown": "?"}
 
 
 def show_inspection(found: Inspection, console: Console) -> None:
