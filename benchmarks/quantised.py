@@ -330,6 +330,7 @@ def measure(step, unquantised=None) -> dict[str, float]:
 
 def training_step(block: nn.ModuleDict, tokens: int, H: int, k: int):
     experts = block["experts"].get_base_layer()
+    torch.manual_seed(tokens)  # the same routing for all
     hidden, index, weights = inputs(tokens, H, experts.num_experts, k)
     grad = torch.randn_like(hidden)
     parameters = [p for p in block.parameters() if p.requires_grad]
@@ -509,6 +510,7 @@ def main() -> None:
             for stored, quantise in formats.items():
                 for who in ARGS.who.split(",") if stored in wanted else ():
                     guarded("layer", stored, who, layer_case, stored, who, make, quantise, shape)
+    UNQUANTISED.clear()
     for stored, quantise in FORMATS.items() if ARGS.model else ():
         for who in ARGS.who.split(",") if stored in wanted else ():
             guarded("model", stored, who, model_case, stored, who, quantise)

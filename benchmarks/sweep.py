@@ -140,10 +140,10 @@ class Layer:
 
 
 class Process:
-    """A checkout of this package in a process that answers row by row."""
+    """A checkout of this package, the first or the second, in a process that answers row by row."""
 
-    def __init__(self, checkout):
-        self.checkout = checkout
+    def __init__(self, place, checkout):
+        self.place, self.checkout = place, checkout
         command = [sys.executable, __file__, "--package", checkout, "--repeats", str(args.repeats)]
         more = ["--peft", args.peft] if args.peft else []
         self.process = subprocess.Popen([*command, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -162,9 +162,8 @@ def in_turns(processes, *row):
     for i in range(ROUNDS):
         for process in processes if i % 2 else processes[::-1]:
             times[process].append(process.measured(*row))
-    checkouts = dict.fromkeys(process.checkout for process in processes)
-    medians = [(process.checkout, statistics.median(found)) for process, found in times.items()]
-    return [min(ms for checkout, ms in medians if checkout == one) for one in checkouts]
+    medians = [(process.place, statistics.median(found)) for process, found in times.items()]
+    return [min(ms for place, ms in medians if place == one) for one in (0, 1)]
 
 
 def serve():
@@ -176,7 +175,7 @@ def serve():
 def main() -> None:
     rows, layer = [], Layer()
     checkouts = [args.against, args.package] if args.against else []
-    processes = [Process(checkout) for _ in range(PROCESSES) for checkout in checkouts]
+    processes = [Process(*placed) for _ in range(PROCESSES) for placed in enumerate(checkouts)]
     columns = ["against"] if checkouts else ["stock PEFT", "torch"]
     print(torch.cuda.get_device_name())
     heads = "".join(f"{column:>12}" for column in columns)

@@ -157,7 +157,9 @@ def read_adapter(
 def dropout_of(wrapper: Any, adapter_name: str) -> float:
     """The probability with which an adapter's input is dropped now: 0 in evaluation."""
     layer = wrapper._modules["lora_dropout"]._modules.get(adapter_name)
-    return float(vars(layer).get("p", 0.0)) if layer is not None and layer.training else 0.0  # PEFT's, or an Identity
+    if layer is None or not layer.training or isinstance(layer, nn.Identity):  # as PEFT has it where there is none
+        return 0.0
+    return float(getattr(layer, "p", 0.0))
 
 
 def active_adapters(wrapper: Any) -> list[str]:

@@ -127,7 +127,7 @@ def kind_of(
     known = tuple(nonlinearity[:3]) if isinstance(nonlinearity, Nonlinearity) else None
     trains = any_trains([hidden, weights, *_tensors(up[2]), *_tensors(down[2])])
     dtypes = hidden.dtype, index.dtype, weights.dtype, up[0].dtype
-    make = _kind if torch.compiler.is_compiling() else _known_kind
+    make = _known_kind if type(rows) is int and not torch.compiler.is_compiling() else _kind  # a symbol has no hash
     return make(dtypes, index.shape[1], known, trains, most_rows(up[0], down[0]), _read(*up), _read(*down), rows)
 
 

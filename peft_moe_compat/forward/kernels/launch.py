@@ -25,7 +25,7 @@ LAUNCH_ERRORS = CompilationError, OutOfResources, PTXASError
 
 
 # Up to the last release whose `CompiledKernel.run` was read: that of 3.5, 3.6 and 3.9 takes the same.
-_RUN_IS_KNOWN = Version(triton.__version__) < Version("3.10")
+_RUN_IS_KNOWN = Version(triton.__version__).release[:2] < (3, 10)
 _together: ContextVar[bool] = ContextVar("peft_moe_compat_together", default=False)
 
 
@@ -44,6 +44,11 @@ def compiled_together() -> Iterator[bool]:
         _together.reset(token)
 
 
+def _is_set(hook: Any) -> bool:
+    """Of a chain of hooks, as triton has, or None or a function, as somebody may set in its place."""
+    return bool(getattr(hook, "calls", hook))
+
+
 class _Launch(NamedTuple):
     """A launch that has been, to be repeated over any grid with arguments that triton compiles the same for."""
 
@@ -54,7 +59,7 @@ class _Launch(NamedTuple):
     def __call__(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         compiled, constants, device = self
         hooks = knobs.runtime
-        if not _RUN_IS_KNOWN or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        if not _RUN_IS_KNOWN or _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook):
             compiled[grid](*arguments, *constants)
             return
         # What that does, but for a dict of what hooks would read and the call of two that do nothing: 5 us.
