@@ -1,6 +1,6 @@
 """PEFT's `prepare_model_for_kbit_training` casts to float32 whatever is in half precision and no `Params4bit`.
 
-Fused experts are cast with it: the 57 GB of a Qwen3-30B whose linear layers are in 4 bits become 114. While the library
+Fused experts are cast with it: the 58 GB of a Qwen3-30B whose linear layers are in 4 bits become 116. While the library
 is active, experts that run in its forward keep their dtype there; norms, embeddings and the head are PEFT's as before.
 
 It is the function's code that is replaced, and not the function under its names in PEFT: scripts, TRL and Axolotl have

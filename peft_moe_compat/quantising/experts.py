@@ -65,6 +65,11 @@ class BitsAndBytesExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
         blocksize: int = 64,
     ) -> None:
         _need_transformers_5()
+        if not isinstance(linears, BitsAndBytesConfig | None):
+            raise PeftMoeCompatError(
+                f"linears is a {type(linears).__name__}; a BitsAndBytesConfig was expected, or None, which leaves "
+                "linear layers as they are."
+            )
         super().__init__()
         self.__dict__.update(vars(linears or BitsAndBytesConfig()))
         self.quant_method = METHOD

@@ -114,7 +114,7 @@ class PackedMxfp4Quantizer(HfQuantizer):  # type: ignore[misc]
             raise ParallelismError(
                 "Experts packed in MXFP4 were loaded with a plan that spreads them over ranks (tp_plan or "
                 "distributed_config), which would have to spread blocks and scales alike. Load them without one, and "
-                "train with DistributedDataParallel; or dequantised, with Mxfp4Config(dequantize=True)."
+                "train with DistributedDataParallel or FSDP2; or dequantised, with Mxfp4Config(dequantize=True)."
             )
         if missing := list(_missing(model)):
             raise PeftMoeCompatError(

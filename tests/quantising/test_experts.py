@@ -195,6 +195,11 @@ def test_an_int8_stack_has_the_rows_and_scales_of_bitsandbytes(chunk, monkeypatc
     assert torch.equal(module.parametrizations.weight[0].scales, scales.view(3, 4))
 
 
+def test_what_becomes_of_linear_layers_is_a_config():
+    with pytest.raises(PeftMoeCompatError, match="linears is a dict; a BitsAndBytesConfig"):
+        peft_moe_compat.BitsAndBytesExpertsConfig("nf4", linears={"load_in_4bit": True})
+
+
 def test_int8_refuses_what_float16_cannot_hold():
     module = nn.Module()
     module.weight = nn.Parameter(torch.full((1, 2, 8), 1e5))
