@@ -337,7 +337,5 @@ def read(module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor:
 
 def read_packed(module: nn.Module, name: str, like: Tensor | torch.dtype) -> Tensor | PackedWeight:
     """What the fused kernels read: the packed form where they decode it, else as `read` gives it."""
-    if is_plain(module, name):
-        return module._parameters[name]  # type: ignore[return-value]  # as `read` gives it
     found = packed(module, name, like)
     return read(module, name, like) if found is None else found

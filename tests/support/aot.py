@@ -218,7 +218,7 @@ def _layer(H, up, down, tokens):
 
 
 def repeated():
-    """What triton's launcher gets of a launch that has been, with a hook and without: all but the hooks; those."""
+    """What triton's launcher gets of a repeated launch, with hooks and without: all but those; whether any were."""
     knobs, found = triton.knobs.runtime, []
     chain, some = knobs.launch_enter_hook, triton.knobs.HookChain()
     some.add(print)

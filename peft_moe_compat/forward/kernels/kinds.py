@@ -85,10 +85,10 @@ def _tensors(lora: ExpertLora | FlatLora | None) -> tuple[Tensor, ...]:
 def _read(weight: Tensor | PackedWeight, bias: Tensor | None, lora: ExpertLora | FlatLora | None) -> tuple[Any, ...]:
     """What a `Held` is made of: (shape, (strides, whether it starts on 16 bytes) or the packed form, bias, LoRA)."""
     form: tuple[Any, ...] | None = None
-    if isinstance(lora, FlatLora):
-        form = lora.rank, lora.orientation, lora.packing, lora.lora_A.dtype, lora.lora_B.dtype, bool(lora.dropout)
-    elif lora is not None:
-        form = lora.rank, "", "", lora.A.dtype, lora.B.dtype, bool(lora.dropout)
+    if lora is not None:
+        A, B = _tensors(lora)
+        order = (lora.orientation, lora.packing) if isinstance(lora, FlatLora) else ("", "")
+        form = (lora.rank, *order, A.dtype, B.dtype, bool(lora.dropout))
     stored: tuple[Any, ...]
     if isinstance(weight, PackedWeight):
         stored = weight.codec, weight.stored, weight.rows_are_in

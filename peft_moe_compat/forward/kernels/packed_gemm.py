@@ -143,9 +143,9 @@ def _parts(weight: PackedWeight, column: int, room: int) -> list[_Part]:
     """Pieces as equal as can be: of experts, in at most `SCRATCH` + `room` bytes, or where not one fits, of one's
     out-features, in `SCRATCH` alone, since kernels are compiled for how many; in whole tiles of so many columns."""
     E, K, N = weight.shape
-    size = K * N * weight.dtype.itemsize
-    if size <= SCRATCH + max(room, 0):
-        count = cdiv(E, (SCRATCH + max(room, 0)) // size)
+    size, most = K * N * weight.dtype.itemsize, SCRATCH + max(room, 0)
+    if size <= most:
+        count = cdiv(E, most // size)
         return [_Part((E * i // count, E * (i + 1) // count), (0, N)) for i in range(count)]
     width = max(1, SCRATCH // (K * column * weight.dtype.itemsize)) * column
     width = cdiv(cdiv(N, cdiv(N, width)), column) * column
