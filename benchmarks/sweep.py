@@ -7,9 +7,9 @@
 Forward + backward ms by CUDA events, medians of 7, of stock PEFT, of this package with set_backend("torch"), and with
 its own choice. A row is marked where that choice is more than 5 % slower than either. Of formats, as `bench` has them,
 stock PEFT trains none: there it is the plain path alone, which dequantises whole stacks. With --against, the choice of
-another checkout of this package instead: each in PROCESSES of its own, measured in turns, ROUNDS times, and the time is
-the median of a process's medians in the fastest of them. Where the processor is the limit, processes of the same code
-were seen to differ by a quarter for as long as they lived.
+another checkout of this package instead: each in PROCESSES of its own, measured in turns, and the time is the median of
+a process's medians in the fastest of them. Steps of less than SHORT ms wait for the processor, by which processes of
+the same code were seen to differ by a quarter for seconds or as long as they lived: they take more turns.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ import peft_moe_compat
 if not Path(peft_moe_compat.__file__).is_relative_to(Path(args.package).resolve()):
     raise SystemExit(f"{args.package} is no checkout: {peft_moe_compat.__file__} was imported.")
 
-PROCESSES, ROUNDS = 3, 3
+PROCESSES, ROUNDS, SHORT, ROUNDS_OF_SHORT = 3, 3, 3.0, 24
 QWEN, SMALL, WIDE, MANY = (128, 8, 2048, 768), (8, 2, 1024, 512), (8, 2, 4096, 14336), (512, 10, 2048, 512)
 CASES = [(QWEN, T, 16, False) for T in (1, 8, 64, 512, 2048, 8192, 32768, 65536)]
 CASES += [(QWEN, 8192, r, False) for r in (4, 10, 32, 64, 128, 256)]
@@ -159,9 +159,11 @@ class Process:
 def in_turns(processes, *row):
     """The milliseconds of each checkout."""
     times = {process: [] for process in processes}
-    for i in range(ROUNDS):
+    for i in range(ROUNDS_OF_SHORT):
         for process in processes if i % 2 else processes[::-1]:
             times[process].append(process.measured(*row))
+        if i + 1 == ROUNDS and min(map(min, times.values())) > SHORT:
+            break
     medians = [(process.place, statistics.median(found)) for process, found in times.items()]
     return [min(ms for place, ms in medians if place == one) for one in (0, 1)]
 

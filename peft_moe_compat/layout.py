@@ -116,13 +116,18 @@ class ExpertLora:
             Factor(self.B.contiguous(), r, out * r, 1, r, float(self.scaling)),
         )
 
-    def check(self, num_experts: int, out_features: int, in_features: int, what: str = "the expert parameter") -> None:
-        """Raises `LayoutError` unless the factors fit a stack of that many experts, out- and in-features."""
+    def check(self, num_experts: int, out_features: int, in_features: int, *what: str) -> None:
+        """Raises `LayoutError` unless the factors fit a stack of that many experts, out- and in-features.
+
+        Args:
+            what: What the stack is called; several are put together by dots.
+        """
         A, B = tuple(self.A.shape), tuple(self.B.shape)
         if A == (num_experts, self.rank, in_features) and B == (num_experts, out_features, self.rank):
             return
+        named = ".".join(what) or "the expert parameter"
         raise LayoutError(
-            f"The LoRA factors do not fit {what}: A 'E r in' is {A} and B 'E out r' is {B}, but the weight has "
+            f"The LoRA factors do not fit {named}: A 'E r in' is {A} and B 'E out r' is {B}, but the weight has "
             f"E={num_experts}, out={out_features}, in={in_features}. Was the adapter made under another PEFT release "
             "(its layout may be flipped), for another model, or was ParamWrapper.update_layer patched "
             "(transformers 5.0 to 5.12 do so in model.load_adapter)?"
@@ -153,11 +158,11 @@ class FlatLora(NamedTuple):
     def has_data(self) -> bool:  # no property: torch 2.9 compiles none of a named tuple
         return not (self.lora_A.is_meta or self.lora_B.is_meta)
 
-    def check(self, num_experts: int, out_features: int, in_features: int, what: str = "the expert parameter") -> None:
+    def check(self, num_experts: int, out_features: int, in_features: int, *what: str) -> None:
         """As `ExpertLora.check`."""
         p, q = (in_features, out_features) if self.orientation == "linear" else (out_features, in_features)
         if (self.num_experts, self.lora_A.shape[1], self.lora_B.shape[0]) != (num_experts, p, q):
-            self.canonical().check(num_experts, out_features, in_features, what)
+            self.canonical().check(num_experts, out_features, in_features, *what)
 
     def canonical(self) -> ExpertLora:
         """By views alone: no copy, and gradients flow back to the flat tensors."""
@@ -301,9 +306,9 @@ class MixedLora:
     def canonical(self) -> ExpertLora:
         return self.lora
 
-    def check(self, num_experts: int, out_features: int, in_features: int, what: str = "the expert parameter") -> None:
+    def check(self, num_experts: int, out_features: int, in_features: int, *what: str) -> None:
         """As `ExpertLora.check`."""
-        self.lora.check(num_experts * len(self.dropout), out_features, in_features, what)
+        self.lora.check(num_experts * len(self.dropout), out_features, in_features, *what)
 
 
 def mix(loras: Sequence[ExpertLora | None]) -> MixedLora | None:

@@ -142,11 +142,13 @@ def fused_reason(module: Any, device: torch.device) -> Reason | None:
         if isinstance(frozen, Reason):
             return frozen
         held.append(frozen)
-    if held[0].dtype not in _DTYPES:
-        return because("dtype", str(held[0].dtype))
-    if held[0].dtype == torch.float32 and choice == "auto":
+    dtype = held[0].dtype
+    if dtype not in _DTYPES:
+        return because("dtype", str(dtype))
+    if dtype == torch.float32 and choice == "auto":
         return because("float32")
-    if math.gcd(*[width for weight in held[:2] for width in weight.shape[1:]]) % 8:
+    (_, *of_up), (_, *of_down) = held[0].shape, held[1].shape
+    if math.gcd(*of_up, *of_down) % 8:
         return because("width")
     return None
 
@@ -199,12 +201,16 @@ def _nonlinearity(module: Any) -> Nonlinearity | Callable[[Tensor], Tensor]:
     if not getattr(module, "has_gate", True):
         return Nonlinearity(name, False) if name else act
     gate: Any = type(module)._apply_gate
-    # By the class that has the gate: parametrize makes a subclass of it.
-    of = next((cls.__name__ for cls in type(module).__mro__ if cls.__dict__.get("_apply_gate") is gate), "")
-    if of in CLAMPED_CLASSES and gate.__module__.startswith("transformers.models."):
-        return Nonlinearity("clamped", True, CLAMPED_CLASSES[of], float(module.alpha), float(module.limit))
-    plain_fp8 = gate.__module__ == FP8_MODULE and all(getattr(module, n, None) is None for n in _FP8_GATES)
-    if name and (gate.__module__ == REGISTRY_MODULE or plain_fp8):
+    home = gate.__module__
+    plain = home == REGISTRY_MODULE
+    if home == FP8_MODULE:
+        plain = all(getattr(module, attribute, None) is None for attribute in _FP8_GATES)
+    elif home.startswith("transformers.models."):
+        # By the class that has the gate: parametrize makes a subclass of it.
+        of = next((cls.__name__ for cls in type(module).__mro__ if cls.__dict__.get("_apply_gate") is gate), "")
+        if of in CLAMPED_CLASSES:
+            return Nonlinearity("clamped", True, CLAMPED_CLASSES[of], float(module.alpha), float(module.limit))
+    if name and plain:
         return Nonlinearity(name, True)
     own: Callable[[Tensor], Tensor] = module._apply_gate
     return own
@@ -227,14 +233,23 @@ def _trial_fails(
     hidden, index, _ = routed
     if hidden.device.type not in _TRIED_ON:
         return False
+    if not torch.compiler.is_compiling():
+        (_, kinds), rows = _kernels(), index.numel()
+        kind = kinds.kind_of(nonlinearity, routed, up, down, rows)
+        return _trial_reason(hidden.device, kind, rows) is not None
     from .kernels import kinds  # with triton
 
-    sizes = [index.numel()]
-    if torch.compiler.is_compiling():
-        some_packed = any(isinstance(held[0], PackedWeight) for held in (up, down))
-        sizes = kinds.rows_of_every_kind(up[0].shape[0], index.shape[1], some_packed)
+    some_packed = any(isinstance(held[0], PackedWeight) for held in (up, down))
+    sizes = kinds.rows_of_every_kind(up[0].shape[0], index.shape[1], some_packed)
     asked = [(kinds.kind_of(nonlinearity, routed, up, down, rows), rows) for rows in sizes]
     return any(_trial_reason(hidden.device, kind, rows) is not None for kind, rows in asked)
+
+
+@cache  # an import statement takes 2 us of each forward
+def _kernels() -> tuple[Any, Any]:
+    from .kernels import kinds, layer  # with triton
+
+    return layer, kinds
 
 
 def _dropped_apart(held: HeldProjection) -> bool:
@@ -272,11 +287,10 @@ def run_fused(
         from .fused_ops import experts  # with triton
 
         return experts(nonlinearity, routed, up, down)
-    from .kernels import layer  # with triton
+    layer, _ = _kernels()
+    read: list[Any] = []  # `functools.cache` would take 5 us to make
 
-    read: list[layer.Projection] = []  # `functools.cache` would take 5 us to make
-
-    def tried_down() -> layer.Projection:
+    def tried_down() -> Any:
         if not read:
             down = read_down()
             if _dropped_apart(down) or _trial_fails(nonlinearity, routed, up, down):

@@ -8,6 +8,7 @@ gradient of x, is undefined, and callers mask them.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +44,14 @@ def device_backend(device: torch.device) -> str:
     """`"torch"` where `torch.nn.functional.grouped_mm` serves the device, else `"loop"`."""
     if _torch_grouped_mm is None or chosen() == "loop":
         return "loop"
+    return "torch" if _serves(device) else "loop"
+
+
+@cache  # a product of few rows would wait for what torch asks of the device
+def _serves(device: torch.device) -> bool:
     if device.type == "cuda":
-        return "torch" if torch.cuda.get_device_capability(device) >= (8, 0) else "loop"
-    return "torch" if device.type == "cpu" else "loop"
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu"
 
 
 def backend_for(*operands: Tensor) -> str:
@@ -66,9 +72,10 @@ def sizes_fit_torch(*operands: Tensor) -> bool:
     """Whether operands have a dtype and sizes that the torch backend takes."""
     dtype = operands[0].dtype
     unit = alignment(dtype)
-    return dtype in _TORCH_DTYPES and all(
-        t.shape[-1] % unit == 0 and (t.ndim == 2 or t.shape[-2] % unit == 0) for t in operands
-    )
+    for shape in [operand.shape for operand in operands]:
+        if shape[-1] % unit or (len(shape) != 2 and shape[-2] % unit):
+            return False
+    return dtype in _TORCH_DTYPES
 
 
 def _with_unit_stride(matrix: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def weight_of(
     if lora is not None:
         if not (lora.has_data() or hidden_states.is_meta):
             raise PeftMoeCompatError(_LORA_WITHOUT_DATA.format(name))
-        lora.check(num_experts, out_features, in_features, f"{type(module).__name__}.{name}")
+        lora.check(num_experts, out_features, in_features, type(module).__name__, name)
         refuse_leftovers(module, name)
     return weight
 

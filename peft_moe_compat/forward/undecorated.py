@@ -97,7 +97,7 @@ def _of_matrix(module: Any, expert_lora: LoraOf, name: str, rows: Tensor, offs: 
     E, transposed = module.moe_num_experts, name == "w2"  # "(E in) out", and the others "(E out) in"
     whole, lora = expert_lora.get(name), None
     if whole is not None:
-        whole.check(1, E * module.ffn_hidden_size, module.hidden_size, f"{type(module).__name__}.{name}")
+        whole.check(1, E * module.ffn_hidden_size, module.hidden_size, type(module).__name__, name)
         found = whole.canonical()
         shared, own = found.A.repeat(E, 1, 1), found.B.reshape(E, -1, found.rank)
         A, B = (own.transpose(1, 2), shared.transpose(1, 2)) if transposed else (shared, own)

@@ -277,8 +277,10 @@ def refuse_leftovers(module: nn.Module, name: str) -> None:
 
     PEFT 0.21.0 to 0.21.2 do so (`ParamWrapper._remove_parametrizations` knows one of its two proxies).
     """
-    left = [type(p).__name__ for p in _parametrizations(module, name) or () if type(p).__module__.startswith("peft.")]
-    if left:
+    parametrizations = _parametrizations(module, name)
+    if parametrizations is None:
+        return
+    if left := [type(p).__name__ for p in parametrizations if type(p).__module__.startswith("peft.")]:
         raise PeftMoeCompatError(
             f"PEFT's own forward left {len(left)} {left[0]} on {type(module).__name__}.{name}, so its update would be "
             "added at every forward. Load the model again, and keep peft_moe_compat active from its first forward on."

@@ -251,7 +251,7 @@ def experts_reason(experts: Any, transposed: bool | None) -> Reason | None:
         return because("forward_replaced", cls.__name__)
     if registry is None:
         return because("unknown_orientation", cls.__name__) if transposed is None else None
-    implementation = experts.config._experts_implementation
+    implementation = _implementation(experts.config)
     if implementation not in TAKEN_IMPLEMENTATIONS:
         return because("other_implementation", implementation, TAKEN_IMPLEMENTATIONS)
     entry = getattr(sys.modules[registry], REGISTRIES[registry])[implementation]
@@ -260,6 +260,12 @@ def experts_reason(experts: Any, transposed: bool | None) -> Reason | None:
     if transposed is None:
         return because("unknown_orientation", cls.__name__)
     return None
+
+
+def _implementation(config: Any) -> str | None:
+    """`config._experts_implementation`, from where transformers keeps it: each attribute goes through its own code."""
+    found: str | None = vars(config).get("_experts_implementation_internal")
+    return config._experts_implementation if found is None else found
 
 
 def parameter_reason(wrapper: Any, experts: Any) -> Reason | None:

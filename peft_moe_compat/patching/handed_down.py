@@ -67,12 +67,13 @@ class Handover:
         """Of each adapter, or of one, what it has on a parameter."""
         loras: dict[str, list[FlatLora]] = {}
         for wrapper, adapter_names, held in self.wrappers:
+            of_A, of_B = wrapper._modules["lora_A"]._modules, wrapper._modules["lora_B"]._modules
+            spread = held is not None
             for adapter_name in adapter_names if wrapper.parameter_name == name else ():
-                if only not in (None, adapter_name):
+                if only is not None and only != adapter_name:
                     continue
-                A, B = (wrapper._modules[side]._modules[adapter_name] for side in ("lora_A", "lora_B"))
-                spread = held is not None
-                if still_sharded(held_weight(A), spread) or still_sharded(held_weight(B), spread):
+                A, B = held_weight(of_A[adapter_name]), held_weight(of_B[adapter_name])
+                if still_sharded(A, spread) or still_sharded(B, spread):
                     raise PeftMoeCompatError(
                         f"lora_A or lora_B of {name!r}, adapter {adapter_name!r}, is a DTensor in the forward: it is "
                         "read without calling the module that holds it, so its own fully_shard never gathers it. Give "

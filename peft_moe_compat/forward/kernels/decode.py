@@ -157,10 +157,13 @@ def _down(
 
 def most_rows(*weights: Tensor | PackedWeight) -> int:
     """How many routed rows these kernels are for. Decoding a weight for each of its rows pays for fewer of them."""
-    packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
-    if any(weight.rows_are_in for weight in packed):
-        return 0  # a gate's columns may then share a byte with those of `up`
-    return MOST_PACKED_ROWS if packed else MOST_ROWS
+    most = MOST_ROWS
+    for weight in weights:
+        if isinstance(weight, PackedWeight):
+            if weight.rows_are_in:
+                return 0  # a gate's columns may then share a byte with those of `up`
+            most = MOST_PACKED_ROWS
+    return most
 
 
 def _weight(weight: Tensor | PackedWeight) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..grouped_mm import grouped_mm
+from ..grouped_mm import multiply
 from .common import Config, Factor, capability_of, cdiv, dot_precision, factor_tile, tile_rows
 from .dropout import Kept, enlarged, stored
 from .launch import kernel
@@ -236,7 +236,7 @@ def grouped_linear(
     tiling = tiling_of(x)
     if tiling and route.large.block >= 64 and tiles_fit(x, weight, tiling.depth):
         return _tiled(x, weight, route, low, factor, bias, kept, tiling)
-    return add_to(grouped_mm(x, weight, route.offs), route, low, factor, bias, kept)
+    return add_to(multiply(x, weight, route.offs), route, low, factor, bias, kept)
 
 
 def add_to(

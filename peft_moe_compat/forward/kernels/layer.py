@@ -33,7 +33,6 @@ __all__ = [
     "LAUNCH_ERRORS",
     "Passed",
     "Projection",
-    "any_trains",
     "backward_pass",
     "forward_pass",
     "fused_experts",
@@ -70,7 +69,7 @@ class Projection(NamedTuple):
 
     def ready(self, rows: int) -> Projection:
         """The same for a product of that many rows."""
-        return self._replace(packed=packed(self.B, self.weight, rows))
+        return Projection(*self[:4], packed(self.B, self.weight, rows), self.drop)
 
 
 def _kernels(function: ActivationOf) -> Any:
@@ -204,16 +203,17 @@ class _FusedExperts(torch.autograd.Function):
         hidden: Tensor, weights: Tensor, *_leaves: Tensor | None,
     ) -> Tensor:  # fmt: skip
         out, passed, up, down = ran
+        seed_up, p_up = up.drop or (None, None)
+        seed_down, p_down = down.drop or (None, None)
         factors = *up[2:5], *down[2:5]
-        ctx.p, seeds = zip(*((each.drop and each.drop[::-1]) or (None, None) for each in (up, down)), strict=True)
+        (fixed_up, of_up), (fixed_down, of_down) = _apart(up.weight), _apart(down.weight)
         ctx.function, ctx.spent = function, False
+        ctx.p, ctx.bases = (p_up, p_down), (fixed_up, fixed_down)
         ctx.tiles = where.small[1:], where.large[1:]
         ctx.places = [factor and factor[1:] for factor in factors]
         sorted_rows = where.order, where.position, where.offs, where.small.table, where.large.table
         tensors = [factor and factor.tensor for factor in factors]
-        (fixed_up, of_up), (fixed_down, of_down) = _apart(up.weight), _apart(down.weight)
-        ctx.bases = fixed_up, fixed_down
-        kept = up.bias, down.bias, *seeds, *tensors, *of_up, *of_down
+        kept = up.bias, down.bias, seed_up, seed_down, *tensors, *of_up, *of_down
         ctx.save_for_backward(hidden, weights, *passed, *sorted_rows, *kept, where.places)
         return out
 
@@ -245,8 +245,12 @@ def _leaves(hidden: Tensor, weights: Tensor, up: Projection, down: Projection) -
     return hidden, weights, *[factor and factor.tensor for factor in (*up[2:4], *down[2:4])]
 
 
-def any_trains(leaves: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+def _any_trains(leaves: Sequence[Tensor | None]) -> bool:
+    if torch.is_grad_enabled():
+        for leaf in leaves:  # not `any`, whose generator takes twice as long
+            if leaf is not None and leaf.requires_grad:
+                return True
+    return False
 
 
 def fused_experts(
@@ -275,7 +279,7 @@ def fused_experts(
     if top_k_index.numel() <= most_rows(up.weight) and isinstance(function, Nonlinearity):
         down = read_down()
         few = top_k_index.numel() <= most_rows(up.weight, down.weight) and not (up.drop or down.drop)
-        if few and not any_trains(_leaves(hidden, top_k_weights, up, down)):
+        if few and not _any_trains(_leaves(hidden, top_k_weights, up, down)):
             return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
     where = routing(top_k_index, up.weight.shape[0])
     if places is not None:  # the order of rows that no expert here computes is undefined
@@ -283,4 +287,4 @@ def fused_experts(
         where = where._replace(places=places.reshape(-1)[order].to(torch.int32))
     ran = forward_pass(function, hidden, top_k_weights, where, up, read_down)
     leaves = _leaves(hidden, top_k_weights, *ran[2:])
-    return _FusedExperts.apply(function, where, ran, *leaves) if any_trains(leaves) else ran[0]
+    return _FusedExperts.apply(function, where, ran, *leaves) if _any_trains(leaves) else ran[0]

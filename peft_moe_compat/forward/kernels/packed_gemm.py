@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...model.packed import CODES, FLOAT8, Codec, PackedWeight
-from ..grouped_mm import grouped_mm
+from ..grouped_mm import multiply
 from . import gemm
 from .common import Config, Factor, capability_of, cdiv, dot_precision, multiplied, tile_rows
 from .dropout import Kept
@@ -169,7 +169,7 @@ def _packed_linear(
     tiling = tiling_of(x)
     if not tiling or K % tiling.depth or N % (16 // x.element_size()):
         whole = unpack(weight, route.offs, (0, E), (0, rows), (0, columns))
-        return add_to(grouped_mm(x, whole if weight.rows_are_in else whole.mT, route.offs), route, low, factor, bias)
+        return add_to(multiply(x, whole if weight.rows_are_in else whole.mT, route.offs), route, low, factor, bias)
     return _ahead(x, weight, route, low, factor, bias, tiling, room)
 
 
