@@ -142,7 +142,8 @@ def products(shape: str, case: Case) -> None:
         base = ms(f"{shape} {name} torch's grouped_mm", lambda a=a, w=weight: grouped_mm(a, w, offs=where.offs))
         print(f"    {flops / base:.0f} TFLOP/s")
         for config, gemm.PER_SM, gemm.GROUP_TILES, described in PRODUCTS:
-            gemm.programs_of.cache_clear()
+            for known in (gemm.programs_of, gemm._tiling, gemm._product_of):
+                known.cache_clear()
             gemm.TILINGS[90] = gemm.Tiling(Config(*config), 64, described)
             function = lambda a=a, w=weight, f=factor: gemm.grouped_linear(a, w, where, low, f)  # noqa: E731
             label = f"{shape} {name} x{gemm.PER_SM} g{gemm.GROUP_TILES} {config} {'tma' if described else 'addresses'}"

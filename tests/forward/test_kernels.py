@@ -32,7 +32,7 @@ from peft_moe_compat.forward.kernels import gemm, layer, trial
 from peft_moe_compat.forward.kernels.common import Config, Factor
 from peft_moe_compat.forward.kernels.dropout import Drop, drawn, kept_of
 from peft_moe_compat.forward.kernels.factors import packed, unpacked
-from peft_moe_compat.forward.kernels.launch import Kernel
+from peft_moe_compat.forward.kernels.launch import Form
 from peft_moe_compat.forward.kernels.routing import route
 from peft_moe_compat.forward.layer import experts_forward
 from peft_moe_compat.layout import flat
@@ -504,9 +504,9 @@ def tried(monkeypatch):
     launched = {"trial": set(), "layer": set()}
     place = "layer"
 
-    def call(self, grid, *arguments, run=Kernel.__call__, **meta):
-        launched[place].add((self.jit.__name__, *sorted(meta.items())))
-        run(self, grid, *arguments, **meta)
+    def call(self, grid, *arguments, run=Form.__call__):
+        launched[place].add((self.kernel.jit.__name__, *sorted(self.meta.items())))
+        run(self, grid, *arguments)
 
     def trial(*arguments, run=fused._trial):
         nonlocal place
@@ -516,7 +516,7 @@ def tried(monkeypatch):
         return launched["errors"][-1]
 
     launched["errors"] = []
-    monkeypatch.setattr(Kernel, "__call__", call)
+    monkeypatch.setattr(Form, "__call__", call)
     monkeypatch.setattr(fused, "_trial", trial)
     monkeypatch.setattr(fused, "_tried", {})
     monkeypatch.setattr(fused, "_given_up", {})
@@ -600,7 +600,7 @@ def test_where_nothing_can_be_built_nothing_is_launched(tried, monkeypatch):
     def call(*_args, **_kwargs):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(Kernel, "__call__", call)
+    monkeypatch.setattr(Form, "__call__", call)
     experts, loras, routed = layer_of("small sizes")
     with pytest.warns(CompatWarning, match="Failed to find C compiler"):
         found = experts_forward(experts, loras, *routed)

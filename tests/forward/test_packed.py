@@ -30,7 +30,7 @@ import peft_moe_compat
 from peft_moe_compat.forward import fused
 from peft_moe_compat.forward.kernels import kinds, loaded_gemm, packed_gemm
 from peft_moe_compat.forward.kernels.interface import Nonlinearity
-from peft_moe_compat.forward.kernels.launch import Kernel
+from peft_moe_compat.forward.kernels.launch import Form
 from peft_moe_compat.forward.kernels.unpack import unpack
 from peft_moe_compat.forward.layer import experts_forward
 from peft_moe_compat.layout import flat
@@ -362,9 +362,9 @@ def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
     launched = {"trial": set(), "layer": set()}
     place, errors = "layer", []
 
-    def call(self, grid, *arguments, run=Kernel.__call__, **meta):
-        launched[place].add(self.jit.__name__)
-        run(self, grid, *arguments, **meta)
+    def call(self, grid, *arguments, run=Form.__call__):
+        launched[place].add(self.kernel.jit.__name__)
+        run(self, grid, *arguments)
 
     def tried(*arguments, run=fused._trial):
         nonlocal place
@@ -373,7 +373,7 @@ def test_the_trial_is_of_what_the_layer_launches(stored, T, monkeypatch):
         place = "layer"
         return errors[-1]
 
-    monkeypatch.setattr(Kernel, "__call__", call)
+    monkeypatch.setattr(Form, "__call__", call)
     monkeypatch.setattr(fused, "_trial", tried)
     monkeypatch.setattr(fused, "_tried", {})
     monkeypatch.setattr(fused, "_TRIED_ON", (DEVICE.type,))

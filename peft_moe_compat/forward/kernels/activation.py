@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 from .common import INTERPRETED, Config, Factor, dot_precision, factor_tile, fitting, roomy, tile_rows
 from .dropout import Kept, enlarged, stored
 from .interface import Nonlinearity, padded_rank
-from .launch import kernel
+from .launch import Form, kernel
 from .routing import Route, Tiles
 
 __all__ = ["activate", "activate_backward"]
@@ -140,6 +142,18 @@ def _parts(tiles: Tiles) -> tuple[int, int]:
     return block, tiles.block // block
 
 
+@cache
+def _activate_of(
+    R: int, drops: bool, name: str, gated: bool, interleaved: bool, block: int, parts: int, config: Config,
+    dtype: torch.dtype,
+) -> Form:  # fmt: skip
+    return _activate.with_constants(
+        R=R, DROP=drops, NAME=name, GATED=gated, INTERLEAVED=interleaved, BLOCK=block, PARTS=parts,
+        BLOCK_I=config.columns, PRECISION=dot_precision(dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
 def activate(
     up: Tensor, nonlinearity: Nonlinearity, route: Route, factor: Factor | None, kept: Kept | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -159,14 +173,10 @@ def activate(
     low = up.new_empty(S, R) if factor else None
     tiles, config = route.small, fitting(FORWARD, R, up.dtype, roomy(up.device))
     block, parts = _parts(tiles)
-    _activate(
+    _activate_of(R, kept is not None, *nonlinearity[:3], block, parts, config, up.dtype)(
         (tiles.limit * parts, 1, 1), up, h, low if factor else h, route.offs, tiles.table, I,
         nonlinearity.alpha, nonlinearity.limit,
         *(enlarged(factor, kept) if factor else (h, 0, 0, 0, 0, 1.0)), h if kept is None else kept.words,
-        R=R, DROP=kept is not None,
-        NAME=nonlinearity.name, GATED=nonlinearity.gated, INTERLEAVED=nonlinearity.interleaved,
-        BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return h, low
 
@@ -230,6 +240,18 @@ def _backward(
     tl.store(dweights + flat, dot, mask=here)
 
 
+@cache
+def _backward_of(
+    R: int, dots: bool, name: str, gated: bool, interleaved: bool, waits: bool, block: int, parts: int, config: Config,
+    dtype: torch.dtype,
+) -> Form:  # fmt: skip
+    return _backward.with_constants(
+        R=R, DOTS=dots, NAME=name, GATED=gated, INTERLEAVED=interleaved, WAIT=waits, BLOCK=block, PARTS=parts,
+        BLOCK_I=config.columns, PRECISION=dot_precision(dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
 def activate_backward(
     up: Tensor,
     dh: Tensor,
@@ -261,14 +283,10 @@ def activate_backward(
     dweights = torch.zeros(weights.shape, dtype=torch.float32, device=up.device)  # zero where no expert here computes
     tiles, config = route.small, fitting(BACKWARD, R, up.dtype, roomy(up.device))
     block, parts = _parts(tiles)
-    _backward(
+    _backward_of(R, dots is not None, *nonlinearity[:3], I % 16 != 0, block, parts, config, up.dtype)(
         (tiles.limit * parts, 1, 1), up, dh, low if factor else up, dweights,
         dots if dots is not None else dweights, weights, route.order, route.offs, tiles.table, I,
         nonlinearity.alpha, nonlinearity.limit,
         *(factor or (up, 0, 0, 0, 0, 1.0)),
-        R=R, DOTS=dots is not None,
-        NAME=nonlinearity.name, GATED=nonlinearity.gated, INTERLEAVED=nonlinearity.interleaved,
-        WAIT=I % 16 != 0, BLOCK=block, PARTS=parts, BLOCK_I=config.columns, PRECISION=dot_precision(up.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return low, dweights

@@ -27,13 +27,14 @@ def _copy(
     tl.store(result + e * to_e + in_r * to_r + in_d * to_d, tile.to(result.dtype.element_ty), mask=mask)
 
 
+_COPY = _copy.with_constants(Q=64, E=64, num_warps=4)
+
+
 def _copied(source: Factor, scaling: float, result: Factor, E: int, D: int) -> None:
     """result = scaling * source."""
     r = source.rank
-    _copy(
-        (cdiv(r * D, 64), cdiv(E, 64), 1), source.tensor, result.tensor, r, D, E, scaling,
-        *source[2:5], *result[2:5], Q=64, E=64, num_warps=4,
-    )  # fmt: skip
+    grid = cdiv(r * D, 64), cdiv(E, 64), 1
+    _COPY(grid, source.tensor, result.tensor, r, D, E, scaling, *source[2:5], *result[2:5])
 
 
 def wants_packing(factor: Factor, E: int, rows: int) -> bool:

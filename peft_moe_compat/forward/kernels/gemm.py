@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..grouped_mm import multiply
 from .common import Config, Factor, capability_of, cdiv, dot_precision, factor_tile, tile_rows
 from .dropout import Kept, enlarged, stored
-from .launch import kernel
+from .launch import Form, kernel
 from .routing import Route
 
 __all__ = [
@@ -239,6 +239,13 @@ def grouped_linear(
     return add_to(multiply(x, weight, route.offs), route, low, factor, bias, kept)
 
 
+@functools.cache
+def _add_of(R: int, bias: bool, drops: bool, block: int, columns: int, dtype: torch.dtype) -> Form:
+    return _add.with_constants(
+        R=R, BIAS=bias, DROP=drops, BLOCK=block, BLOCK_N=columns, PRECISION=dot_precision(dtype), num_warps=4
+    )
+
+
 def add_to(
     y: Tensor, route: Route, low: Tensor | None, factor: Factor | None, bias: Tensor | None, kept: Kept | None = None
 ) -> Tensor:
@@ -246,10 +253,9 @@ def add_to(
     if low is not None or bias is not None:
         u, b, at, R = low_rank(y, low, factor and enlarged(factor, kept), bias)
         tiles, block = route.small, 128 if R <= 64 else 64
-        _add(
+        _add_of(R, bias is not None, kept is not None, tiles.block, block, y.dtype)(
             (tiles.limit, cdiv(y.shape[1], block), 1), y, u, b, route.offs, tiles.table, y.shape[1], *at,
-            y if kept is None else kept.words, R=R, BIAS=bias is not None, DROP=kept is not None,
-            BLOCK=tiles.block, BLOCK_N=block, PRECISION=dot_precision(y.dtype), num_warps=4,
+            y if kept is None else kept.words,
         )  # fmt: skip
     return y
 
@@ -299,6 +305,16 @@ def tiles_of(x: Tensor, stack: Tensor, along_k: bool, rows: int, tiling: Tiling)
     return descriptor_of(x, x.shape[0], x.shape[1], (rows, depth)), descriptor_of(stack, E * height, width, block)
 
 
+@functools.cache
+def _product_of(R: int, bias: bool, drops: bool, along_k: bool, block: int, tiling: Tiling, dtype: torch.dtype) -> Form:
+    columns, num_warps, num_stages = tiling.config
+    return _product.with_constants(
+        R=R, BIAS=bias, DROP=drops, ALONG_K=along_k, BLOCK=block, BLOCK_N=columns, BLOCK_K=tiling.depth,
+        GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(dtype), DESCRIBED=tiling.described,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+
+
 def _tiled(
     x: Tensor,
     weight: Tensor,
@@ -312,14 +328,10 @@ def _tiled(
     K, N = weight.shape[1:]
     y = x.new_empty(x.shape[0], N, dtype=weight.dtype)
     u, b, at, R = low_rank(y, low, factor and enlarged(factor, kept), bias)
-    tiles, along_k, (columns, num_warps, num_stages) = route.large, weight.stride(1) == 1, tiling.config
-    _product(
-        (min(tiles.limit * cdiv(N, columns), programs_of(x.device)), 1, 1),
+    tiles, along_k = route.large, weight.stride(1) == 1
+    _product_of(R, bias is not None, kept is not None, along_k, tiles.block, tiling, y.dtype)(
+        (min(tiles.limit * cdiv(N, tiling.config.columns), programs_of(x.device)), 1, 1),
         *tiles_of(x, weight.mT if along_k else weight, along_k, tiles.block, tiling),
         y, u, b, route.offs, tiles.table, tiles.limit, N, K, *at, y if kept is None else kept.words,
-        R=R, BIAS=bias is not None, DROP=kept is not None, ALONG_K=along_k,
-        BLOCK=tiles.block, BLOCK_N=columns, BLOCK_K=tiling.depth,
-        GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(y.dtype), DESCRIBED=tiling.described,
-        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return y

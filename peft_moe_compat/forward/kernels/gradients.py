@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from .common import Config, Factor, cdiv, dot_precision, fitting, roomy
 from .dropout import Kept, enlarged, stored
 from .factors import apart, unpacked, wants_packing
-from .launch import kernel
+from .launch import Form, kernel
 from .routing import Route
 
 __all__ = ["factor_gradient"]
@@ -53,6 +55,16 @@ def _factor_gradient(
     tl.store(at, (total * scaling).to(grad.dtype.element_ty), mask=(r[:, None] < rank) & (d[None, :] < D))
 
 
+@cache
+def _gradient_of(
+    R: int, gathers: bool, weighted: bool, drops: bool, block: int, config: Config, dtype: torch.dtype
+) -> Form:  # fmt: skip
+    return _factor_gradient.with_constants(
+        R=R, GATHER=gathers, WEIGHTED=weighted, DROP=drops, BLOCK=block, BLOCK_D=config.columns,
+        PRECISION=dot_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
 def factor_gradient(
     low: Tensor | None,
     rows: Tensor,
@@ -82,12 +94,10 @@ def factor_gradient(
     else:
         grad = factor._replace(tensor=torch.empty_like(factor.tensor))
     config = fitting(GRADIENT, R, low.dtype, roomy(low.device))
-    _factor_gradient(
+    how = gather_k is not None, weights is not None, kept is not None
+    _gradient_of(R, *how, route.large.block, config, low.dtype)(
         (cdiv(D, config.columns), E, 1), low, rows.contiguous(), route.order,
         weights if weights is not None else low, route.offs, D, gather_k or 1,
         *enlarged(grad, kept), low if kept is None else kept.words,
-        R=R, GATHER=gather_k is not None, WEIGHTED=weights is not None, DROP=kept is not None,
-        BLOCK=route.large.block, BLOCK_D=config.columns, PRECISION=dot_precision(low.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return unpacked(grad, factor, E, D) if packs else grad.tensor

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["LAUNCH_ERRORS", "Kernel", "Repeated", "compiled_together", "kernel"]
+__all__ = ["LAUNCH_ERRORS", "Form", "Kernel", "Repeated", "compiled_together", "kernel"]
 
 # What triton raises where a kernel cannot be compiled for a device or does not fit it.
 LAUNCH_ERRORS = CompilationError, OutOfResources, PTXASError
@@ -77,7 +77,7 @@ class _Launch(NamedTuple):
 class Kernel:
     """A jitted function whose compiled form is found by a short key.
 
-    triton's own launch binds, hashes and formats every argument, about 30 us; this takes a sixth of that. An integer
+    triton's own launch binds, hashes and formats every argument, about 30 us; this takes a tenth of that. An integer
     counts by its value, so those that change from step to step belong among `do_not_specialize`.
     """
 
@@ -85,71 +85,88 @@ class Kernel:
         self.jit = triton.jit(function, do_not_specialize=do_not_specialize)
         self.fuse = fuse
         self._unspecialized = do_not_specialize
-        self._compiled: dict[Any, _Launch] = {}
-        self._keys: dict[type, Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]] = {}
+        self._forms: dict[tuple[Any, ...], Form] = {}
+        self._keys: dict[type, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {}
 
-    def _key_of(self, arguments: tuple[Any, ...]) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
+    def key(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All that triton compiles differently for, constants aside: at least as fine as its own distinction."""
+        key_of = self._keys.get(type(arguments[0]))  # which tells what the others are
+        if key_of is None:
+            key_of = self._keys[type(arguments[0])] = self._key_of(arguments)
+        return key_of(arguments)
+
+    def _key_of(self, arguments: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
         """The key's function, of arguments as these are tensors, tensor descriptors and integers that count: one
         expression, a third faster than loops over them."""
         named = list(enumerate(zip(self.jit.arg_names, arguments, strict=False)))
         tensors = [f"a[{i}]" for i, (_, argument) in named if isinstance(argument, Tensor)]
         addresses = [f"{tensor}.data_ptr()" for tensor in tensors]
-        parts = [f"{tensors[0]}.get_device()", "*meta.values()"]
+        parts = [f"{tensors[0]}.get_device()"]
         parts += [f"a[{i}]" for i, (name, x) in named if type(x) is int and name not in self._unspecialized]
         parts += [f"{tensor}.dtype" for tensor in tensors]
         # 0 where all of them start on 16 bytes.
         parts += [f"({'|'.join(addresses)}) & 15 and ({', '.join(f'{at} & 15' for at in addresses)},)"]
         for i in [i for i, (_, argument) in named if isinstance(argument, TensorDescriptor)]:
             parts += [f"a[{i}].base.dtype", f"*a[{i}].block_shape"]
-        return eval(f"lambda a, meta: ({', '.join(parts)})")  # type: ignore[no-any-return]  # noqa: S307
+        return eval(f"lambda a: ({', '.join(parts)})")  # type: ignore[no-any-return]  # noqa: S307
 
-    def _key(self, arguments: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, ...]:
-        """All that triton compiles differently for: at least as fine as its own distinction."""
-        key_of = self._keys.get(type(arguments[0]))  # which tells what the others are
-        if key_of is None:
-            key_of = self._keys[type(arguments[0])] = self._key_of(arguments)
-        return key_of(arguments, meta)
-
-    def found(self, arguments: tuple[Any, ...], meta: dict[str, Any]) -> _Launch | None:
-        """One that has been; None in triton's interpreter."""
-        return self._compiled.get(self._key(arguments, meta)) if self._compiled else None
+    def with_constants(self, **meta: Any) -> Form:
+        """The kernel with its constants and options, by name and always in the same order: the same one each time."""
+        values = tuple(meta.values())
+        form = self._forms.get(values)
+        if form is None:
+            form = self._forms[values] = Form(self, meta)
+        return form
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-        """Launches over `grid` on the current device, which holds the tensors.
+        """`with_constants` and its launch; that many names take half as long again as a launch without."""
+        self.with_constants(**meta)(grid, *arguments)
 
-        Takes the kernel's arguments by position, its constants and options by name, always in the same order.
-        """
+
+class Form:
+    """A kernel with its constants and options."""
+
+    def __init__(self, kernel: Kernel, meta: dict[str, Any]) -> None:
+        self.kernel, self.meta = kernel, meta
+        self._compiled: dict[tuple[Any, ...], _Launch] = {}
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Launches over `grid` on the current device, which holds the tensors."""
         if _together.get():
-            self.jit.warmup(*arguments, grid=grid, enable_fp_fusion=self.fuse, **meta)
+            self.kernel.jit.warmup(*arguments, grid=grid, enable_fp_fusion=self.kernel.fuse, **self.meta)
             return
-        key = self._key(arguments, meta)
+        key = self.kernel.key(arguments)
         found = self._compiled.get(key)
         if found is not None:
             found.over(grid, arguments)
             return
         # Fusion by name, since triton 3.10 changes its default.
-        compiled = self.jit[grid](*arguments, enable_fp_fusion=self.fuse, **meta)
+        compiled = self.kernel.jit[grid](*arguments, enable_fp_fusion=self.kernel.fuse, **self.meta)
         if compiled is not None:  # None from triton's interpreter
-            constants = tuple(meta[name] for name in self.jit.arg_names[len(arguments) :])
+            constants = tuple(self.meta[name] for name in self.kernel.jit.arg_names[len(arguments) :])
             self._compiled[key] = _Launch.of(compiled, constants, key[0])
+
+    def found(self, arguments: tuple[Any, ...]) -> _Launch | None:
+        """A launch that has been; None in triton's interpreter."""
+        return self._compiled.get(self.kernel.key(arguments)) if self._compiled else None
 
 
 class Repeated:
     """Launches of a kernel whose arguments differ in nothing that triton compiles for: found once, for all of them."""
 
     def __init__(self, kernel: Kernel, grid: tuple[int, ...], **meta: Any) -> None:
-        self._kernel, self._grid, self._meta = kernel, grid, meta
+        self._form, self._grid = kernel.with_constants(**meta), grid
         self._found: _Launch | None = None
 
     def __call__(self, *arguments: Any) -> None:
         if self._found is not None:
             self._found.over(self._grid, arguments)
             return
-        self._kernel(self._grid, *arguments, **self._meta)
-        self._found = self._kernel.found(arguments, self._meta)
+        self._form(self._grid, *arguments)
+        self._found = self._form.found(arguments)
 
 
-def kernel(*do_not_specialize: str, fuse: bool = True) -> Any:
+def kernel(*do_not_specialize: str, fuse: bool = True) -> Callable[[Any], Kernel]:
     """Decorates a kernel; the integers named are left out of what triton compiles for.
 
     Args:

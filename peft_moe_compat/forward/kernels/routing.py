@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .common import cdiv
 from .interface import next_power
-from .launch import kernel
+from .launch import Form, kernel
 
 __all__ = ["Route", "Tiles", "route", "steps", "tiles_of_route"]
 
@@ -160,6 +160,18 @@ def _plan(S: int, num_experts: int, small: int, large: int) -> tuple[int, int, i
     return E, step, chunk, together, chunks, few, many, sizes
 
 
+@cache
+def _counting(E: int, chunk: int, step: int) -> Form:
+    return _count.with_constants(E=E, CHUNK=chunk, STEP=step)
+
+
+@cache
+def _placing(small: int, large: int, E: int, chunk: int, step: int, together: int) -> Form:
+    return _place.with_constants(
+        SMALL=small, LARGE=large, E=E, CHUNK=chunk, STEP=step, MANY=together, TABLE=16, num_warps=8
+    )
+
+
 def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Route:
     """Sorts the routed rows by expert.
 
@@ -173,12 +185,11 @@ def route(top_k_index: Tensor, num_experts: int, small: int, large: int) -> Rout
     parts = torch.empty(sum(sizes), dtype=torch.int32, device=top_k_index.device).split_with_sizes(sizes)
     order, position, offs, small_table, large_table, counts = parts
     index = top_k_index.contiguous()
-    _count((chunks, 1, 1), index, counts, S, num_experts, E=E, CHUNK=chunk, STEP=step)
-    _place(
-        (chunks, 1, 1), index, counts, order, position, offs, small_table, large_table,
+    grid = chunks, 1, 1
+    _counting(E, chunk, step)(grid, index, counts, S, num_experts)
+    _placing(small, large, E, chunk, step, together)(
+        grid, index, counts, order, position, offs, small_table, large_table,
         S, num_experts, chunks, many, few, cdiv(many, chunks),
-        SMALL=small, LARGE=large, E=E, CHUNK=chunk, STEP=step, MANY=together, TABLE=16,
-        num_warps=8,
     )  # fmt: skip
     if offs.shape[0] != num_experts:
         offs = offs[:num_experts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from .common import Config, Factor, cdiv, dot_precision, factor_tile, fitting, roomy, tile_rows
 from .dropout import Kept, enlarged, stored
 from .interface import next_power, padded_rank
-from .launch import kernel
+from .launch import Form, kernel
 from .routing import Route
 
 __all__ = ["combine", "gather", "project"]
@@ -59,6 +61,16 @@ def _gather(
         tl.store(dots + s, dot, mask=here)
 
 
+@cache
+def _gather_of(
+    R: int, gathers: bool, dots: bool, drops: bool, block: int, config: Config, dtype: torch.dtype
+) -> Form:  # fmt: skip
+    return _gather.with_constants(
+        R=R, GATHER=gathers, DOTS=dots, DROP=drops, BLOCK=block, BLOCK_D=config.columns,
+        PRECISION=dot_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
 def gather(
     source: Tensor,
     route: Route,
@@ -87,12 +99,10 @@ def gather(
     dots = source.new_empty(S, dtype=torch.float32) if vector is not None else None
     tiles, config = route.small, fitting(GATHER, R, dtype, roomy(rows.device))
     unused = (rows, 0, 0, 0, 0, 1.0)
-    _gather(
+    _gather_of(R, True, vector is not None, kept is not None, tiles.block, config, dtype)(
         (tiles.limit, 1, 1), source.contiguous(), rows, low if factor else rows, dots if dots is not None else rows,
         vector if vector is not None else rows, route.order, route.offs, tiles.table, D, k,
         *(enlarged(factor, kept) if factor else unused), rows if kept is None else kept.words,
-        R=R, GATHER=True, DOTS=vector is not None, DROP=kept is not None, BLOCK=tiles.block, BLOCK_D=config.columns,
-        PRECISION=dot_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return rows, low, dots
 
@@ -104,11 +114,9 @@ def project(rows: Tensor, route: Route, factor: Factor | None, kept: Kept | None
     tiles, R = route.small, padded_rank(factor.rank)
     config = fitting(GATHER, R, rows.dtype, roomy(rows.device))
     low = rows.new_empty(rows.shape[0], R)
-    _gather(
+    _gather_of(R, False, False, kept is not None, tiles.block, config, rows.dtype)(
         (tiles.limit, 1, 1), rows, rows, low, rows, rows, route.order, route.offs, tiles.table, rows.shape[1], 1,
         *enlarged(factor, kept), rows if kept is None else kept.words,
-        R=R, GATHER=False, DOTS=False, DROP=kept is not None, BLOCK=tiles.block, BLOCK_D=config.columns,
-        PRECISION=dot_precision(rows.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return low
 
@@ -127,13 +135,18 @@ def _combine(rows, position, weights, out, D, K: tl.constexpr, WEIGHTED: tl.cons
     tl.store(out + token.to(tl.int64) * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
+@cache
+def _combine_of(k: int, weighted: bool, block: int) -> Form:
+    return _combine.with_constants(K=k, WEIGHTED=weighted, BLOCK_D=block, num_warps=4)
+
+
 def combine(rows: Tensor, route: Route, weights: Tensor | None, k: int, dtype: torch.dtype) -> Tensor:
     """out[t] = sum over j of weights[t, j] * rows[position[t, j]]: "S d" -> "T d"; plain sum without weights."""
     D, T = rows.shape[1], route.rows // k
     out = rows.new_empty(T, D, dtype=dtype)
     block = min(1024, next_power(D))
-    _combine(
-        (T, cdiv(D, block), 1), rows, route.position, weights if weights is not None else rows, out, D,
-        K=k, WEIGHTED=weights is not None, BLOCK_D=block, num_warps=4,
-    )  # fmt: skip
+    grid = T, cdiv(D, block), 1
+    _combine_of(k, weights is not None, block)(
+        grid, rows, route.position, weights if weights is not None else rows, out, D
+    )
     return out
