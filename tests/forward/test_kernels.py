@@ -7,6 +7,8 @@ python -m pytest tests/forward/test_kernels.py -m gpu
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -594,6 +596,40 @@ def test_the_trial_of_few_rows_launches_what_they_launch(tried):
     assert tried["trial"] == tried["layer"]
     assert len(tried["errors"]) == 1
     assert 0 < tried["errors"][0] < fused._TRIAL_ERROR / 2
+
+
+# Functions of this package that a layer may call, for which a step of few tokens waits: 198 and 77 when last counted.
+# Who needs more raises this, and says what it costs in benchmarks/NOTES.md.
+MOST_CALLS = {"forward": 204, "backward": 80}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts calls of this thread, and a device's backward has its own")
+def test_a_layer_asks_little_of_the_processor(monkeypatch):
+    found = next(found for found in zoo.find_classes() if found.name == "Qwen3MoeExperts")
+    experts = zoo.wrap(zoo.build(found, 64).bfloat16(), ["gate_up_proj", "down_proj"])["experts"]
+    experts.get_base_layer().config._experts_implementation = "grouped_mm"
+    monkeypatch.setattr(fused, "_TRIED_ON", (DEVICE.type,))
+    monkeypatch.setattr(fused, "_tried", {})
+    monkeypatch.setattr(fused, "_trial", lambda *_: 0.0)
+    monkeypatch.setattr(Form, "__call__", lambda *_: None)
+    monkeypatch.setattr(gemm, "multiply", lambda x, weight, _: x.new_empty(len(x), weight.shape[2]))
+    package, calls, step = str(Path(peft_moe_compat.__file__).parent), dict.fromkeys(MOST_CALLS, 0), "forward"
+
+    def note(frame, event, _):
+        calls[step] += event == "call" and frame.f_code.co_filename.startswith(package)
+
+    hidden = torch.randn(300, zoo.H, dtype=torch.bfloat16, requires_grad=True)
+    index, weights = zoo.routing(tokens=300)
+    with peft_moe_compat.activate():
+        experts(hidden, index, weights.bfloat16()).sum().backward()
+        sys.setprofile(note)
+        out = experts(hidden, index, weights.bfloat16()).sum()
+        step = "backward"
+        out.backward()
+        sys.setprofile(None)
+    assert {each: 0 < calls[each] <= most for each, most in MOST_CALLS.items()} == dict.fromkeys(MOST_CALLS, True), (
+        calls
+    )
 
 
 def test_where_nothing_can_be_built_nothing_is_launched(tried, monkeypatch):

@@ -204,8 +204,8 @@ def low_rank(
 def tiles_fit(x: Tensor, weight: Tensor, depth: int) -> bool:
     """Whether the tiled product can read both: packed stacks on 16 bytes, and K in whole tiles."""
     E, K, N = weight.shape
-    along_k = weight.stride(1) == 1
-    packed = weight.stride() == ((K * N, 1, K) if along_k else (K * N, N, 1))
+    stride = weight.stride()
+    packed = stride == ((K * N, 1, K) if stride[1] == 1 else (K * N, N, 1))
     unit = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == weight.data_ptr() % 16 == 0 and K % unit == N % unit == 0
     return packed and aligned and K % depth == 0 and E * max(K, N) < 2**31
