@@ -49,8 +49,7 @@ your own is stored, `set_backend` chooses what computes, `quantize_experts` pack
     with peft_moe_compat.activate():
         model(input_ids=tokens)
 
-Errors on purpose are `PeftMoeCompatError`s. On the command line: `peft-moe-compat check`, `inspect`, `convert`,
-`merge`, `verify`, `bench` and `demo`.
+Errors on purpose are `PeftMoeCompatError`s. On the command line: `peft-moe-compat --help`.
 """
 
 from __future__ import annotations

@@ -67,9 +67,11 @@ class Handover:
         """Of each adapter, or of one, what it has on a parameter."""
         loras: dict[str, list[FlatLora]] = {}
         for wrapper, adapter_names, held in self.wrappers:
+            if wrapper.parameter_name != name:
+                continue
             of_A, of_B = wrapper._modules["lora_A"]._modules, wrapper._modules["lora_B"]._modules
             spread = held is not None
-            for adapter_name in adapter_names if wrapper.parameter_name == name else ():
+            for adapter_name in adapter_names:
                 if only is not None and only != adapter_name:
                     continue
                 A, B = held_weight(of_A[adapter_name]), held_weight(of_B[adapter_name])

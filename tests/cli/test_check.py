@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from peft_moe_compat import PatchConflictError, UnsupportedPeftError, activate, deactivate, is_active, releases
 from peft_moe_compat.cli import main as cli
-from peft_moe_compat.forward import fused
+from peft_moe_compat.forward import fused, grouped_mm
 from peft_moe_compat.patching import activation as patch
 
 
@@ -183,7 +183,8 @@ def test_a_development_build_with_another_rule_is_said(check, monkeypatch):
 def test_every_cuda_device_gets_its_backend(check, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index else (7, 5))
-    monkeypatch.setattr(fused, "_unsupported", fused._unsupported.__wrapped__)  # these come and go
+    for module, answer in ((fused, "_unsupported"), (grouped_mm, "_serves")):  # these devices come and go
+        monkeypatch.setattr(module, answer, getattr(module, answer).__wrapped__)
     backends = json.loads(check("--json").stdout)["backends"]
     assert backends["cuda:0"] == "loop"
     assert backends["cuda:1"] in ("triton", backends["cpu"])  # triton where it is installed

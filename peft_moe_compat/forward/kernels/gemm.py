@@ -236,7 +236,7 @@ def grouped_linear(
     tiling = tiling_of(x)
     if tiling and route.large.block >= 64 and tiles_fit(x, weight, tiling.depth):
         return _tiled(x, weight, route, low, factor, bias, kept, tiling)
-    return add_to(multiply(x, weight, route.offs), route, low, factor, bias, kept)
+    return add_to(multiply(x.to(weight.dtype), weight, route.offs), route, low, factor, bias, kept)
 
 
 @functools.cache
@@ -305,7 +305,7 @@ def tiles_of(x: Tensor, stack: Tensor, along_k: bool, rows: int, tiling: Tiling)
     return descriptor_of(x, x.shape[0], x.shape[1], (rows, depth)), descriptor_of(stack, E * height, width, block)
 
 
-@functools.cache
+@functools.cache  # with `GROUP_TILES` as it was
 def _product_of(R: int, bias: bool, drops: bool, along_k: bool, block: int, tiling: Tiling, dtype: torch.dtype) -> Form:
     columns, num_warps, num_stages = tiling.config
     return _product.with_constants(

@@ -94,8 +94,8 @@ def factor_gradient(
     else:
         grad = factor._replace(tensor=torch.empty_like(factor.tensor))
     config = fitting(GRADIENT, R, low.dtype, roomy(low.device))
-    how = gather_k is not None, weights is not None, kept is not None
-    _gradient_of(R, *how, route.large.block, config, low.dtype)(
+    gathers, weighted = gather_k is not None, weights is not None
+    _gradient_of(R, gathers, weighted, kept is not None, route.large.block, config, low.dtype)(
         (cdiv(D, config.columns), E, 1), low, rows.contiguous(), route.order,
         weights if weights is not None else low, route.offs, D, gather_k or 1,
         *enlarged(grad, kept), low if kept is None else kept.words,

@@ -44,8 +44,9 @@ def compiled_together() -> Iterator[bool]:
         _together.reset(token)
 
 
-# triton's own chains of hooks, to which most who want one add it; others put theirs in the place of a chain.
-_ENTER, _EXIT = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+# triton's own chains of hooks, to which most who want one add it. Others put theirs in the place of a chain, maybe
+# before this is imported: on the instance, so that the class keeps the chains.
+_ENTER, _EXIT = (getattr(type(knobs.runtime), f"launch_{when}_hook") for when in ("enter", "exit"))
 _ENTERED, _EXITED = (getattr(chain, "calls", ()) for chain in (_ENTER, _EXIT))
 
 
@@ -60,7 +61,7 @@ class _Launch(NamedTuple):
 
     @staticmethod
     def of(compiled: Any, constants: tuple[Any, ...], device: int) -> _Launch:
-        how = compiled.function, compiled.packed_metadata, None, None, None
+        how = compiled.function, compiled.packed_metadata, None, None, None  # neither metadata for hooks nor hooks
         return _Launch(compiled, compiled.run, how, constants, device)
 
     def over(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
@@ -111,7 +112,8 @@ class Kernel:
         return eval(f"lambda a: ({', '.join(parts)})")  # type: ignore[no-any-return]  # noqa: S307
 
     def with_constants(self, **meta: Any) -> Form:
-        """The kernel with its constants and options, by name and always in the same order: the same one each time."""
+        """The kernel with its constants and options, by name and always in the same order: the same one each time, for
+        those who do not keep it."""
         values = tuple(meta.values())
         form = self._forms.get(values)
         if form is None:

@@ -169,7 +169,8 @@ def _packed_linear(
     tiling = tiling_of(x)
     if not tiling or K % tiling.depth or N % (16 // x.element_size()):
         whole = unpack(weight, route.offs, (0, E), (0, rows), (0, columns))
-        return add_to(multiply(x, whole if weight.rows_are_in else whole.mT, route.offs), route, low, factor, bias)
+        y = multiply(x.to(weight.dtype), whole if weight.rows_are_in else whole.mT, route.offs)
+        return add_to(y, route, low, factor, bias)
     return _ahead(x, weight, route, low, factor, bias, tiling, room)
 
 
