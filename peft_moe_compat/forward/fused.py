@@ -145,6 +145,8 @@ def fused_reason(module: Any, device: torch.device) -> Reason | None:
     dtype = held[0].dtype
     if dtype not in _DTYPES:
         return because("dtype", str(dtype))
+    if isinstance(held[0], Tensor) and isinstance(held[1], Tensor) and held[1].dtype != dtype:
+        return because("dtype", f"{dtype} and {held[1].dtype}")
     if dtype == torch.float32 and choice == "auto":
         return because("float32")
     (_, *of_up), (_, *of_down) = held[0].shape, held[1].shape

@@ -635,6 +635,13 @@ def test_a_layer_asks_little_of_the_processor(monkeypatch):
     )
 
 
+def test_stacks_of_two_dtypes_are_left_to_torch():
+    experts, _, _ = layer_of("small sizes", torch.bfloat16)
+    assert fused.fused_reason(experts, DEVICE) is None
+    experts.down_proj.data = experts.down_proj.data.half()
+    assert "torch.bfloat16 and torch.float16" in str(fused.fused_reason(experts, DEVICE))
+
+
 def test_where_nothing_can_be_built_nothing_is_launched(tried, monkeypatch):
     def call(*_args, **_kwargs):
         raise RuntimeError("Failed to find C compiler")
