@@ -235,16 +235,18 @@ def _trial_fails(
     hidden, index, _ = routed
     if hidden.device.type not in _TRIED_ON:
         return False
-    if not torch.compiler.is_compiling():
-        (_, kinds), rows = _kernels(), index.numel()
-        kind = kinds.kind_of(nonlinearity, routed, up, down, rows)
-        return _trial_reason(hidden.device, kind, rows) is not None
-    from .kernels import kinds  # with triton
+    if torch.compiler.is_compiling():
+        from .kernels import kinds  # with triton; dynamo warns of `_kernels`
 
-    some_packed = any(isinstance(held[0], PackedWeight) for held in (up, down))
-    sizes = kinds.rows_of_every_kind(up[0].shape[0], index.shape[1], some_packed)
-    asked = [(kinds.kind_of(nonlinearity, routed, up, down, rows), rows) for rows in sizes]
-    return any(_trial_reason(hidden.device, kind, rows) is not None for kind, rows in asked)
+        some_packed = any(isinstance(held[0], PackedWeight) for held in (up, down))
+        sizes = kinds.rows_of_every_kind(up[0].shape[0], index.shape[1], some_packed)
+    else:
+        (_, kinds), sizes = _kernels(), [index.numel()]
+    for rows in sizes:
+        kind = kinds.kind_of(nonlinearity, routed, up, down, rows)
+        if _trial_reason(hidden.device, kind, rows) is not None:
+            return True
+    return False
 
 
 @cache  # an import statement takes 2 us of each forward

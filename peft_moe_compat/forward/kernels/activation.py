@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRETED, Config, Factor, dot_precision, factor_tile, fitting, roomy, tile_rows
+from .common import INTERPRETED, Config, Factor, factor_tile, fitting, roomy, tile_rows
 from .dropout import Kept, enlarged, stored
 from .interface import Nonlinearity, padded_rank
 from .launch import Form, kernel
@@ -149,8 +149,7 @@ def _activate_of(
 ) -> Form:  # fmt: skip
     return _activate.with_constants(
         R=R, DROP=drops, NAME=name, GATED=gated, INTERLEAVED=interleaved, BLOCK=block, PARTS=parts,
-        BLOCK_I=config.columns, PRECISION=dot_precision(dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_I=config.columns, **config.options(dtype),
     )  # fmt: skip
 
 
@@ -247,8 +246,7 @@ def _backward_of(
 ) -> Form:  # fmt: skip
     return _backward.with_constants(
         R=R, DOTS=dots, NAME=name, GATED=gated, INTERLEAVED=interleaved, WAIT=waits, BLOCK=block, PARTS=parts,
-        BLOCK_I=config.columns, PRECISION=dot_precision(dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_I=config.columns, **config.options(dtype),
     )  # fmt: skip
 
 

@@ -38,6 +38,11 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What every launch takes of it, and how it multiplies rows of that dtype."""
+        precision = dot_precision(dtype)
+        return {"PRECISION": precision, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @functools.cache
 def capability_of(device: torch.device) -> int:

@@ -307,11 +307,9 @@ def tiles_of(x: Tensor, stack: Tensor, along_k: bool, rows: int, tiling: Tiling)
 
 @functools.cache  # with `GROUP_TILES` as it was
 def _product_of(R: int, bias: bool, drops: bool, along_k: bool, block: int, tiling: Tiling, dtype: torch.dtype) -> Form:
-    columns, num_warps, num_stages = tiling.config
     return _product.with_constants(
-        R=R, BIAS=bias, DROP=drops, ALONG_K=along_k, BLOCK=block, BLOCK_N=columns, BLOCK_K=tiling.depth,
-        GROUP=GROUP_TILES, EARLY=32, PRECISION=dot_precision(dtype), DESCRIBED=tiling.described,
-        num_warps=num_warps, num_stages=num_stages,
+        R=R, BIAS=bias, DROP=drops, ALONG_K=along_k, BLOCK=block, BLOCK_N=tiling.config.columns, BLOCK_K=tiling.depth,
+        GROUP=GROUP_TILES, EARLY=32, DESCRIBED=tiling.described, **tiling.config.options(dtype),
     )  # fmt: skip
 
 

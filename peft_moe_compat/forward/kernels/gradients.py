@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Factor, cdiv, dot_precision, fitting, roomy
+from .common import Config, Factor, cdiv, fitting, roomy
 from .dropout import Kept, enlarged, stored
 from .factors import apart, unpacked, wants_packing
 from .launch import Form, kernel
@@ -60,9 +60,8 @@ def _gradient_of(
     R: int, gathers: bool, weighted: bool, drops: bool, block: int, config: Config, dtype: torch.dtype
 ) -> Form:  # fmt: skip
     return _factor_gradient.with_constants(
-        R=R, GATHER=gathers, WEIGHTED=weighted, DROP=drops, BLOCK=block, BLOCK_D=config.columns,
-        PRECISION=dot_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        R=R, GATHER=gathers, WEIGHTED=weighted, DROP=drops, BLOCK=block, BLOCK_D=config.columns, **config.options(dtype)
+    )
 
 
 def factor_gradient(

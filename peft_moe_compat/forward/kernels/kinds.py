@@ -14,7 +14,7 @@ from ...layout import ExpertLora, FlatLora
 from ...model.packed import Codec, PackedWeight
 from .decode import MOST_PACKED_ROWS, MOST_ROWS, most_rows
 from .interface import HeldProjection, Nonlinearity
-from .layer import tile_sizes
+from .layer import any_trains, tile_sizes
 from .packed_gemm import MANY
 from .routing import steps
 
@@ -78,23 +78,23 @@ def _reduced(size: int, least: int, unit: int) -> int:
 
 def _read(
     weight: Tensor | PackedWeight, bias: Tensor | None, lora: ExpertLora | FlatLora | None, compiling: bool
-) -> tuple[tuple[Any, ...], bool]:
-    """(what a `Held` is made of, whether a factor takes a gradient). The former: shape, (strides, whether it starts on
-    16 bytes) or the packed form, bias, LoRA."""
-    form, trains = None, False
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """(what a `Held` is made of, the factors). The former: shape, (strides, whether it starts on 16 bytes) or the
+    packed form, bias, LoRA."""
+    form: tuple[Any, ...] | None = None
+    factors: tuple[Tensor, ...] = ()
     if lora is not None:
         if isinstance(lora, FlatLora):
-            A, B, order = lora.lora_A, lora.lora_B, (lora.orientation, lora.packing)
+            factors, order = lora[:2], (lora.orientation, lora.packing)
         else:
-            A, B, order = lora.A, lora.B, ("", "")
-        form = (lora.rank, *order, A.dtype, B.dtype, bool(lora.dropout))
-        trains = A.requires_grad or B.requires_grad
+            factors, order = (lora.A, lora.B), ("", "")
+        form = (lora.rank, *order, factors[0].dtype, factors[1].dtype, bool(lora.dropout))
     stored: tuple[Any, ...]
     if isinstance(weight, PackedWeight):
         stored = weight.codec, weight.stored, weight.rows_are_in
     else:  # a graph's tensors have no address yet
         stored = weight.stride(), compiling or weight.data_ptr() % 16 == 0
-    return (weight.shape, stored, None if bias is None else bias.dtype, form), trains
+    return (weight.shape, stored, None if bias is None else bias.dtype, form), factors
 
 
 def _held(shape: Sequence[int], stored: tuple[Any, ...], bias: torch.dtype | None, lora: Any) -> tuple[Any, ...]:
@@ -127,11 +127,10 @@ def kind_of(
     hidden, index, weights = routed
     known = tuple(nonlinearity[:3]) if isinstance(nonlinearity, Nonlinearity) else None
     compiling = torch.compiler.is_compiling()
-    (of_up, up_trains), (of_down, down_trains) = _read(*up, compiling), _read(*down, compiling)
-    trains = up_trains or down_trains or hidden.requires_grad or weights.requires_grad
+    (of_up, up_factors), (of_down, down_factors) = _read(*up, compiling), _read(*down, compiling)
+    trains = any_trains((hidden, weights, *up_factors, *down_factors))
     dtypes = hidden.dtype, index.dtype, weights.dtype, up[0].dtype
     make = _kind if compiling or type(rows) is not int else _known_kind  # a symbol has no hash
-    trains = trains and torch.is_grad_enabled()
     return make(dtypes, index.shape[1], known, trains, most_rows(up[0], down[0]), of_up, of_down, rows)
 
 

@@ -78,8 +78,8 @@ class _Launch(NamedTuple):
 class Kernel:
     """A jitted function whose compiled form is found by a short key.
 
-    triton's own launch binds, hashes and formats every argument, about 30 us; this takes a tenth of that. An integer
-    counts by its value, so those that change from step to step belong among `do_not_specialize`.
+    triton's own launch binds, hashes and formats every argument, about 30 us. An integer counts by its value, so those
+    that change from step to step belong among `do_not_specialize`.
     """
 
     def __init__(self, function: Any, do_not_specialize: tuple[str, ...], fuse: bool) -> None:
@@ -121,7 +121,7 @@ class Kernel:
         return form
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-        """`with_constants` and its launch; that many names take half as long again as a launch without."""
+        """`with_constants` and its launch; a dozen names take as long again as a launch without."""
         self.with_constants(**meta)(grid, *arguments)
 
 

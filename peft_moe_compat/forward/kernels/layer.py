@@ -33,6 +33,7 @@ __all__ = [
     "LAUNCH_ERRORS",
     "Passed",
     "Projection",
+    "any_trains",
     "backward_pass",
     "forward_pass",
     "fused_experts",
@@ -245,7 +246,7 @@ def _leaves(hidden: Tensor, weights: Tensor, up: Projection, down: Projection) -
     return hidden, weights, *[factor and factor.tensor for factor in (*up[2:4], *down[2:4])]
 
 
-def _any_trains(leaves: Sequence[Tensor | None]) -> bool:
+def any_trains(leaves: Sequence[Tensor | None]) -> bool:
     if torch.is_grad_enabled():
         for leaf in leaves:  # not `any`, whose generator takes twice as long
             if leaf is not None and leaf.requires_grad:
@@ -279,7 +280,7 @@ def fused_experts(
     if top_k_index.numel() <= most_rows(up.weight) and isinstance(function, Nonlinearity):
         down = read_down()
         few = top_k_index.numel() <= most_rows(up.weight, down.weight) and not (up.drop or down.drop)
-        if few and not _any_trains(_leaves(hidden, top_k_weights, up, down)):
+        if few and not any_trains(_leaves(hidden, top_k_weights, up, down)):
             return few_rows(function, hidden, top_k_index.contiguous(), top_k_weights, up, down)
     where = routing(top_k_index, up.weight.shape[0])
     if places is not None:  # the order of rows that no expert here computes is undefined
@@ -287,4 +288,4 @@ def fused_experts(
         where = where._replace(places=places.reshape(-1)[order].to(torch.int32))
     ran = forward_pass(function, hidden, top_k_weights, where, up, read_down)
     leaves = _leaves(hidden, top_k_weights, *ran[2:])
-    return _FusedExperts.apply(function, where, ran, *leaves) if _any_trains(leaves) else ran[0]
+    return _FusedExperts.apply(function, where, ran, *leaves) if any_trains(leaves) else ran[0]

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...model.packed import CODES, PackedWeight
-from .common import Config, Factor, capability_of, cdiv, dot_precision, factor_tile, multiplied
+from .common import Config, Factor, capability_of, cdiv, factor_tile, multiplied
 from .gemm import GROUP_TILES, descriptor_of, low_rank, programs_of, turn
 from .launch import kernel
 from .permute import in_registers
@@ -174,7 +174,6 @@ def loaded_linear(
         whole, half, descriptor_of(data, E * rows, columns // per, block), y, whole_u, half_u, b, route.offs,
         tiles.table, tiles.limit, N, K, *arguments, *others,
         R=R, BIAS=bias is not None, CODEC=codec_of(weight), SPAN=_span(weight),
-        BLOCK=BLOCK, BLOCK_N=CONFIG.columns, BLOCK_K=DEPTH, GROUP=GROUP_TILES, PRECISION=dot_precision(y.dtype),
-        num_warps=CONFIG.num_warps, num_stages=CONFIG.num_stages,
+        BLOCK=BLOCK, BLOCK_N=CONFIG.columns, BLOCK_K=DEPTH, GROUP=GROUP_TILES, **CONFIG.options(y.dtype),
     )  # fmt: skip
     return y

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Factor, cdiv, dot_precision, factor_tile, fitting, roomy, tile_rows
+from .common import Config, Factor, cdiv, factor_tile, fitting, roomy, tile_rows
 from .dropout import Kept, enlarged, stored
 from .interface import next_power, padded_rank
 from .launch import Form, kernel
@@ -66,9 +66,8 @@ def _gather_of(
     R: int, gathers: bool, dots: bool, drops: bool, block: int, config: Config, dtype: torch.dtype
 ) -> Form:  # fmt: skip
     return _gather.with_constants(
-        R=R, GATHER=gathers, DOTS=dots, DROP=drops, BLOCK=block, BLOCK_D=config.columns,
-        PRECISION=dot_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        R=R, GATHER=gathers, DOTS=dots, DROP=drops, BLOCK=block, BLOCK_D=config.columns, **config.options(dtype)
+    )
 
 
 def gather(
